@@ -1,0 +1,45 @@
+# make demo: set up, run the main job on this machine, write runs/report.html
+# make test: set up, run lint, types, import rules and tests
+PYTHON ?= python3
+VENV ?= .venv
+# torch comes first: it decides between a CPU and a CUDA build. TORCH='torch==2.13.0 --index-url …' chooses another source.
+TORCH ?= torch==2.13.0
+# Only where torch brought none (CPU builds): the version whose interpreter the kernels are tested with.
+TRITON ?= triton==3.6.0
+
+BIN := $(VENV)/bin
+INPUTS := pyproject.toml requirements/constraints.txt requirements/no-deps.txt
+
+.PHONY: demo test lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m harness -m +sweep=demo
+
+test: $(VENV)/.installed-test lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.installed: $(INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
+	$(BIN)/python -m pip install --quiet --editable . --constraint requirements/constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/no-deps.txt
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]' --constraint requirements/constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

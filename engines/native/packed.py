@@ -1,0 +1,63 @@
+"""Documents packed end to end on the device: tokens, rotary angles, and the rows that predict a supervised token.
+
+Legend: T tokens of all documents, P positions of the longest document, D head dimension, L supervised rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engines.native.shape import LlamaShape, Rope
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What one forward pass sees. Attention stays inside a document; ``lengths`` live on the host, so nothing waits for them.
+
+    ``cosine``, ``sine``: [T, D/2], float32, of each token's position in its own document. ``rows``: [L], unique and rising.
+    """
+
+    tokens: Tensor
+    cosine: Tensor
+    sine: Tensor
+    lengths: tuple[int, ...]
+    rows: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Angles:
+    """Rotary angles of every position, computed once: ``cosine`` and ``sine`` [P, D/2], float32."""
+
+    cosine: Tensor
+    sine: Tensor
+
+    @classmethod
+    def of(cls, shape: LlamaShape, num_positions: int, device: torch.device) -> Angles:
+        """The angles of positions 0 .. ``num_positions`` - 1."""
+        frequencies_D = _frequencies(shape.rope, shape.head_dim).to(device)
+        angles_PD = torch.arange(num_positions, device=device, dtype=torch.float32)[:, None] * frequencies_D
+        return cls(angles_PD.cos(), angles_PD.sin())
+
+    def pack(self, tokens: Tensor, positions: Tensor, lengths: tuple[int, ...], rows: Tensor, targets: Tensor) -> Packed:
+        """Look the angles of ``positions`` [T] up."""
+        return Packed(tokens, self.cosine[positions], self.sine[positions], lengths, rows, targets)
+
+
+def _frequencies(rope: Rope, head_dim: int) -> Tensor:
+    """theta^(-2i/D); ``linear`` divides all by ``factor``, ``llama3`` only the slow ones (Llama 3.1, smoothed in between)."""
+    plain = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    if rope.kind == "default":
+        return plain
+    if rope.kind == "linear":
+        return plain / rope.factor
+    wavelength = 2 * math.pi / plain
+    turns = rope.original_max_positions / wavelength
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    scaled = plain / rope.factor
+    blended = torch.where(turns < rope.low_freq_factor, scaled, (1 - smooth) * scaled + smooth * plain)
+    return torch.where(turns > rope.high_freq_factor, plain, blended)

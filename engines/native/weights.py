@@ -1,0 +1,175 @@
+"""The decoder's weights: what the products read, what the optimizer updates, and the Hugging Face name of every part.
+
+Legend: N output and K input columns of a linear group, V vocabulary, H hidden, R all ranks of a group together, r one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """``value`` is read by the products, in the compute dtype. ``master`` is what the optimizer updates, None when frozen.
+
+    Both are one tensor when their dtypes agree. ``master.grad`` is allocated once and lives as long as the weight.
+    """
+
+    value: Tensor
+    master: Tensor | None = None
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The buffer that gradients are added to, None when frozen."""
+        return None if self.master is None else self.master.grad
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add ``gradient`` of this weight's shape; for a frozen weight do nothing."""
+        if self.gradient is not None:
+            self.gradient.add_(gradient)
+
+    def publish(self) -> None:
+        """Hand an updated master to the products."""
+        if self.master is not None and self.master is not self.value:
+            self.value.copy_(self.master)
+
+
+def trained(master: Tensor, compute_dtype: torch.dtype) -> Weight:
+    """A weight to train, its gradient buffer zeroed."""
+    master.grad = torch.zeros_like(master)
+    return Weight(master if master.dtype == compute_dtype else master.to(compute_dtype), master)
+
+
+def add_product_(gradient: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """gradient[M, N] += scale * left[T, M]^T right[T, N], in one pass where the dtypes allow."""
+    if gradient.dtype == left.dtype:
+        gradient.addmm_(left.t(), right, alpha=scale)
+    else:
+        gradient.add_(left.t() @ right, alpha=scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One linear of a group: its name in the layer (``self_attn.q_proj``) and its rows of the group's weight."""
+
+    name: str
+    rows: slice
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One adapted linear of a group: its output columns, its columns of x A^T, and its rows of the stacked B."""
+
+    name: str
+    output: slice
+    rank: slice
+    rows: slice
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """The adapters of a group (Hu et al. 2021): ``down`` is A [R, K] of all blocks, ``up`` their B, one below the other, [sum N, r]."""
+
+    down: Weight
+    up: Weight
+    blocks: tuple[Block, ...]
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A group of linears that read the same input, as one product: ``weight`` [N, K], ``bias`` [N]."""
+
+    weight: Weight
+    bias: Weight | None
+    parts: tuple[Part, ...]
+    lora: LowRank | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether backward needs this group's input."""
+        return self.lora is not None or self.weight.master is not None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer."""
+
+    input_norm: Weight
+    qkv: Linear
+    query_norm: Weight | None
+    key_norm: Weight | None
+    output: Linear
+    mlp_norm: Weight
+    gate_up: Linear
+    down: Linear
+
+    @property
+    def groups(self) -> tuple[Linear, ...]:
+        """The linear groups in the order of the forward pass."""
+        return self.qkv, self.output, self.gate_up, self.down
+
+    @property
+    def norms(self) -> tuple[tuple[str, Weight], ...]:
+        """The norms that exist, by name."""
+        named = (
+            ("input_layernorm", self.input_norm),
+            ("self_attn.q_norm", self.query_norm),
+            ("self_attn.k_norm", self.key_norm),
+            ("post_attention_layernorm", self.mlp_norm),
+        )
+        return tuple((name, weight) for name, weight in named if weight is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    """The whole decoder. With a tied head ``head`` *is* ``embedding`` ([V, H]), and both add to the same gradient."""
+
+    embedding: Weight
+    layers: tuple[LayerWeights, ...]
+    norm: Weight
+    head: Weight
+
+
+WHOLE = slice(None)
+
+
+def named_weights(weights: DecoderWeights) -> Iterator[tuple[str, Weight, slice]]:
+    """(Hugging Face name, weight, rows of it) of every tensor of a checkpoint; a tied head is not listed."""
+    yield "model.embed_tokens.weight", weights.embedding, WHOLE
+    for index, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{index}"
+        for name, norm in layer.norms:
+            yield f"{prefix}.{name}.weight", norm, WHOLE
+        for group in layer.groups:
+            for part in group.parts:
+                yield f"{prefix}.{part.name}.weight", group.weight, part.rows
+                if group.bias is not None:
+                    yield f"{prefix}.{part.name}.bias", group.bias, part.rows
+    yield "model.norm.weight", weights.norm, WHOLE
+    if weights.head is not weights.embedding:
+        yield "lm_head.weight", weights.head, WHOLE
+
+
+def named_adapters(weights: DecoderWeights) -> Iterator[tuple[str, Weight, slice]]:
+    """(name such as ``model.layers.0.mlp.up_proj.lora_A.weight``, weight, rows of it) of every adapter tensor."""
+    for index, layer in enumerate(weights.layers):
+        for group in layer.groups:
+            if group.lora is None:
+                continue
+            for block in group.lora.blocks:
+                yield f"model.layers.{index}.{block.name}.lora_A.weight", group.lora.down, block.rank
+                yield f"model.layers.{index}.{block.name}.lora_B.weight", group.lora.up, block.rows
+
+
+def trained_weights(weights: DecoderWeights) -> tuple[Weight, ...]:
+    """Every trained weight once, in a fixed order."""
+    found: dict[int, Weight] = {}
+    for _, weight, _ in (*named_weights(weights), *named_adapters(weights)):
+        if weight.master is not None:
+            found.setdefault(id(weight), weight)
+    return tuple(found.values())

@@ -1,0 +1,205 @@
+"""From the command line to composed configurations: Hydra's groups, overrides and sweeps, every mistake reported at once."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.errors import ConfigError, nearest
+from harness.machine import has_cuda
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+ROOT = "config"
+
+
+def compose_one(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of ``python -m harness OVERRIDES`` without sweeps, unresolved, Hydra's own node removed.
+
+    Here and below, ``hydra.searchpath=[file:///FOLDER]`` adds a folder of one's own groups and options.
+    """
+    with _hydra():
+        return _without_hydra(_compose(_with_machine(overrides)))
+
+
+def compose_all(overrides: Sequence[str], *, multirun: bool) -> list[tuple[tuple[str, ...], DictConfig]]:
+    """Every point of the sweep that ``overrides`` describe: its own overrides, and its configuration.
+
+    ``multirun`` is the ``-m`` of the command line; a config with ``hydra.mode: MULTIRUN`` sets it too.
+    Raises ConfigError naming every override that cannot be used.
+    """
+    with _hydra():
+        parsed = _parse(_with_machine(overrides))
+        fixed = [_line(override) for override in parsed if not override.is_sweep_override()]
+        root = _compose(fixed)
+        multirun = multirun or str(root.hydra.mode) == "RunMode.MULTIRUN"
+        sweeps = [override for override in parsed if override.is_sweep_override()]
+        if sweeps and not multirun:
+            lines = ", ".join(_line(override) for override in sweeps)
+            raise ConfigError(f"{lines}: several values make a sweep; add -m")
+        if multirun:
+            sweeps += _from_file(root, {override.key_or_group for override in parsed})
+        return _points(fixed, sweeps)
+
+
+def _from_file(root: DictConfig, given: set[str]) -> list[Override]:
+    """The sweep of ``hydra.sweeper.params``; what the command line says of a key goes first."""
+    params = root.hydra.sweeper.params or {}
+    lines = [f"{key!s}={value}" for key, value in params.items()]
+    return [override for override in _parse(lines) if override.key_or_group not in given]
+
+
+def _points(fixed: list[str], sweeps: list[Override]) -> list[tuple[tuple[str, ...], DictConfig]]:
+    """The product. Composing takes 0.2 s, so it is done once for each choice of groups; single values are set on a copy."""
+    lists = [_values(override) for override in sweeps]
+    composed: dict[tuple[str, ...], DictConfig] = {}
+    points = []
+    for point in itertools.product(*lists):
+        values = tuple(line for line, override in zip(point, sweeps, strict=True) if _is_plain_value(override))
+        groups = tuple(line for line in point if line not in values)
+        if groups not in composed:
+            composed[groups] = _without_hydra(_compose([*fixed, *groups]))
+        points.append((point, _with_values(composed[groups], values)))
+    return points
+
+
+def _values(override: Override) -> list[str]:
+    if override.is_sweep_override():
+        return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    return [_line(override)]
+
+
+def _is_plain_value(override: Override) -> bool:
+    return not override.is_add() and not override.is_delete() and not _options(override.key_or_group)
+
+
+def _with_values(config: DictConfig, lines: tuple[str, ...]) -> DictConfig:
+    config = copy.deepcopy(config)
+    problems = []
+    for override in _parse(lines):
+        if _is_unknown(override, config):
+            problems.append(_unknown(override, config))
+        else:
+            OmegaConf.update(config, override.key_or_group, override.value(), merge=False)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _with_machine(overrides: Sequence[str]) -> list[str]:
+    """``machine=`` follows the hardware unless the user chose."""
+    chosen = any(line.startswith("machine=") for line in overrides)
+    return list(overrides) if chosen or not has_cuda() else ["machine=cuda", *overrides]
+
+
+def _parse(lines: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    parsed, problems = [], []
+    for line in lines:
+        try:
+            parsed += parser.parse_overrides([line])
+        except HydraException:
+            problems.append(f"{line}: not an override; write key=value, group=option, +key=value or ~key")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return parsed
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    try:
+        return compose(ROOT, overrides=list(overrides), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError("\n".join(_diagnose(overrides)) or str(error)) from error
+
+
+def _diagnose(overrides: Sequence[str]) -> list[str]:
+    """Hydra stops at the first override it cannot use: find all of them, each with the nearest thing that exists."""
+    problems, good = [], []
+    for override in _parse(overrides):
+        options = _options(override.key_or_group)
+        if options and not override.is_delete():
+            wanted = override.value()
+            if isinstance(wanted, str) and wanted not in options:
+                problems.append(f"{override.key_or_group}={wanted}: there is no such option; {nearest(wanted, options)}")
+                continue
+            good.append(override)
+    config = compose(ROOT, overrides=[_line(override) for override in good])
+    for override in _parse(overrides):
+        if not _options(override.key_or_group) and not override.is_add() and _is_unknown(override, config):
+            problems.append(_unknown(override, config))
+    return problems
+
+
+def _is_unknown(override: Override, config: DictConfig) -> bool:
+    return OmegaConf.select(config, override.key_or_group, default=config) is config
+
+
+def _line(override: Override) -> str:
+    assert override.input_line is not None
+    return override.input_line
+
+
+def _unknown(override: Override, config: DictConfig) -> str:
+    known = [*_keys(config), *_groups()]
+    return f"{override.key_or_group}: unknown key; {_nearest_key(override.key_or_group, known)}"
+
+
+def _nearest_key(key: str, known: list[str]) -> str:
+    """Prefer a sibling with a similar last part, then any similar key; list siblings when nothing is similar."""
+    parent = key.rpartition(".")[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    hint = nearest(key, siblings)
+    return hint if hint.startswith("did you mean") else nearest(key, siblings or known)
+
+
+def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in config:
+        name = f"{prefix}{key!s}"
+        yield name
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+            yield from _keys(node, name + ".")
+
+
+def _options(group: str) -> list[str]:
+    return list(GlobalHydra.instance().config_loader().get_group_options(group))
+
+
+def _groups() -> list[str]:
+    return list(GlobalHydra.instance().config_loader().list_groups(""))
+
+
+def _without_hydra(config: DictConfig) -> DictConfig:
+    with open_dict(config):
+        config.pop("hydra")
+    return config
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """``config`` as plain data, interpolations resolved. Raises ConfigError naming every value that is still to be given."""
+    missing = OmegaConf.missing_keys(config)
+    if missing:
+        raise ConfigError("\n".join(f"{key}: required, but not given; add {key}=…" for key in sorted(missing)))
+    try:
+        container = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error)) from error
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield

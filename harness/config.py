@@ -1,0 +1,175 @@
+"""From a composed configuration to requests: a cell, where its sources lie, and how it is to be run; resolved by content."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, JsonValue
+
+from harness.compose import compose_all, plain
+from harness.engine import load
+from harness.errors import ConfigError, HarnessError
+from harness.places import Sources
+from harness.spec import Cell, Data, DType, EngineSpec, Method, Model, Name, Positive, Spec, Train, Workload, parse
+from harness.weights import fingerprint, resolve_source
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class EngineConfig(Spec):
+    """``conf/engine/<name>.yaml``. ``python``: the interpreter of the engine's environment, null for ours. ``packages`` are those
+    whose versions matter to its figures: a record made with other versions is stale. ``search`` is for tune.
+    """
+
+    name: Name
+    module: str
+    python: str | None
+    environment: dict[str, str]
+    packages: tuple[str, ...]
+    processes: Positive
+    knobs: dict[str, JsonValue]
+    search: dict[str, list[JsonValue]]
+
+
+class MachineConfig(Spec):
+    """``conf/machine/<name>.yaml``: what of this machine is used."""
+
+    device: Literal["cpu", "cuda"]
+    compute_dtype: DType
+    memory_cap_gib: Positive | None
+
+
+class Limits(Spec):
+    """When a cell is stopped."""
+
+    wall_seconds: Seconds
+    no_progress_seconds: Seconds
+
+
+class Config(Spec):
+    """Everything that ``conf/config.yaml`` composes to."""
+
+    engine: EngineConfig
+    model: Model
+    data: Data
+    method: Method
+    train: Train
+    machine: MachineConfig
+    repeat: Annotated[int, Field(ge=0)]
+    plan: Literal["run", "only"]
+    rerun: Literal["missing", "stale", "all"]
+    keep: Literal["none", "adapters"]
+    runs: str
+    cache: str
+    limits: Limits
+
+
+class Settings(Spec):
+    """What holds for a whole sweep."""
+
+    plan: Literal["run", "only"]
+    rerun: Literal["missing", "stale", "all"]
+    keep: Literal["none", "adapters"]
+    runs: str
+    cache: str
+
+
+class Request(Spec):
+    """A cell and what is needed to run it here."""
+
+    cell: Cell
+    sources: Sources
+    machine: MachineConfig
+    limits: Limits
+    python: str | None
+    packages: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+
+
+def requests(overrides: Sequence[str], *, multirun: bool) -> tuple[Settings, list[Request]]:
+    """The requests of ``python -m harness OVERRIDES``. Raises ConfigError with every problem of every cell, each once."""
+    found: list[Request] = []
+    settings: list[Settings] = []
+    problems: dict[str, None] = {}
+    for own, composed in compose_all(overrides, multirun=multirun):
+        try:
+            config = _config(plain(composed))
+            found.append(request(config, own))
+            settings.append(Settings(**{name: getattr(config, name) for name in Settings.model_fields}))
+        except HarnessError as error:
+            problems.update(dict.fromkeys(str(error).splitlines()))
+    if len(set(settings)) > 1:
+        problems["plan, rerun, keep, runs and cache hold for a whole sweep: give each one value"] = None
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return settings[0], found
+
+
+def _config(raw: dict[str, Any]) -> Config:
+    """Parse the whole and the engine's knobs, reporting the problems of both together."""
+    problems = []
+    config = None
+    try:
+        config = parse(Config, raw)
+    except ConfigError as error:
+        problems.append(str(error))
+    try:
+        engine = raw["engine"]
+        spec = EngineSpec(name=engine["name"], module=engine["module"], processes=1, environment={}, knobs={})
+        parse(load(spec).Knobs, engine["knobs"], at="engine.knobs")
+    except ConfigError as error:
+        problems.append(str(error))
+    if config is None or problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def request(config: Config, overrides: tuple[str, ...] = ()) -> Request:
+    """Name every source by its content, so that the cell is the same wherever the files lie."""
+    cache = Path(config.cache).expanduser()
+    data, data_path = _data(config.data, cache)
+    model, weights_path, tokenizer_path = _model(config.model, cache)
+    engine = config.engine
+    cell = Cell(
+        workload=Workload(model=model, data=data, method=config.method, train=config.train),
+        engine=EngineSpec(
+            name=engine.name, module=engine.module, processes=engine.processes, environment=engine.environment, knobs=engine.knobs
+        ),
+        repeat=config.repeat,
+    )
+    return Request(
+        cell=cell,
+        sources=Sources(data=data_path, weights=weights_path, tokenizer=tokenizer_path),
+        machine=config.machine,
+        limits=config.limits,
+        python=engine.python,
+        packages=engine.packages,
+        overrides=overrides,
+    )
+
+
+def _data(data: Data, cache: Path) -> tuple[Data, str | None]:
+    if data.source != "jsonl" or data.path is None:
+        return data, None
+    path = resolve_source(data.path) if data.path.startswith("package:") else Path(data.path).expanduser().resolve()
+    if path is None or not path.is_file():
+        raise ConfigError(f"data.path: there is no file '{data.path}'; give the path of a JSONL file")
+    name = data.path if data.path.startswith("package:") else path.name
+    return data.model_copy(update={"path": name, "sha256": fingerprint(path, cache)}), str(path)
+
+
+def _model(model: Model, cache: Path) -> tuple[Model, str | None, str | None]:
+    weights, tokenizer = resolve_source(model.weights), resolve_source(model.tokenizer)
+    update = {
+        "weights": _without_path(model.weights),
+        "tokenizer": _without_path(model.tokenizer),
+        "fingerprint": fingerprint(weights, cache) if weights else None,
+    }
+    return model.model_copy(update=update), str(weights) if weights else None, str(tokenizer) if tokenizer else None
+
+
+def _without_path(source: str) -> str:
+    kind, _, rest = source.partition(":")
+    return f"dir:{Path(rest).name}" if kind == "dir" else source

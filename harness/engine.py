@@ -1,0 +1,104 @@
+"""The contract between the harness and an engine, which is a module; the only place where the two meet."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
+
+from harness.data.tokens import StepTokens, TokenFile
+from harness.errors import ConfigError
+from harness.spec import EngineSpec, Spec, Workload
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Machine(Spec):
+    """The hardware key: only what makes figures incomparable. Drivers, clocks and versions are recorded beside it.
+
+    ``memory_gib`` is that of one accelerator (of the host on a CPU); ``memory_cap_gib`` an emulated smaller one.
+    """
+
+    device: Literal["cpu", "cuda"]
+    name: str
+    count: int
+    memory_gib: int
+    memory_cap_gib: int | None = None
+    interconnect: str | None = None
+    power_limit_watts: int | None = None
+
+    @property
+    def key(self) -> str:
+        """A readable folder name, for example ``nvidia-h100-80gb-hbm3-x1-80gib-700w``."""
+        words = "".join(c if c.isalnum() else "-" for c in self.name.lower())
+        parts = ["-".join(word for word in words.split("-") if word), f"x{self.count}", f"{self.memory_gib}gib"]
+        if self.interconnect:
+            parts.append(self.interconnect)
+        if self.power_limit_watts:
+            parts.append(f"{self.power_limit_watts}w")
+        if self.memory_cap_gib:
+            parts.append(f"cap{self.memory_cap_gib}gib")
+        return "-".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What an engine is given. All paths exist; ``out`` is an empty folder for the adapter (or the full weights).
+
+    ``base``: folder with config.json, *.safetensors and, where there is one, the tokenizer. ``adapter_init``: folder with the
+    shared initial adapter in PEFT format, None for ``method=full``. ``device``: where to train.
+    """
+
+    workload: Workload
+    tokens: TokenFile
+    base: Path
+    adapter_init: Path | None
+    out: Path
+    device: Literal["cpu", "cuda"]
+    processes: int = 1
+
+
+class Probe(Protocol):
+    """The harness's stopwatch. Engines report; the harness measures."""
+
+    def ready(self) -> None:
+        """Set-up is over; the next thing is step 1."""
+
+    def step(self, *, loss: Tensor | float, grad_norm: Tensor | float | None, tokens: StepTokens) -> None:
+        """One optimizer step has been issued. Copies the tensors on the current stream and never synchronises.
+
+        ``loss``: token-weighted mean over the step. ``grad_norm``: global norm before clipping.
+        """
+
+
+K = TypeVar("K")
+
+
+class Engine(Protocol[K]):
+    """What a module must have to be an engine."""
+
+    @property
+    def Knobs(self) -> type[K]:
+        """A frozen ``Spec``: how, never what."""
+
+    def unsupported(self, workload: Workload, knobs: K, machine: Machine) -> str | None:
+        """Why this cannot run, in a sentence for people, or None. Imports nothing heavy."""
+
+    def train(self, job: Job, knobs: K, probe: Probe) -> None:
+        """Train ``job.workload`` and leave a PEFT-format adapter (full: Hugging Face layout) in ``job.out``."""
+
+
+def load(spec: EngineSpec) -> Engine[Any]:
+    """Import the engine's module. Raises ConfigError when there is none, or when it is no engine."""
+    try:
+        module = importlib.import_module(spec.module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not spec.module.startswith(error.name):
+            raise
+        raise ConfigError(f"engine.module: there is no module '{spec.module}'; conf/engine/{spec.name}.yaml names it") from error
+    missing = [name for name in ("Knobs", "unsupported", "train") if not hasattr(module, name)]
+    if missing:
+        raise ConfigError(f"engine.module: '{spec.module}' is no engine, it lacks {', '.join(missing)}; see docs/adding-an-engine.md")
+    return cast("Engine[Any]", module)

@@ -1,0 +1,95 @@
+"""Which machine this is: found without torch, so that planning stays light."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from harness.engine import Machine
+
+_GIB = 2**30
+_POWER_BUCKET_WATTS = 50  # cards of one model are sold with different limits; small differences in the setting are noise
+
+
+def has_cuda() -> bool:
+    """Whether NVML sees an NVIDIA GPU."""
+    with _nvml() as nvml:
+        return nvml is not None and nvml.nvmlDeviceGetCount() > 0
+
+
+def detect(device: Literal["cpu", "cuda"], *, count: int = 1, memory_cap_gib: int | None = None) -> Machine:
+    """The hardware key of this machine for a cell on ``device`` (``count`` accelerators; all cores of a CPU).
+
+    Raises LookupError when ``device`` is cuda and there are not ``count`` GPUs.
+    """
+    if device == "cpu":
+        return _cpu(memory_cap_gib)
+    with _nvml() as nvml:
+        found = nvml.nvmlDeviceGetCount() if nvml else 0
+        if nvml is None or found < count:
+            raise LookupError(f"asked for {count} NVIDIA GPU(s), NVML sees {found}")
+        handle = nvml.nvmlDeviceGetHandleByIndex(0)
+        watts = nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000
+        return Machine(
+            device="cuda",
+            name=nvml.nvmlDeviceGetName(handle),
+            count=count,
+            memory_gib=round(nvml.nvmlDeviceGetMemoryInfo(handle).total / _GIB),
+            memory_cap_gib=memory_cap_gib,
+            power_limit_watts=round(watts / _POWER_BUCKET_WATTS) * _POWER_BUCKET_WATTS,
+        )
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version, None without one."""
+    with _nvml() as nvml:
+        return str(nvml.nvmlSystemGetDriverVersion()) if nvml else None
+
+
+def host_id() -> str:
+    """A short hash that tells hosts apart without naming them."""
+    parts = [platform.node()]
+    for name in ("/etc/machine-id", "/proc/sys/kernel/random/boot_id"):
+        with contextlib.suppress(OSError):
+            parts.append(Path(name).read_text().strip())
+    return hashlib.sha256(":".join(parts).encode()).hexdigest()[:12]
+
+
+def _cpu(memory_cap_gib: int | None) -> Machine:
+    import psutil
+
+    return Machine(
+        device="cpu",
+        name=_cpu_name(),
+        count=psutil.cpu_count(logical=True) or 1,
+        memory_gib=round(psutil.virtual_memory().total / _GIB),
+        memory_cap_gib=memory_cap_gib,
+    )
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[Any]:
+    """The NVML module, initialised, or None where there is no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()

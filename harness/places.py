@@ -1,0 +1,50 @@
+"""Where things lie on this machine: what prepare is given and what it leaves. Absolute paths live here, never in a record."""
+
+from __future__ import annotations
+
+from harness.spec import Spec, Workload
+
+
+class Sources(Spec):
+    """Absolute paths of the sources a workload names by content; null where the source is not a file here."""
+
+    data: str | None = None
+    weights: str | None = None
+    tokenizer: str | None = None
+
+
+class Prepared(Spec):
+    """What prepare made in the cache (absolute paths), and its content hashes. ``notes`` are facts worth a line in the record."""
+
+    tokens: str
+    base: str
+    adapter_init: str | None
+    base_sha256: str
+    adapter_init_sha256: str | None
+    notes: tuple[str, ...] = ()
+
+
+class PrepareRequest(Spec):
+    """``python -m harness.prepare REQUEST.json``: make everything ``workload`` needs under ``cache``, write ``out``."""
+
+    workload: Workload
+    sources: Sources
+    cache: str
+    out: str
+
+
+class ScoreItem(Spec):
+    """One set of weights to score; ``adapter`` null scores the base itself. ``out``: the Score file to write."""
+
+    adapter: str | None
+    adapter_sha256: str | None
+    out: str
+
+
+class ScoreRequest(Spec):
+    """``python -m harness.score REQUEST.json``: held-out loss of each item on the same base and held-out rows."""
+
+    workload: Workload
+    prepared: Prepared
+    items: tuple[ScoreItem, ...]
+    device: str

@@ -1,0 +1,88 @@
+"""What a person sees while a sweep runs: which cell, how far, tokens/s, loss, memory, and what is next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from harness.events import Event
+from harness.plan import Planned
+from harness.record import Record
+
+_GIB = 2**30
+
+
+class SweepProgress:
+    """A bar for the sweep and one for the cell that runs; plain lines where the output is no terminal."""
+
+    def __init__(self, console: Console, progress: Progress, cells: Sequence[Planned]) -> None:
+        self._console = console
+        self._progress = progress
+        self._cells = cells
+        self._done = 0
+        self._sweep = progress.add_task("sweep", total=len(cells), detail="")
+        self._cell: TaskID | None = None
+        self._tokens = 0
+        self._seconds = 0.0
+
+    def begin(self, cell: Planned) -> None:
+        """A cell is about to start."""
+        following = self._cells[self._done + 1] if self._done + 1 < len(self._cells) else None
+        self._progress.update(self._sweep, detail=f"next: {label(following)}" if following else "the last one")
+        steps = cell.request.cell.workload.train.steps
+        self._cell = self._progress.add_task(label(cell), total=steps, detail="starting")
+        self._tokens, self._seconds = 0, 0.0
+        if not self._console.is_terminal:
+            self._console.print(f"[{self._done + 1}/{len(self._cells)}] {label(cell)} …", markup=False)
+
+    def event(self, event: Event) -> None:
+        """Something the worker reported."""
+        if self._cell is None or event["event"] not in ("ready", "step"):
+            return
+        if event["event"] == "ready":
+            self._progress.update(self._cell, detail=f"ready after {event['setup_seconds']:.1f} s")
+            return
+        self._tokens += event["tokens_input"]
+        self._seconds += event["seconds"]
+        memory = event.get("rss_bytes")
+        parts = [f"{self._tokens / self._seconds:,.0f} tokens/s" if self._seconds else "", f"loss {event['losses']:.4f}"]
+        parts += [f"RSS {memory / _GIB:.2f} GiB"] if memory else []
+        self._progress.update(self._cell, advance=1, detail=", ".join(filter(None, parts)))
+
+    def end(self, record: Record) -> None:
+        """The cell has its record."""
+        self._done += 1
+        if self._cell is not None:
+            self._progress.remove_task(self._cell)
+            self._cell = None
+        self._progress.update(self._sweep, advance=1)
+        name = f"{record.cell.engine.name}, repeat {record.cell.repeat}"
+        rate = f"{self._tokens / self._seconds:,.0f} tokens/s" if self._seconds else "no step"
+        reason = f": {record.reason.strip().splitlines()[-1]}" if record.reason else ""
+        self._console.print(
+            f"  {record.status:<12} {name:<24} {rate}, {record.provenance.wall_seconds:.1f} s{reason}", markup=False, highlight=False
+        )
+
+
+def label(cell: Planned) -> str:
+    """A cell in a few words."""
+    workload = cell.request.cell.workload
+    return f"{cell.request.cell.engine.name} {workload.model.name} {workload.method.name} {workload.data.name} #{cell.request.cell.repeat}"
+
+
+@contextmanager
+def sweep_progress(console: Console, cells: Sequence[Planned]) -> Iterator[SweepProgress]:
+    """Show the bars while the block runs."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}", markup=False),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield SweepProgress(console, progress, cells)

@@ -1,0 +1,287 @@
+"""Who is fastest on one workload and one machine, by how much and how sure: variants, repeats, ties, the outcome."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from harness.engine import Machine
+from harness.record import Record, Score
+from harness.spec import EngineSpec, Workload
+from harness.stats import Comparison, compare, median, tokens_per_second
+
+
+class Light(Protocol):
+    """The light check: whether it passed (null: could not be done), and what was seen."""
+
+    @property
+    def passed(self) -> bool | None:
+        """Null where there was nothing to check against."""
+
+    @property
+    def detail(self) -> str:
+        """What was seen."""
+
+
+class Verdict(Protocol):
+    """What ranking needs to know of a parity verdict."""
+
+    @property
+    def light(self) -> Light:
+        """What could be checked where the full rule could not be applied."""
+
+    @property
+    def kind(self) -> str:
+        """``reference``, ``same``, ``different`` or ``not comparable``."""
+
+    @property
+    def label(self) -> str:
+        """The verdict in a few words."""
+
+    @property
+    def detail(self) -> str:
+        """Why, in a sentence."""
+
+    @property
+    def can_win(self) -> bool:
+        """Whether a run with this verdict may win a ranking."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One record, where it is stored (relative to its root), its score and its verdict."""
+
+    record: Record
+    path: str
+    score: Score | None
+    verdict: Verdict
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The rate of a run with status ok; None when it failed or nothing was timed."""
+        measurement = self.record.measurement
+        return tokens_per_second(measurement.steps) if self.record.status == "ok" and measurement else None
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One engine with one set of knobs, on one workload and machine, over its repeats.
+
+    ``runs``: the repeats with status ok, ``failures``: the others, both by repeat number. ``num_superseded``: older records of the
+    same cells, not counted. ``rank``: 1 is best, ties share it, null when nothing ran. ``comparison``: with the first of its rank.
+    """
+
+    label: str
+    engine: EngineSpec
+    runs: tuple[Entry, ...]
+    failures: tuple[Entry, ...]
+    num_superseded: int
+    rank: int | None = None
+    comparison: Comparison | None = None
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Tokens per second of every repeat."""
+        return tuple(rate for run in self.runs if (rate := run.tokens_per_second) is not None)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The median repeat."""
+        return median(self.rates) if self.rates else None
+
+    @property
+    def status(self) -> str:
+        """``ok`` when at least one repeat is, otherwise the status of the first failure."""
+        return "ok" if self.runs else self.failures[0].record.status
+
+    @property
+    def reason(self) -> str | None:
+        """Every failure with its repeat number, status and reason; null when there was none."""
+        return "; ".join(failure_text(entry.record) for entry in self.failures) or None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The worst verdict over the repeats. A reference whose other repeats agree with it, or say nothing, stays the reference."""
+        verdicts = [run.verdict for run in self.runs]
+        kinds = {verdict.kind for verdict in verdicts}
+        if "reference" in kinds and "different" not in kinds:
+            return next(verdict for verdict in verdicts if verdict.kind == "reference")
+        order = ("different", "not comparable", "same", "reference")
+        return min(verdicts, key=lambda verdict: (verdict.can_win, order.index(verdict.kind)), default=None)
+
+    @property
+    def can_win(self) -> bool:
+        """Whether every repeat trained what the reference trained, as far as could be checked."""
+        return all(run.verdict.can_win for run in self.runs)
+
+    @property
+    def peak_allocated_bytes(self) -> int | None:
+        """The largest over repeats, ranks and phases; null on a CPU."""
+        return self._peak("peak_allocated_bytes")
+
+    @property
+    def peak_rss_bytes(self) -> int | None:
+        """Host memory, the largest over repeats, ranks and phases."""
+        return self._peak("peak_rss_bytes")
+
+    @property
+    def held_out_loss(self) -> float | None:
+        """The median over the scored repeats."""
+        losses = [run.score.held_out_loss for run in self.runs if run.score]
+        return median(losses) if losses else None
+
+    def _peak(self, field: str) -> int | None:
+        measurements = [run.record.measurement for run in self.runs if run.record.measurement]
+        values = [getattr(memory, field) for measurement in measurements for memory in measurement.memory]
+        return max((value for value in values if value is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """``first``: the variants that share rank 1. ``next``: the runner-up, tied or behind, with ``lead`` = the first against it.
+
+    ``barred``: variants measured faster than the winner which cannot win because they did not train the same.
+    """
+
+    first: tuple[Variant, ...]
+    next: Variant | None
+    lead: Comparison | None
+    barred: tuple[Variant, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Everything measured for one workload on one machine; ``variants`` in the order of the ranking, failures last."""
+
+    machine: Machine
+    workload: Workload
+    variants: tuple[Variant, ...]
+    outcome: Outcome
+
+
+def latest(records: Iterable[Record]) -> tuple[Record, ...]:
+    """The newest record of every (machine, cell): a cell that was run again counts once."""
+    newest: dict[tuple[str, str], Record] = {}
+    for record in records:
+        key = (record.machine.key, record.cell.key)
+        if key not in newest or newest[key].provenance.started_utc < record.provenance.started_utc:
+            newest[key] = record
+    return tuple(newest.values())
+
+
+def rank(entries: Iterable[Entry]) -> tuple[Group, ...]:
+    """Group ``entries`` by machine and workload and rank each group. Groups are sorted by machine, model, method and data."""
+    grouped: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        grouped.setdefault((entry.record.machine.key, entry.record.cell.workload.key), []).append(entry)
+    groups = [_group(members) for members in grouped.values()]
+    return tuple(sorted(groups, key=lambda group: (group.machine.key, group.workload.label)))
+
+
+def failure_text(record: Record) -> str:
+    """``repeat 2: oom: CUDA out of memory``."""
+    why = record.reason or ("nothing was timed" if record.status == "ok" else "no reason was recorded")
+    return f"repeat {record.cell.repeat}: {record.status}: {why}"
+
+
+def labels(engines: Sequence[EngineSpec]) -> tuple[str, ...]:
+    """A name for each engine: its own, plus whatever differs between the variants of that engine."""
+    return tuple(_label(engine, [other for other in engines if other.name == engine.name]) for engine in engines)
+
+
+def _group(entries: Sequence[Entry]) -> Group:
+    variants = _ranked(_variants(entries))
+    first = entries[0].record
+    return Group(first.machine, first.cell.workload, variants, _outcome(variants))
+
+
+def _variants(entries: Sequence[Entry]) -> list[Variant]:
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(_canonical(entry.record.cell.engine.model_dump(mode="json")), []).append(entry)
+    members = list(found.values())
+    names = labels([entries[0].record.cell.engine for entries in members])
+    return [_variant(name, entries) for name, entries in zip(names, members, strict=True)]
+
+
+def _variant(label: str, entries: Sequence[Entry]) -> Variant:
+    newest = set(map(id, latest(entry.record for entry in entries)))
+    current = sorted((entry for entry in entries if id(entry.record) in newest), key=lambda entry: entry.record.cell.repeat)
+    runs = tuple(entry for entry in current if entry.tokens_per_second is not None)
+    failures = tuple(entry for entry in current if entry.tokens_per_second is None)
+    known = {_canonical(entry.record.model_dump(mode="json")) for entry in entries}
+    return Variant(label, entries[0].record.cell.engine, runs, failures, len(known) - len(current))
+
+
+def _ranked(variants: Sequence[Variant]) -> tuple[Variant, ...]:
+    def order(variant: Variant) -> tuple[bool, bool, float, str]:
+        rate = variant.tokens_per_second
+        return rate is None, not variant.can_win, -(rate or 0.0), variant.label
+
+    ranked: list[Variant] = []
+    leader: Variant | None = None
+    for place, variant in enumerate(sorted(variants, key=order), start=1):
+        if not variant.runs:
+            ranked.append(variant)
+            continue
+        comparison = compare_variants(variant, leader) if leader and leader.can_win == variant.can_win else None
+        if leader is None or leader.rank is None or comparison is None or comparison.answer == "slower":
+            leader = variant = replace(variant, rank=place, comparison=comparison)
+        else:
+            variant = replace(variant, rank=leader.rank, comparison=comparison)
+        ranked.append(variant)
+    return tuple(ranked)
+
+
+def compare_variants(a: Variant, b: Variant) -> Comparison:
+    """Is ``a`` faster than ``b``? Runs are paired by repeat number, on one host: a repeat is a block measured in one sitting."""
+    theirs = {_block(run.record): run.tokens_per_second for run in b.runs}
+    pairs = [(run.tokens_per_second, theirs[block]) for run in a.runs if (block := _block(run.record)) in theirs]
+    rates = [(x, y) for x, y in pairs if x is not None and y is not None]
+    return compare([x for x, _ in rates], [y for _, y in rates])
+
+
+def _outcome(variants: Sequence[Variant]) -> Outcome:
+    able = [variant for variant in variants if variant.runs and variant.can_win]
+    first = tuple(variant for variant in able if variant.rank == 1)
+    behind = tuple(variant for variant in able if variant.rank != 1)
+    best = max((variant.tokens_per_second or 0.0 for variant in first), default=0.0)
+    barred = tuple(v for v in variants if v.runs and not v.can_win and (v.tokens_per_second or 0.0) > best)
+    rival = next(iter(first[1:] or behind), None)
+    return Outcome(first, rival, compare_variants(first[0], rival) if first and rival else None, barred)
+
+
+def _label(engine: EngineSpec, family: Sequence[EngineSpec]) -> str:
+    mine, others = _settings(engine), [_settings(other) for other in family]
+    keys = sorted({key for one in others for key in one})
+    differ = [key for key in keys if len({_canonical(one.get(key, "unset")) for one in others}) > 1]
+    return " ".join([engine.name, *(f"{key}={_plain(mine.get(key, 'unset'))}" for key in differ)])
+
+
+def _settings(engine: EngineSpec) -> dict[str, Any]:
+    environment = {f"environment.{key}": value for key, value in engine.environment.items()}
+    return dict(_flat({"processes": engine.processes, "module": engine.module, **environment, **engine.knobs}))
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else _canonical(value)
+
+
+def _flat(tree: Mapping[str, Any], at: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            leaves += _flat(value, f"{at}{key}.")
+        else:
+            leaves.append((f"{at}{key}", value))
+    return leaves
+
+
+def _block(record: Record) -> tuple[int, str]:
+    return record.cell.repeat, record.provenance.host
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)

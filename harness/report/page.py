@@ -1,0 +1,109 @@
+"""Write report.html (one file, no script, nothing fetched) and report.md."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from harness.errors import StoreError
+from harness.rank import Group
+from harness.report.judged import judged
+from harness.report.reproduce import Options, options
+from harness.report.view import Section, section
+from harness.store import Results
+
+
+def write(results: Results, out: Path) -> Path:
+    """Write report.html and report.md into ``out``; returns the path of report.html. Raises StoreError when that cannot be done."""
+    groups, known = judged(results), options()
+    _save(out / "report.md", _markdown(results, groups, known))
+    return _save(out / "report.html", _html(results, groups, known))
+
+
+def html(results: Results) -> str:
+    """The page as text."""
+    return _html(results, judged(results), options())
+
+
+def markdown(results: Results) -> str:
+    """The report without plots, for places that show Markdown; everything from records is escaped."""
+    return _markdown(results, judged(results), options())
+
+
+def save_one(results: Results, out: Path, name: str) -> Path:
+    """Write only ``report.html`` or only ``report.md``."""
+    return _save(out / name, html(results) if name.endswith(".html") else markdown(results))
+
+
+def _html(results: Results, groups: tuple[Group, ...], known: Options) -> str:
+    from harness.report.plots import looks, plots  # matplotlib takes half a second to import, and a terminal table needs none of it
+
+    look = looks(groups)
+    sections = [section(group, known, plots(group, look), look) for group in groups]
+    environment = _environment(autoescape=True)
+    return environment.get_template("report.html.j2").render(_context(results, sections, environment))
+
+
+def _markdown(results: Results, groups: tuple[Group, ...], known: Options) -> str:
+    environment = _environment(autoescape=False, finalize=_escaped)
+    environment.filters["code"] = _code
+    return environment.get_template("report.md.j2").render(_context(results, [section(group, known) for group in groups], environment))
+
+
+def _environment(*, autoescape: bool, finalize: Callable[[Any], Any] | None = None) -> Environment:
+    return Environment(
+        loader=PackageLoader("harness.report"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=finalize,
+    )
+
+
+def _context(results: Results, sections: list[Section], environment: Environment) -> dict[str, Any]:
+    assert environment.loader is not None
+    style, _, _ = environment.loader.get_source(environment, "style.css")
+    records = [stored.record for stored in results.stored]
+    return {
+        "style": Markup(style),  # our own file, the only text that is not escaped
+        "sections": sections,
+        "problems": results.problems,
+        "num_records": len(records),
+        "num_machines": len({record.machine.key for record in records}),
+        "newest": max((record.provenance.started_utc for record in records), default="none"),
+    }
+
+
+def _escaped(value: Any) -> Any:
+    """Text that Markdown shows as it is: no table cell ends early, no link, image, emphasis or HTML begins."""
+    if isinstance(value, Markup):
+        return value
+    line = " ".join(str(value).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]|~#$!])", r"\\\1", line).replace("://", ":\\//").replace("@", "\\@")
+
+
+def _code(text: str) -> Markup:
+    """A fenced block whose fence is longer than any run of backticks in ``text``."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return Markup(f"{fence}sh\n{text}\n{fence}")  # not HTML: fenced
+
+
+def _save(path: Path, text: str) -> Path:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.replace(path)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot write the report ({error.strerror}); choose another folder with --out") from error
+    return path

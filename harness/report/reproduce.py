@@ -1,0 +1,123 @@
+"""The command that makes a cell again: the options of conf/ that are nearest to it, and an override for all else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]  # comes with Hydra
+from pydantic import BaseModel
+
+from harness.engine import Machine
+from harness.spec import Cell
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+GROUPS = ("engine", "model", "method", "data", "train")
+FILLED_IN = ("model.fingerprint", "data.sha256")  # content hashes, made when the cell is made
+MISSING = "???"  # Hydra's mark for a value that must be given
+
+Options = Mapping[str, Mapping[str, Mapping[str, Any]]]  # group -> option -> its values
+
+
+def options(conf: Path = CONF) -> Options:
+    """The values of every option of every group of ``conf``; nothing when there is no such folder."""
+    return {group: {path.stem: _read(path) for path in sorted((conf / group).glob("*.yaml"))} for group in GROUPS}
+
+
+def command(cell: Cell, machine: Machine, repeats: Sequence[int], known: Options) -> str:
+    """A shell command that runs ``cell`` (all of ``repeats``) on a machine like ``machine``.
+
+    Of each group of ``known`` the option with the fewest differences is named, and every value that differs is overridden. An
+    interpolated value counts as different: what it resolves to may change from machine to machine.
+    """
+    words: list[str] = []
+    for group in GROUPS:
+        wanted = _wanted(cell, group)
+        choices = {
+            name: values for name, values in known.get(group, {}).items() if values.get("name", wanted.get("name")) == wanted.get("name")
+        }
+        lists = {name: _overrides(wanted, values, group, _model(cell, group)) for name, values in choices.items()}
+        if lists:
+            best = min(lists, key=lambda name: (len(lists[name]), name))
+            words += [f"{group}={best}", *lists[best]]
+        else:
+            chosen = [f"{group}={wanted['name']}"] if "name" in wanted else []
+            words += [*chosen, *_overrides(wanted, {}, group, _model(cell, group))]
+    words.append(f"machine={machine.device}")
+    if machine.memory_cap_gib:
+        words.append(f"machine.memory_cap_gib={machine.memory_cap_gib}")
+    words.append(f"repeat={','.join(map(str, repeats))}")
+    start = ["python", "-m", "harness", *(["-m"] if len(repeats) > 1 else [])]
+    return " ".join(shlex.quote(word) for word in [*start, *words])
+
+
+def hydra_value(value: Any) -> str:
+    """``value`` in the grammar of Hydra's overrides."""
+    if isinstance(value, str):
+        return _hydra_string(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{_hydra_string(str(key))}:{hydra_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(hydra_value, value)) + "]"
+    return json.dumps(value)
+
+
+def _hydra_string(text: str) -> str:
+    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", text)
+    if plain and text.lower() not in ("null", "true", "false", "nan", "inf"):
+        return text
+    # Backslashes need doubling only before a quote, and at the end, where a quote follows.
+    escaped = re.sub(r"(\\*)(')", r"\1\1\\'", text)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped).replace("${", r"\${")
+    return f"'{escaped}'"
+
+
+def _wanted(cell: Cell, group: str) -> dict[str, Any]:
+    values: dict[str, Any] = _model(cell, group).model_dump(mode="json")
+    return {key: value for key, value in values.items() if f"{group}.{key}" not in FILLED_IN}
+
+
+def _model(cell: Cell, group: str) -> BaseModel:
+    return cell.engine if group == "engine" else getattr(cell.workload, group)
+
+
+def _overrides(wanted: Mapping[str, Any], known: Mapping[str, Any], at: str, spec: BaseModel | None) -> list[str]:
+    """What must be said so that ``known`` becomes ``wanted``. ``spec`` knows the defaults of what an option leaves out."""
+    said: list[str] = []
+    for key, value in wanted.items():
+        where, default = f"{at}.{key}", _default(spec, key)
+        if key not in known:
+            if "defaults" in known or value != default:
+                said.append(f"++{where}={hydra_value(value)}")
+        elif isinstance(value, Mapping) and isinstance(known[key], Mapping) and value:
+            said += _overrides(value, known[key], where, None)
+        elif not _equal(value, known[key]):
+            said.append(f"{where}={hydra_value(value)}")
+    if spec is None:
+        said += [f"~{at}.{key}" for key in known if key not in wanted]
+    return said
+
+
+def _default(spec: BaseModel | None, key: str) -> Any:
+    field = type(spec).model_fields.get(key) if spec is not None else None
+    return MISSING if field is None or field.is_required() else field.default
+
+
+def _equal(value: Any, known: Any) -> bool:
+    """A record keeps only the name of a local file: the option may know its folder."""
+    if value == known and isinstance(value, bool) == isinstance(known, bool):
+        return True
+    if not (isinstance(value, str) and isinstance(known, str)) or known == MISSING or "${" in known:
+        return False
+    kind, _, rest = known.partition(":")
+    local = f"dir:{PurePosixPath(rest).name}" if kind == "dir" else PurePosixPath(known).name
+    return value == local and "/" in known
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,100 @@
+"""The outcome of a ranking in plain sentences: who, by how much, how sure, and whether it trained the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.rank import Group, Outcome, Variant
+from harness.report.numbers import percent, rate, times
+from harness.stats import CONFIDENCE, SAME, Comparison
+
+
+@dataclass(frozen=True, slots=True)
+class Sentences:
+    """``headline``: the answer. ``details``: how sure, parity, and what was faster but cannot win."""
+
+    headline: str
+    details: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """All of it as one paragraph."""
+        return " ".join([self.headline, *self.details])
+
+
+def sentences(group: Group) -> Sentences:
+    """What a person who reads one paragraph should know of ``group``."""
+    outcome = group.outcome
+    if not outcome.first:
+        return _no_winner(group)
+    winner = outcome.first[0]
+    details = [*_how_sure(outcome), *_parity(outcome.first)]
+    details += [f"{one.label} was faster ({rate(one.tokens_per_second)}) but cannot win: {_verdict(one)}." for one in outcome.barred]
+    if len(outcome.first) > 1:
+        names = _listed([one.label for one in outcome.first])
+        return Sentences(f"No clear winner: {names} share the first place.", tuple(details))
+    if outcome.next is None:
+        only = "the only variant that ran" if not outcome.barred else "the only variant that trained the same and ran"
+        return Sentences(f"{winner.label} is {only}: {rate(winner.tokens_per_second)}.", tuple(details))
+    assert outcome.lead is not None
+    assert outcome.lead.interval is not None
+    by = f"{times(outcome.lead.interval.ratio)} the rate of {outcome.next.label}"
+    return Sentences(f"{winner.label} is the fastest: {rate(winner.tokens_per_second)}, {by}.", tuple(details))
+
+
+def _no_winner(group: Group) -> Sentences:
+    ran = [variant for variant in group.variants if variant.runs]
+    if not ran:
+        return Sentences(f"Nothing was measured: of {len(group.variants)} variants none ran to the end.", ())
+    details = tuple(f"{one.label} ({rate(one.tokens_per_second)}): {_verdict(one)}." for one in ran)
+    return Sentences("No winner: no variant that ran trained the same as the reference.", details)
+
+
+def _how_sure(outcome: Outcome) -> list[str]:
+    if outcome.next is None or outcome.lead is None:
+        return ["There is nothing to compare it with."]
+    if len(outcome.first) == 1:
+        return [f"{_interval(outcome.lead)}."]
+    first, second = outcome.first[0].label, outcome.next.label
+    interval = outcome.lead.interval
+    if interval is None:
+        return [f"{first} and {second} have no repeat measured on the same host, so their rates cannot be compared."]
+    measured = f"{first} measured {times(interval.ratio)} the rate of {second}"
+    if interval.n == 1:
+        return [f"{measured}, but one paired repeat says nothing about chance: run at least 3, better 8 (-m 'repeat=range(8)')."]
+    if outcome.lead.answer == "same":
+        return [f"{measured}: the same within ±{percent(SAME)}. {_interval(outcome.lead)}."]
+    return [f"{measured}, too close to call. {_interval(outcome.lead)}; more repeats narrow it."]
+
+
+def _interval(comparison: Comparison) -> str:
+    interval = comparison.interval
+    assert interval is not None
+    reach = f"{interval.low:.3f} to {interval.high:.3f} times"
+    return f"{percent(CONFIDENCE)} confidence interval: {reach} the runner-up's rate, from {interval.n} paired repeats"
+
+
+def _parity(first: tuple[Variant, ...]) -> list[str]:
+    said = []
+    for variant in first:
+        verdict = variant.verdict
+        if verdict is None or verdict.kind == "reference":
+            said.append(f"{variant.label} is the reference for parity.")
+        elif verdict.kind == "same":
+            said.append(f"Parity of {variant.label}: {verdict.label} ({verdict.detail}).")
+        else:
+            light = {True: f" The light check passed: {verdict.light.detail}.", False: f" The light check failed: {verdict.light.detail}."}
+            passed = verdict.light.passed
+            said.append(
+                f"That {variant.label} trains the same is not proven: {verdict.detail}.{light[passed] if passed is not None else ''}"
+            )
+    return said
+
+
+def _verdict(variant: Variant) -> str:
+    verdict = variant.verdict
+    return f"{verdict.label}: {verdict.detail}" if verdict else "no verdict"
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"

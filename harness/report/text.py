@@ -1,0 +1,115 @@
+"""The ranking as plain text for a terminal, and as rows for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from harness.rank import Group, Variant
+from harness.report.judged import judged
+from harness.report.numbers import GIB, finite, gib, plain_rate
+from harness.report.sentence import sentences
+from harness.store import Results
+
+
+def table(results: Results) -> str:
+    """The ranking of every group, ties shown as ties, failures with their reasons; printable characters only."""
+    parts = [_group(group) for group in judged(results)]
+    if results.problems:
+        parts.append("\n".join(["Files that could not be read:", *(f"  {_one_line(problem)}" for problem in results.problems)]))
+    return "\n\n".join(parts)
+
+
+def rows(results: Results) -> list[dict[str, Any]]:
+    """One row a variant, in the order of the ranking; strict JSON (no NaN)."""
+    return [_row(group, variant) for group in judged(results) for variant in group.variants]
+
+
+def place(variant: Variant, group: Group) -> str:
+    """``1``, ``2=`` when others share the rank, nothing for what did not run."""
+    if variant.rank is None:
+        return ""
+    shared = sum(other.rank == variant.rank for other in group.variants) > 1
+    return f"{variant.rank}=" if shared else str(variant.rank)
+
+
+def memory_name(group: Group) -> str:
+    """What the memory column holds: the allocator's peak on a GPU, resident memory of the process on a CPU."""
+    return "peak allocated GiB" if group.machine.device == "cuda" else "peak RSS GiB"
+
+
+def memory_bytes(variant: Variant, group: Group) -> int | None:
+    """The figure for :func:`memory_name`."""
+    return variant.peak_allocated_bytes if group.machine.device == "cuda" else variant.peak_rss_bytes
+
+
+def _group(group: Group) -> str:
+    work = group.workload
+    title = f"{work.model.name}, {work.method.name}, {work.data.name} (length {work.data.sequence_length}) on {group.machine.key}"
+    head = ("rank", "variant", "tokens/s", "repeats", memory_name(group), "parity")
+    ran = [variant for variant in group.variants if variant.runs]
+    body = [_cells(variant, group) for variant in ran]
+    ranking = _columns([head, *body]) if ran else []
+    lines = [title, *ranking, *_failures(group), _one_line(sentences(group).text)]
+    return "\n".join(lines)
+
+
+def _cells(variant: Variant, group: Group) -> tuple[str, ...]:
+    verdict = variant.verdict
+    return (
+        place(variant, group),
+        _one_line(variant.label),
+        plain_rate(variant.tokens_per_second),
+        str(len(variant.runs)),
+        gib(memory_bytes(variant, group)),
+        f"{verdict.label if verdict else ''}{'' if variant.can_win else ' (cannot win)'}",
+    )
+
+
+def _failures(group: Group) -> list[str]:
+    return [f"  {_one_line(variant.label)}: {_one_line(variant.reason)}" for variant in group.variants if variant.reason]
+
+
+def _columns(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Left-aligned text, right-aligned figures (the third to the fifth column)."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    numeric = (2, 3, 4)
+    aligned = [[cell.rjust(widths[i]) if i in numeric else cell.ljust(widths[i]) for i, cell in enumerate(line)] for line in lines]
+    return [f"  {'  '.join(line)}".rstrip() for line in aligned]
+
+
+def _row(group: Group, variant: Variant) -> dict[str, Any]:
+    verdict, work = variant.verdict, group.workload
+    allocated, rss = variant.peak_allocated_bytes, variant.peak_rss_bytes
+    return {
+        "machine": group.machine.key,
+        "workload": work.key,
+        "model": work.model.name,
+        "method": work.method.name,
+        "data": work.data.name,
+        "sequence_length": work.data.sequence_length,
+        "samples_per_step": work.train.samples_per_step,
+        "engine": variant.engine.name,
+        "label": variant.label,
+        "knobs": variant.engine.knobs,
+        "processes": variant.engine.processes,
+        "environment": variant.engine.environment,
+        "status": variant.status,
+        "reason": variant.reason,
+        "rank": variant.rank,
+        "tokens_per_second": finite(variant.tokens_per_second),
+        "repeats": list(variant.rates),
+        "peak_allocated_gib": None if allocated is None else allocated / GIB,
+        "peak_rss_gib": None if rss is None else rss / GIB,
+        "held_out_loss": finite(variant.held_out_loss),
+        "parity": verdict.label if verdict else None,
+        "parity_detail": verdict.detail if verdict else None,
+        "can_win": variant.can_win if variant.runs else False,
+        "records": [entry.path for entry in (*variant.runs, *variant.failures)],
+        "superseded": variant.num_superseded,
+    }
+
+
+def _one_line(text: str | None) -> str:
+    """Records hold what programs said: no line breaks and no escape sequences reach the terminal."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text or "").split())

@@ -1,0 +1,168 @@
+"""Held-out loss of trained weights, by one neutral evaluator in fp32, whoever trained them."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness.data.tokens import IGNORE, Sample, Split, TokenFile, pad
+from harness.errors import ConfigError, DataError, HarnessError, WeightsError
+from harness.places import Prepared, ScoreItem, ScoreRequest
+from harness.record import Score, dumps
+from harness.spec import parse
+from harness.weights.sources import write_atomically
+from harness.weights.tensors import read_tensors
+
+LOGITS_BYTES = 2**28  # the most that one batch's fp32 logits may take
+BATCH_TOKENS = 8192  # the most positions in a batch
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``python -m harness.score REQUEST.json``. Exit code 0, or 2 with the reason on stderr."""
+    if len(arguments) != 1:
+        print("usage: python -m harness.score REQUEST.json", file=sys.stderr)
+        return 2
+    try:
+        score(read_request(Path(arguments[0])))
+    except HarnessError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_request(path: Path) -> ScoreRequest:
+    """The request in ``path``. Raises ConfigError when there is none, or it is not one."""
+    try:
+        return parse(ScoreRequest, json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable request: {error}") from error
+
+
+def score(request: ScoreRequest) -> None:
+    """Write a Score for every item. Raises DataError without held-out rows, WeightsError for an item that is not loadable."""
+    tokens = TokenFile.open(Path(request.prepared.tokens))
+    if len(tokens.held_out) == 0:
+        raise DataError("nothing to score: the data has no held-out rows; set data.held_out_fraction above 0 (dense data cannot be scored)")
+    base: Any = None
+    for item in request.items:
+        if item.adapter is not None and request.workload.method.name == "full":
+            model, after = _load(Path(item.adapter), request.device), None
+        else:
+            base = base or _load(Path(request.prepared.base), request.device)
+            model = base if item.adapter is None else _with_adapter(base, Path(item.adapter))
+            after = model if item.adapter is not None else None
+        loss, count = held_out_loss(model, tokens.held_out, request.device)
+        if after is not None:
+            base = after.unload()  # takes the adapter's layers out again, the base unchanged
+        result = _score(request, item, loss, count, tokens.sha256)
+        write_atomically(Path(item.out), dumps(result))
+
+
+def held_out_loss(model: Any, split: Split, device: str) -> tuple[float, int]:
+    """Mean negative log likelihood of the supervised tokens of ``split``, and their number. Padding and batching do not matter."""
+    import torch
+    from torch.nn import functional
+
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for samples in batches(split, int(model.config.vocab_size)):
+            batch = pad(samples)
+            targets = batch.labels[:, 1:]
+            columns = np.flatnonzero((targets != IGNORE).any(axis=0))  # only these positions go through the head
+            logits = model(
+                input_ids=torch.from_numpy(batch.input_ids).to(device),
+                attention_mask=torch.from_numpy(batch.attention_mask).to(device),
+                logits_to_keep=torch.from_numpy(columns).to(device),
+                use_cache=False,
+            ).logits
+            wanted = torch.from_numpy(targets[:, columns]).to(device)
+            losses = functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORE, reduction="none")
+            total += float(losses.double().sum())
+            count += int((targets != IGNORE).sum())
+    return total / count, count
+
+
+def update_norm(trained: Path, initial: Path) -> float:
+    """L2 norm of trained minus initial adapter over all A and B, in fp64. Raises WeightsError when names or shapes differ."""
+    after, before = read_tensors(trained), read_tensors(initial)
+    shapes = [{name: stored.shape for name, stored in tensors.items()} for tensors in (after, before)]
+    if shapes[0] != shapes[1]:
+        differing = sorted(name for name in {*after, *before} if shapes[0].get(name) != shapes[1].get(name))
+        some = f"{', '.join(differing[:3])} (of {len(differing)})"
+        raise WeightsError(f"the adapter's tensors are not those of the initial one; differing in name or shape: {some}")
+    return math.sqrt(sum(_squared_distance(after[name].values(), before[name].values()) for name in sorted(after)))
+
+
+def batches(split: Split, vocab_size: int) -> Iterator[list[Sample]]:
+    """The samples of ``split``, shortest first, in batches whose positions and logits stay within bounds."""
+    most = min(BATCH_TOKENS, max(1, LOGITS_BYTES // (4 * vocab_size)))
+    batch: list[Sample] = []
+    for sample in sorted(split, key=len):
+        if batch and (len(batch) + 1) * len(sample) > most:
+            yield batch
+            batch = []
+        batch.append(sample)
+    yield batch
+
+
+def _load(folder: Path, device: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch.set_float32_matmul_precision("highest")  # no TF32: this is the judge
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise WeightsError(f"{folder}: not weights that transformers can load: {error}") from error
+    return model.to(device).eval()
+
+
+def _with_adapter(base: Any, folder: Path) -> Any:
+    from peft import PeftModel
+
+    wanted = set(read_tensors(folder))
+    try:
+        model = PeftModel.from_pretrained(base, str(folder))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise WeightsError(f"{folder}: not an adapter that PEFT can load on this base: {error}") from error
+    own = {name.replace(".default.", ".") for name, _ in model.named_parameters() if ".lora_" in name}
+    if own != wanted:
+        raise WeightsError(f"{folder}: its tensors are not those its adapter_config.json describes: {', '.join(sorted(own ^ wanted)[:3])}")
+    return model.eval()
+
+
+def _score(request: ScoreRequest, item: ScoreItem, loss: float, count: int, tokens_sha256: str) -> Score:
+    prepared: Prepared = request.prepared
+    norm = update_norm(Path(item.adapter), Path(prepared.adapter_init)) if item.adapter and prepared.adapter_init else None
+    return Score(
+        adapter_sha256=item.adapter_sha256,
+        tokens_sha256=tokens_sha256,
+        base_sha256=prepared.base_sha256,
+        held_out_loss=loss,
+        held_out_tokens=count,
+        update_norm=norm,
+        evaluator=_evaluator(request.device),
+    )
+
+
+def _evaluator(device: str) -> str:
+    import torch
+
+    return f"engine-room 1, torch {torch.__version__.partition('+')[0]}, {device}, float32"
+
+
+def _squared_distance(after: Any, before: Any) -> float:
+    difference = after.astype(np.float64) - before.astype(np.float64)
+    return float(np.dot(difference.ravel(), difference.ravel()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,251 @@
+"""What is run, as frozen data: a Workload (what every engine must do identically), an engine's knobs, a Cell of both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from harness.errors import ConfigError, nearest
+
+DType = Literal["float32", "bfloat16", "float16"]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
+
+
+class Spec(BaseModel):
+    """Frozen, strict (no coercion) and closed (no unknown keys) data; read it with :func:`parse`."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=(), ser_json_inf_nan="constants")
+
+
+class Model(Spec):
+    """The model that is fine-tuned.
+
+    ``weights`` and ``tokenizer`` are sources: ``random`` (weights only; seeded, from ``config``), ``dir:PATH``,
+    ``hub:OWNER/NAME[@REVISION]`` or ``package:PACKAGE/FILE`` (a file inside an installed Python package).
+    ``config`` is the transformers configuration of the architecture, needed for ``random`` weights only.
+    ``dtype`` is the stored type of the base weights. ``fingerprint`` is the content hash of ``dir:`` and ``package:`` sources.
+    """
+
+    name: Name
+    weights: str
+    tokenizer: str
+    dtype: DType
+    seed: int = 0
+    config: dict[str, JsonValue] | None = None
+    fingerprint: str | None = None
+
+    @model_validator(mode="after")
+    def _random_weights_need_a_config(self) -> Model:
+        if self.weights == "random" and self.config is None:
+            raise ValueError("weights=random needs model.config: the transformers configuration of the architecture")
+        return self
+
+
+class Fields(Spec):
+    """The two JSONL keys that hold what the model reads and what it must answer."""
+
+    prompt: str
+    completion: str
+
+
+class Data(Spec):
+    """The samples. ``jsonl``: rows of a file through the chat template; ``dense``: seeded random tokens, all supervised.
+
+    ``sequence_length`` is the most tokens a sample may have (``jsonl``: longer ones are truncated and counted;
+    ``dense``: every sample has exactly that many). ``fields`` maps two keys of a row to prompt and completion; null
+    detects chat ``messages`` or ``prompt``/``completion``. ``held_out_fraction`` of the rows, chosen by a hash of their
+    content, is never trained on; at most ``held_out_samples`` of them are scored. ``sha256`` is the hash of the file,
+    filled in when the cell is made.
+    """
+
+    name: Name
+    source: Literal["jsonl", "dense"]
+    sequence_length: Positive
+    path: str | None = None
+    fields: Fields | None = None
+    mask_prompt: bool = True
+    num_samples: Positive | None = None
+    held_out_fraction: Fraction = 0.0
+    held_out_samples: Positive = 64
+    sha256: str | None = None
+
+    @model_validator(mode="after")
+    def _source_has_what_it_needs(self) -> Data:
+        if self.source == "jsonl" and not self.path:
+            raise ValueError("source=jsonl needs data.path: the JSONL file to train on")
+        if self.source == "dense" and self.num_samples is None:
+            raise ValueError("source=dense needs data.num_samples: how many distinct samples to draw")
+        return self
+
+
+class Lora(Spec):
+    """Low-rank adapters on a frozen base (Hu et al. 2021, arXiv 2106.09685): W + alpha/rank * B A."""
+
+    name: Literal["lora"]
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+    dtype: DType = "float32"
+
+    @property
+    def scale(self) -> float:
+        """The factor alpha / rank of the adapter's output."""
+        return self.alpha / self.rank
+
+
+class Full(Spec):
+    """Every weight is trained; ``dtype`` is the type of the trained (master) weights."""
+
+    name: Literal["full"]
+    dtype: DType = "float32"
+
+
+Method = Annotated[Lora | Full, Field(discriminator="name")]
+
+
+class Train(Spec):
+    """The training schedule: AdamW (Loshchilov & Hutter 2019), a warm-up, clipping by global norm, a fixed sample order."""
+
+    steps: Positive
+    samples_per_step: Positive
+    learning_rate: Annotated[float, Field(gt=0)]
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    beta1: Fraction
+    beta2: Fraction
+    epsilon: Annotated[float, Field(gt=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)] | None
+    seed: int
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Train:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})")
+        return self
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of optimizer step ``step`` (0-based). Warm-up is linear and never zero; decay ends above zero."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
+        factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+        return self.learning_rate * factor[self.schedule]
+
+
+class Workload(Spec):
+    """What every engine must do identically. Changing a field changes the result."""
+
+    model: Model
+    data: Data
+    method: Method
+    train: Train
+
+    @property
+    def key(self) -> str:
+        """12 hex digits of the content hash."""
+        return content_key(self)
+
+    @property
+    def label(self) -> str:
+        """A readable, unique folder name: model, method, data and the start of the content hash."""
+        return f"{self.model.name}-{self.method.name}-{self.data.name}-{self.key[:8]}"
+
+
+class EngineSpec(Spec):
+    """One engine and how it does the work. Changing a knob may change speed and memory only."""
+
+    name: Name
+    module: str
+    processes: Positive
+    environment: dict[str, str]
+    knobs: dict[str, JsonValue]
+
+
+class Cell(Spec):
+    """One point of a sweep: a workload, an engine with its knobs, and the number of the repeat."""
+
+    workload: Workload
+    engine: EngineSpec
+    repeat: Annotated[int, Field(ge=0)]
+
+    @property
+    def key(self) -> str:
+        """12 hex digits of the content hash: what makes two cells the same cell."""
+        return content_key(self)
+
+
+def content_key(spec: Spec) -> str:
+    """The first 12 hex digits of the sha-256 of ``spec`` as canonical JSON."""
+    canonical = json.dumps(spec.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def parse(spec: type[S], raw: Mapping[str, Any], at: str = "") -> S:
+    """Build ``spec`` from plain data. Raises ConfigError that names every problem at once, each with its full key."""
+    problems: list[str] = []
+    try:
+        return spec.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        problems = [_problem(spec, raw, at, dict(item)) for item in error.errors(include_url=False)]
+    raise ConfigError("\n".join(problems))
+
+
+def _problem(spec: type[BaseModel], raw: Mapping[str, Any], at: str, item: dict[str, Any]) -> str:
+    path = [part for part in item["loc"] if not _is_union_tag(part, raw, item)]
+    where = ".".join(str(part) for part in ([at] if at else []) + path) or spec.__name__
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(spec, raw, path[:-1])
+        return f"{where}: unknown key; {nearest(str(path[-1]), known)}"
+    if item["type"] == "missing":
+        return f"{where}: required, but not set"
+    if item["type"] == "value_error":
+        return f"{where}: {item['msg'].removeprefix('Value error, ')}"
+    if item["type"] == "union_tag_invalid":
+        return f"{where}: {item['msg']}"
+    return f"{where}: got {json.dumps(item['input'])}; {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _is_union_tag(part: Any, raw: Mapping[str, Any], item: dict[str, Any]) -> bool:
+    """Pydantic puts a union's tag into the location (method.lora.rank); the user never typed it."""
+    position = item["loc"].index(part)
+    parent: Any = raw
+    for step in item["loc"][:position]:
+        if isinstance(parent, Mapping) and step in parent:
+            parent = parent[step]
+    return isinstance(parent, Mapping) and part not in parent and parent.get("name") == part
+
+
+def _known_keys(spec: type[BaseModel], raw: Mapping[str, Any], path: list[Any]) -> list[str]:
+    model: Any = spec
+    value: Any = raw
+    for part in path:
+        value = value[part]
+        model = _field_model(model, part, value)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _field_model(model: type[BaseModel], part: Any, value: Any) -> type[BaseModel] | None:
+    field = model.model_fields.get(str(part))
+    if field is None:
+        return None
+    options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+    models = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+    for option in models:
+        tag = option.model_fields.get("name")
+        tags = getattr(tag.annotation, "__args__", ()) if tag else ()
+        if isinstance(value, Mapping) and value.get("name") in tags:
+            return option
+    return models[0] if models else None

@@ -1,0 +1,138 @@
+"""What every engine must do, on a tiny model: subclass EngineConformance, set ``engine`` and ``knobs``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from harness.data.tokens import Sample, Split, StepTokens
+from harness.engine import Job
+from harness.errors import DataError, UnsupportedError
+from harness.spec import parse
+from tests.engines.tiny import CPU, FULL, LORA, RecordingProbe, make_job, make_workload, plain_loss, plain_model, plain_training, with_train
+
+SAME = 2e-6  # relative: float32 rounding in another order
+
+
+class EngineConformance:
+    """The contract of harness.engine, kept by training in this process on a CPU in float32."""
+
+    engine: ClassVar[ModuleType]
+    knobs: ClassVar[dict[str, Any]]
+
+    def run(self, job: Job, **knobs: Any) -> RecordingProbe:
+        probe = RecordingProbe()
+        self.engine.train(job, parse(self.engine.Knobs, {**self.knobs, **knobs}), probe)
+        return probe
+
+    @pytest.fixture
+    def job(self, tmp_path: Path) -> Job:
+        return make_job(tmp_path)
+
+    def test_reports_every_step_once_with_the_tokens_of_the_file(self, job: Job) -> None:
+        probe = self.run(job)
+        expected = [StepTokens.expected(job.tokens.step(job.workload.train, index)) for index in range(job.workload.train.steps)]
+        seen = [(tokens.input, tokens.loss, tokens.sha256) for tokens in probe.tokens]
+        assert seen == [(tokens.input, tokens.loss, tokens.sha256) for tokens in expected]
+        assert all(tokens.processed >= tokens.input for tokens in probe.tokens)
+
+    def test_step_1_is_the_loss_of_the_initial_weights(self, job: Job) -> None:
+        with torch.no_grad():
+            expected = float(plain_loss(plain_model(job), job.tokens.step(job.workload.train, 0)))
+        assert self.run(job).losses[0] == pytest.approx(expected, rel=SAME)
+
+    def test_follows_a_plain_loop_to_the_saved_adapter(self, job: Job) -> None:
+        """Losses, norms before clipping, and an update that only the right schedule, decay and clipping make."""
+        probe = self.run(job)
+        plain = list(plain_training(job))
+        assert probe.losses == pytest.approx([loss for loss, _, _ in plain], rel=2e-5)
+        assert probe.grad_norms == pytest.approx([norm for _, norm, _ in plain], rel=1e-4)
+        assert job.workload.train.max_grad_norm < min(norm for _, norm, _ in plain), "clipping is not active: the test is too weak"
+        assert job.adapter_init is not None
+        before, after = (load_file(folder / "adapter_model.safetensors") for folder in (job.adapter_init, job.out))
+        expected = {name.replace(".default", ""): value for name, value in plain[-1][2].named_parameters() if value.requires_grad}
+        assert set(after) == set(before) == set(expected)
+        for name, value in after.items():
+            update, right = value - before[name], expected[name].detach() - before[name]
+            assert torch.linalg.vector_norm(update - right) < 2e-3 * torch.linalg.vector_norm(right), name
+
+    @pytest.mark.parametrize("micro_batch", [1, 2, 5])
+    def test_the_micro_batch_changes_no_loss(self, job: Job, micro_batch: int) -> None:
+        whole = self.run(with_train(job, "whole"), micro_batch=16)
+        split = self.run(job, micro_batch=micro_batch)
+        assert split.losses[0] == pytest.approx(whole.losses[0], rel=SAME)
+        assert split.losses == pytest.approx(whole.losses, rel=2e-5)
+        assert split.grad_norms == pytest.approx(whole.grad_norms, rel=1e-4)
+
+    def test_the_same_seed_gives_the_same_bits(self, job: Job) -> None:
+        first, second = self.run(with_train(job, "first")), self.run(job)
+        assert first.losses == second.losses
+        assert first.grad_norms == second.grad_norms
+
+    def test_no_clipping_when_the_norm_is_null(self, job: Job) -> None:
+        free = with_train(job, "free", max_grad_norm=None)
+        probe = self.run(free)
+        assert probe.grad_norms == pytest.approx([norm for _, norm, _ in plain_training(free)], rel=1e-4)
+
+    def test_the_saved_adapter_loads_and_names_no_path(self, job: Job, tmp_path: Path) -> None:
+        self.run(job)
+        assert json.loads((job.out / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(job.base), str(job.out))
+        with torch.no_grad():
+            trained, initial = (float(plain_loss(each, job.tokens.step(job.workload.train, 0))) for each in (model, plain_model(job)))
+        assert abs(trained - initial) > 1e-3
+        texts = [path.read_text() for path in job.out.iterdir() if path.suffix in (".json", ".md")]
+        assert not [text for text in texts if str(tmp_path) in text]
+
+    def test_full_trains_every_weight_and_saves_a_checkpoint(self, tmp_path: Path) -> None:
+        job = make_job(tmp_path, "tied", FULL, max_grad_norm=2.0)
+        probe = self.run(job)
+        plain = list(plain_training(job))
+        assert probe.losses == pytest.approx([loss for loss, _, _ in plain], rel=2e-5)
+        assert probe.grad_norms == pytest.approx([norm for _, norm, _ in plain], rel=1e-4)
+        saved, base = (AutoModelForCausalLM.from_pretrained(folder) for folder in (job.out, job.base))
+        initial, expected = dict(base.named_parameters()), dict(plain[-1][2].named_parameters())
+        for name, value in saved.named_parameters():
+            update, right = value - initial[name], expected[name] - initial[name]
+            assert torch.linalg.vector_norm(update - right) < 2e-3 * torch.linalg.vector_norm(right), name
+
+    def test_full_saves_the_stored_dtype(self, tmp_path: Path) -> None:
+        job = make_job(tmp_path, "llama", FULL, steps=1, warmup_steps=0)
+        raw = job.workload.model_dump(mode="json")
+        raw["model"]["dtype"] = "bfloat16"
+        self.run(replace(job, workload=parse(type(job.workload), raw)))
+        assert {tensor.dtype for tensor in load_file(job.out / "model.safetensors").values()} == {torch.bfloat16}
+        assert AutoModelForCausalLM.from_pretrained(job.out, dtype="auto").dtype == torch.bfloat16
+
+    def test_bfloat16_stays_near(self, job: Job) -> None:
+        exact, rounded = self.run(with_train(job, "exact")), self.run(job, compute_dtype="bfloat16")
+        assert exact.losses != rounded.losses
+        assert rounded.losses == pytest.approx(exact.losses, rel=2e-2)
+        assert {tensor.dtype for tensor in load_file(job.out / "adapter_model.safetensors").values()} == {torch.float32}
+
+    def test_a_step_without_a_label_is_an_error_not_a_nan(self, job: Job) -> None:
+        silent = Sample(job.tokens.train.input_ids[:4], job.tokens.train.labels[:4] * 0 - 100)
+        split = Split(silent.input_ids, silent.labels, job.tokens.train.offsets[:1].tolist() + [4])  # type: ignore[arg-type]
+        with pytest.raises(DataError, match="supervised"):
+            self.run(replace(job, tokens=replace(job.tokens, train=split)))
+
+    def test_refuses_more_processes_than_it_has(self, job: Job) -> None:
+        with pytest.raises(UnsupportedError, match="processes"):
+            self.run(replace(job, processes=2))
+
+    def test_says_what_it_cannot_do_and_nothing_else(self, job: Job) -> None:
+        knobs = parse(self.engine.Knobs, self.knobs)
+        assert self.engine.unsupported(job.workload, knobs, CPU) is None
+        half = make_workload(job.workload.model.config or {}, {**LORA, "dtype": "float16"})
+        assert "float16" in self.engine.unsupported(half, knobs, CPU)
+        rounded = make_workload(job.workload.model.config or {}, {**LORA, "dtype": "bfloat16"})
+        assert "bfloat16" in self.engine.unsupported(rounded, knobs, CPU)

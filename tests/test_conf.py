@@ -1,0 +1,132 @@
+"""Every YAML composes into a valid request, and every mistake on the command line is named with the nearest right thing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from harness.compose import CONF, compose_all, compose_one, plain
+from harness.config import Request, Settings, requests
+from harness.errors import ConfigError
+
+GROUPS = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
+OPTIONS = [f"{group}={option}" for group, options in GROUPS.items() if group != "sweep" for option in options]
+FAKES = f"hydra.searchpath=[file://{Path(__file__).resolve().parent / 'fakes' / 'conf'}]"
+
+
+def ask(cache: Path, *overrides: str, multirun: bool = False) -> tuple[Settings, list[Request]]:
+    return requests([*overrides, f"cache={cache}"], multirun=multirun)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_into_a_valid_cell(option: str, cache: Path, tmp_path: Path) -> None:
+    extra: list[str] = []
+    if option == "data=jsonl":
+        (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+        extra = [f"data.path={tmp_path / 'rows.jsonl'}"]
+    _, (request,) = ask(cache, option, *extra)
+    group, _, name = option.partition("=")
+    chosen = {
+        "engine": request.cell.engine.name,
+        "model": request.cell.workload.model.name,
+        "data": request.cell.workload.data.name,
+        "method": request.cell.workload.method.name,
+    }
+    if group in chosen:
+        assert chosen[group] == name
+
+
+@pytest.mark.parametrize("sweep", GROUPS["sweep"])
+def test_every_sweep_composes(sweep: str, cache: Path) -> None:
+    _, found = ask(cache, f"+sweep={sweep}")
+    assert len(found) > 1
+    assert len({request.cell.key for request in found}) == len(found)
+
+
+def test_the_demo_is_two_engines_three_times_and_the_command_line_goes_first(cache: Path) -> None:
+    _, found = ask(cache, "+sweep=demo")
+    assert sorted((request.cell.engine.name, request.cell.repeat) for request in found) == [
+        ("fused", 0), ("fused", 1), ("fused", 2), ("hf", 0), ("hf", 1), ("hf", 2),
+    ]  # fmt: skip
+    _, fewer = ask(cache, "+sweep=demo", "repeat=0")
+    assert [request.cell.repeat for request in fewer] == [0, 0]
+
+
+def test_groups_and_values_multiply(cache: Path) -> None:
+    _, found = ask(cache, "engine=hf,fused", "train.steps=5,6", "engine.knobs.micro_batch=1,2", multirun=True)
+    cells = {(r.cell.engine.name, r.cell.workload.train.steps, r.cell.engine.knobs["micro_batch"]) for r in found}
+    assert cells == {(engine, steps, batch) for engine in ("hf", "fused") for steps in (5, 6) for batch in (1, 2)}
+
+
+def test_a_sweep_composes_once_for_each_choice_of_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    from harness import compose
+
+    calls: list[Sequence[str]] = []
+    original = compose._compose
+    monkeypatch.setattr(compose, "_compose", lambda overrides: calls.append(overrides) or original(overrides))
+    points = compose_all(["engine=hf,fused", "repeat=range(50)"], multirun=True)
+    assert len(points) == 100
+    assert len(calls) == 3
+
+
+def test_own_options_from_a_folder(cache: Path) -> None:
+    _, (request,) = ask(cache, FAKES, "engine=faulty", "engine.knobs.behaviour=raise")
+    assert request.cell.engine.module == "tests.fakes.faulty"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["engine=hff"], ["engine=hff: there is no such option; did you mean 'hf'?"]),
+        (["train.stepz=3"], ["train.stepz: unknown key; did you mean 'train.steps'?"]),
+        (["engine=fusd", "modle=x", "train.step=3"], ["did you mean 'fused'", "did you mean 'model'", "did you mean 'train.steps'"]),
+        (["train.steps=0", "method.rank=no", "repeat=-1"], ["train.steps: got 0", 'method.rank: got "no"', "repeat: got -1"]),
+        (["engine.knobs.micro_batch=0"], ["engine.knobs.micro_batch"]),
+        (["+engine.knobs.micro_bach=2", "+train.sed=1"], ["engine.knobs.micro_bach: unknown key; did you mean 'micro_batch'?", "train.sed"]),
+        (["data=jsonl"], ["data.path: required, but not given; add data.path="]),
+        (["data=jsonl", "data.path=absent.jsonl"], ["there is no file 'absent.jsonl'"]),
+        (["repeat=1,2"], ["repeat=1,2: several values make a sweep; add -m"]),
+        (["nonsense"], ["nonsense: not an override"]),
+        (["model.weights=meta-llama/Llama"], ["model.weights", "hub:"]),
+        (["plan=maybe"], ["plan: got \"maybe\""]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named_with_the_nearest_right_thing(overrides: list[str], says: list[str], cache: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ask(cache, *overrides)
+    for line in says:
+        assert line in str(caught.value)
+
+
+def test_mistakes_of_a_sweep_are_each_reported_once(cache: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ask(cache, "repeat=range(4)", "train.steps=0,5", "method.rank=0", multirun=True)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(set(lines)) == 2
+
+
+def test_a_key_swept_but_unknown_is_named(cache: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'train.steps'"):
+        ask(cache, "train.stepz=1,2", multirun=True)
+
+
+def test_the_content_decides_not_the_place(cache: Path, tmp_path: Path) -> None:
+    keys = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+        _, (request,) = ask(cache, "data=jsonl", f"data.path={tmp_path / folder / 'rows.jsonl'}")
+        keys.append(request.cell.key)
+        assert str(tmp_path) not in request.cell.model_dump_json()
+        assert request.sources.data == str(tmp_path / folder / "rows.jsonl")
+    (tmp_path / "b" / "rows.jsonl").write_text('{"prompt": "a", "completion": "c"}\n')
+    _, (changed,) = ask(cache, "data=jsonl", f"data.path={tmp_path / 'b' / 'rows.jsonl'}")
+    assert keys[0] == keys[1] != changed.cell.key
+
+
+def test_the_printed_configuration_has_no_hydra_in_it() -> None:
+    config = plain(compose_one([]))
+    assert "hydra" not in config
+    assert config["engine"]["name"] == "hf"

@@ -1,0 +1,125 @@
+"""The stopwatch: host clocks on a CPU; on a GPU events that are read only once they have passed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from harness.data import StepTokens
+from harness.events import EventLog, EventReader
+from harness.probe import StepProbe
+
+TOKENS = StepTokens(input=8, loss=4, processed=10, sha256="ab")
+
+
+def events(path: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in EventReader(path).new() if event["event"] == kind]
+
+
+def test_a_cpu_step_lasts_from_the_end_of_the_one_before(tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    with EventLog(log) as sink:
+        probe = StepProbe(sink, device="cpu", num_steps=3)
+        time.sleep(0.05)
+        probe.ready()
+        for seconds in (0.02, 0.04, 0.01):
+            time.sleep(seconds)
+            probe.step(loss=1.0, grad_norm=None, tokens=TOKENS)
+        probe.finish()
+    assert [event["seconds"] for event in events(log, "step")] == pytest.approx([0.02, 0.04, 0.01], abs=0.015)
+    assert events(log, "ready")[0]["setup_seconds"] == pytest.approx(0.05, abs=0.03)
+    assert [event["grad_norms"] for event in events(log, "step")] == [None, None, None]
+    assert [event["memory"]["phase"] for event in events(log, "memory")] == ["setup", "first_step", "steady"]
+
+
+class FakeEvent:
+    """A CUDA event of a device whose work we let pass by hand."""
+
+    clock = 0.0
+    passed_until = 0.0
+    synchronised = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        FakeEvent.clock += 10.0
+        self.at = FakeEvent.clock
+
+    def query(self) -> bool:
+        return self.at <= FakeEvent.passed_until
+
+    def synchronize(self) -> None:
+        if not self.query():
+            FakeEvent.synchronised += 1
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return other.at - self.at
+
+
+class FakeValues:
+    """A pinned buffer."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[int, int], float] = {}
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, tuple):
+            return SimpleNamespace(copy_=lambda value, non_blocking: self.rows.__setitem__(key, value))
+        return SimpleNamespace(tolist=lambda: [self.rows.get((key, 0)), self.rows.get((key, 1))])
+
+
+class FakeScalar(float):
+    """A scalar tensor on the device."""
+
+    def detach(self) -> FakeScalar:
+        return self
+
+    def to(self, dtype: object) -> FakeScalar:
+        return self
+
+    def reshape(self, shape: object) -> FakeScalar:
+        return self
+
+
+def fake_torch() -> SimpleNamespace:
+    stats = {"allocated_bytes.all.peak": 3 * 2**30, "reserved_bytes.all.peak": 4 * 2**30, "num_alloc_retries": 0}
+    cuda = SimpleNamespace(Event=FakeEvent, synchronize=lambda: None, memory_stats=lambda: stats, reset_peak_memory_stats=lambda: None)
+    return SimpleNamespace(cuda=cuda, float32="float32", full=lambda *a, **k: FakeValues(), as_tensor=FakeScalar)
+
+
+def test_a_gpu_step_is_read_once_its_event_has_passed_and_never_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", fake_torch())
+    log = tmp_path / "events.jsonl"
+    with EventLog(log) as sink:
+        probe = StepProbe(sink, device="cuda", num_steps=3)
+        probe.ready()
+        for loss in (3.0, 2.0, 1.0):
+            probe.step(loss=loss, grad_norm=0.5, tokens=TOKENS)
+            assert FakeEvent.synchronised == 0
+        assert events(log, "step") == [], "nothing has passed yet, so nothing may have been read"
+        FakeEvent.passed_until = FakeEvent.clock
+        probe.finish()
+    assert [(event["losses"], event["grad_norms"], event["seconds"]) for event in events(log, "step")] == [
+        (3.0, 0.5, 0.01), (2.0, 0.5, 0.01), (1.0, 0.5, 0.01),
+    ]  # fmt: skip
+    steady = events(log, "memory")[-1]["memory"]
+    assert (steady["peak_allocated_bytes"], steady["num_alloc_retries"]) == (3 * 2**30, 0)
+
+
+def test_a_torn_last_line_waits_and_garbage_ends_the_reading(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text(json.dumps({"event": "started"}) + '\n{"event": "st')
+    reader = EventReader(path)
+    assert [event["event"] for event in reader.new()] == ["started"]
+    with path.open("a") as file:
+        file.write('ep"}\n[1]\n{"event": "step"}\n')
+    assert [event["event"] for event in reader.new()] == ["step"]
+    assert reader.garbage == "[1]"
+    assert reader.new() == []

@@ -1,0 +1,76 @@
+"""Specs are closed, strict and hashed by content; every mistake is reported at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from harness.errors import ConfigError
+from harness.spec import Train, Workload, parse
+from tests import workloads
+
+
+def raw() -> dict[str, Any]:
+    return workloads.workload().model_dump(mode="json")
+
+
+def test_all_mistakes_are_reported_at_once_with_their_keys_and_the_nearest_known_ones() -> None:
+    mistaken = raw()
+    mistaken["method"]["rnak"] = 3
+    mistaken["data"]["sequence_lenght"] = 2
+    mistaken["train"]["steps"] = "many"
+    del mistaken["train"]["seed"]
+    with pytest.raises(ConfigError) as caught:
+        parse(Workload, mistaken)
+    lines = str(caught.value).splitlines()
+    assert "data.sequence_lenght: unknown key; did you mean 'sequence_length'?" in lines
+    assert "method.rnak: unknown key; did you mean 'rank'?" in lines
+    assert 'train.steps: got "many"; input should be a valid integer' in lines
+    assert "train.seed: required, but not set" in lines
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "says"),
+    [
+        ("model", {"config": None}, "weights=random needs model.config"),
+        ("data", {"source": "jsonl"}, "needs data.path"),
+        ("data", {"num_samples": None}, "needs data.num_samples"),
+        ("train", {"warmup_steps": 4}, "warmup_steps (4) must be less than steps (4)"),
+        ("train", {"learning_rate": 0}, "greater than 0"),
+        ("train", {"steps": True}, "valid integer"),
+        ("method", {"name": "loar"}, "'lora', 'full'"),
+        ("model", {"name": "../escape"}, "pattern"),
+    ],
+)
+def test_contradictions_are_refused(section: str, change: dict[str, Any], says: str) -> None:
+    mistaken = raw()
+    mistaken[section] |= change
+    with pytest.raises(ConfigError, match=section) as caught:
+        parse(Workload, mistaken)
+    assert says in str(caught.value)
+
+
+def test_the_key_follows_the_content_and_nothing_else() -> None:
+    assert workloads.workload().key == workloads.workload().key
+    assert workloads.workload().key != workloads.workload(seed=1).key
+    shuffled = {name: raw()[name] for name in reversed(list(raw()))}
+    assert parse(Workload, shuffled).key == workloads.workload().key
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_learning_rate_is_never_zero_and_peaks_after_the_warm_up(schedule: str) -> None:
+    train = workloads.workload(steps=10, warmup_steps=4, schedule=schedule).train
+    rates = [train.learning_rate_at(step) for step in range(10)]
+    assert all(rate > 0 for rate in rates)
+    assert rates[:4] == pytest.approx([0.00025, 0.0005, 0.00075, 0.001])
+    assert rates[4] == pytest.approx(train.learning_rate)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_the_cosine_is_the_cosine() -> None:
+    train: Train = workloads.workload(steps=10, warmup_steps=2, schedule="cosine").train
+    assert train.learning_rate_at(6) == pytest.approx(0.5 * train.learning_rate)
+    assert train.learning_rate_at(9) == pytest.approx(0.5 * train.learning_rate * (1 + math.cos(math.pi * 7 / 8)))
