@@ -69,8 +69,7 @@ class _Session:
         self._job = job
         self._knobs = knobs
         self._config, self._adapter, self._decoder = _load(job, knobs)
-        longest = int(np.diff(job.tokens.train.offsets).max())
-        self._angles: Angles = Angles.of(self._decoder.shape, longest, torch.device(job.device))
+        self._angles: Angles = Angles.of(self._decoder.shape, job.workload.data.sequence_length, torch.device(job.device))
         self._trained = trained_weights(self._decoder.weights)
         self._masters = [weight.master for weight in self._trained if weight.master is not None]
         self._optimizer = _adamw(self._masters, job.workload.train, job.device)

@@ -121,7 +121,8 @@ def _load(job: Job, knobs: Knobs) -> Any:
         reasons.append(f"{type(model).__name__} takes no num_items_in_batch, so its loss cannot be weighted by token")
     if reasons:
         raise UnsupportedError("; ".join(reasons))
-    model.config.name_or_path = job.workload.model.name  # what model cards are made of: no path of this machine
+    # What PEFT's model card is made of: no path of this machine.
+    model.name_or_path = model.config.name_or_path = job.workload.model.name
     if isinstance(method, Lora):
         model = _with_adapter(model, job, method)
     if knobs.recompute == "full":

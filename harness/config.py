@@ -153,21 +153,30 @@ def request(config: Config, overrides: tuple[str, ...] = ()) -> Request:
 def _data(data: Data, cache: Path) -> tuple[Data, str | None]:
     if data.source != "jsonl" or data.path is None:
         return data, None
-    path = resolve_source(data.path) if data.path.startswith("package:") else Path(data.path).expanduser().resolve()
+    package = data.path.startswith("package:")
+    path = _located("data.path", data.path) if package else Path(data.path).expanduser().resolve()
     if path is None or not path.is_file():
         raise ConfigError(f"data.path: there is no file '{data.path}'; give the path of a JSONL file")
-    name = data.path if data.path.startswith("package:") else path.name
+    name = data.path if package else path.name
     return data.model_copy(update={"path": name, "sha256": fingerprint(path, cache)}), str(path)
 
 
 def _model(model: Model, cache: Path) -> tuple[Model, str | None, str | None]:
-    weights, tokenizer = resolve_source(model.weights), resolve_source(model.tokenizer)
+    weights, tokenizer = _located("model.weights", model.weights), _located("model.tokenizer", model.tokenizer)
     update = {
         "weights": _without_path(model.weights),
         "tokenizer": _without_path(model.tokenizer),
         "fingerprint": fingerprint(weights, cache) if weights else None,
     }
     return model.model_copy(update=update), str(weights) if weights else None, str(tokenizer) if tokenizer else None
+
+
+def _located(key: str, source: str) -> Path | None:
+    """The local path of ``source``; errors name the ``key`` that holds it."""
+    try:
+        return resolve_source(source)
+    except HarnessError as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def _without_path(source: str) -> str:

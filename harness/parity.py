@@ -79,8 +79,8 @@ class Deviation:
 
     name: str
     excess: float
-    where: str
     unit: float
+    where: str = ""
 
     def text(self, allowed: float) -> str:
         """For example ``held-out loss: off by 0.0123, allowed 0.001``."""
@@ -93,7 +93,7 @@ def anchors(runs: Iterable[Run], workload_key: str, machine_key: str) -> tuple[A
     Among equals a scored run is preferred, then the lowest repeat, then the newest.
     """
     found = []
-    able = [run for run in runs if run.record.cell.workload.key == workload_key and run.record.status == "ok" and run.record.measurement]
+    able = [run for run in runs if run.record.cell.workload.key == workload_key and not _unusable(run) and not _not_finite(run)]
     newest_first = sorted(able, key=lambda run: run.record.provenance.started_utc, reverse=True)
     for name, dtype in ANCHORS:
         mine = [run for run in newest_first if _computes_in(run.record, dtype)]
@@ -108,9 +108,12 @@ def verdict(candidate: Run, against: Sequence[Anchor]) -> Verdict:
     for anchor in against:
         if candidate.record == anchor.run.record:
             return Verdict("reference", anchor.name, "", (), Light(True, "this is the reference"), True)
-    if candidate.record.status != "ok" or not against:
-        why = "there is no reference: run engine=hf on this workload" if candidate.record.status == "ok" else _status(candidate)
-        return Verdict("not comparable", None, why, (why,), Light(None, why), candidate.record.status == "ok")
+    unusable = _unusable(candidate)
+    if not unusable and (broken := _not_finite(candidate)):
+        return Verdict("different", None, broken[0], tuple(broken), Light(False, broken[0]), False)
+    if unusable or not against:
+        why = unusable or "there is no reference: run engine=hf on this workload"
+        return Verdict("not comparable", None, why, (why,), Light(None, why), not unusable)
     verdicts = [judge(candidate, anchor.run, anchor.variants, anchor.name) for anchor in against]
     order: tuple[Kind, ...] = ("same", "different", "not comparable")
     return min(verdicts, key=lambda one: order.index(one.kind))
@@ -121,12 +124,10 @@ def judge(candidate: Run, reference: Run, variants: Sequence[Run] = (), anchor: 
     blocked, light = _blocked(candidate, reference)
     if blocked:
         return Verdict("not comparable", anchor, blocked[0], tuple(blocked), light, light.passed is not False)
-    broken = _not_finite(candidate)
-    if broken:
+    if broken := _not_finite(candidate):
         return Verdict("different", anchor, broken[0], tuple(broken), Light(False, broken[0]), False)
     light = _light(candidate, reference)
-    missing = _missing(candidate, reference)
-    if missing:
+    if missing := _missing(candidate, reference):
         return Verdict("not comparable", anchor, missing[0], tuple(missing), light, light.passed is not False)
     return _tested(candidate, reference, variants, anchor, light)
 
@@ -149,8 +150,7 @@ def _allowances(reference: Run, variants: Sequence[Run]) -> dict[str, float]:
     """Per test, in floors: at least 1, and twice the largest deviation among the harmless variants."""
     allowed = {test.name: 1.0 for test in _tests(reference, reference)}
     for variant in variants:
-        blocked, _ = _blocked(variant, reference)
-        problems = blocked or _not_finite(variant) or _missing(variant, reference)
+        problems = _blocked(variant, reference)[0] or _not_finite(variant) or _missing(variant, reference)
         if problems:
             raise ValueError(f"not a variant of the reference: {problems[0]}")
         for test in _tests(variant, reference):
@@ -165,30 +165,27 @@ def _tests(candidate: Run, reference: Run) -> list[Deviation]:
     off = [gap / floor for gap, floor in zip(gaps, floors, strict=True)]
     far = max(range(len(off)), key=off.__getitem__)
     mine, theirs = _score(candidate.score), _score(reference.score)
+    grad_norm, update_norm = _ln_ratio(a.grad_norms[0], b.grad_norms[0]), _ln_ratio(mine.update_norm, theirs.update_norm)
     return [
-        Deviation("loss of step 1", off[0], "", floors[0]),
-        Deviation("largest loss deviation", off[far], f" (step {far + 1})", floors[far]),
-        Deviation("RMS of the loss deviations", _rms(gaps) / _rms(floors), "", _rms(floors)),
-        Deviation("gradient norm of step 1 (ln ratio)", _ln_ratio(a.grad_norms[0], b.grad_norms[0]) / GRAD_NORM_FLOOR, "", GRAD_NORM_FLOOR),
-        Deviation(
-            "final update norm (ln ratio)", _ln_ratio(mine.update_norm, theirs.update_norm) / UPDATE_NORM_FLOOR, "", UPDATE_NORM_FLOOR
-        ),
-        Deviation("held-out loss", abs(mine.held_out_loss - theirs.held_out_loss) / HELD_OUT_FLOOR, "", HELD_OUT_FLOOR),
+        Deviation("loss of step 1", off[0], floors[0]),
+        Deviation("largest loss deviation", off[far], floors[far], f" (step {far + 1})"),
+        Deviation("RMS of the loss deviations", _rms(gaps) / _rms(floors), _rms(floors)),
+        Deviation("gradient norm of step 1 (ln ratio)", grad_norm / GRAD_NORM_FLOOR, GRAD_NORM_FLOOR),
+        Deviation("final update norm (ln ratio)", update_norm / UPDATE_NORM_FLOOR, UPDATE_NORM_FLOOR),
+        Deviation("held-out loss", abs(mine.held_out_loss - theirs.held_out_loss) / HELD_OUT_FLOOR, HELD_OUT_FLOOR),
     ]
 
 
 def _blocked(candidate: Run, reference: Run) -> tuple[list[str], Light]:
     """Why the two runs are not about the same thing; a changed stream is the candidate's doing, so it fails the light check too."""
     for name, run in (("", candidate), ("the reference: ", reference)):
-        if run.record.status != "ok" or run.record.measurement is None or not run.record.measurement.steps.losses:
-            why = f"{name}{_status(run)}"
-            return [why], Light(None, why)
+        if why := _unusable(run):
+            return [name + why], Light(None, name + why)
     if candidate.record.cell.workload.key != reference.record.cell.workload.key:
         why = f"another workload: {candidate.record.cell.workload.label}, the reference is {reference.record.cell.workload.label}"
         return [why], Light(None, why)
-    spoilt = [f"the reference: {problem}" for problem in _not_finite(reference)]
-    inputs = _inputs(_measured(candidate).artifacts, _measured(reference).artifacts) + spoilt
-    if inputs:
+    inputs = _inputs(_measured(candidate).artifacts, _measured(reference).artifacts)
+    if inputs := inputs + [f"the reference: {problem}" for problem in _not_finite(reference)]:
         return inputs, Light(None, inputs[0])
     stream = _stream(_measured(candidate).steps, _measured(reference).steps)
     return stream, Light(False if stream else None, stream[0] if stream else "")
@@ -206,16 +203,14 @@ def _inputs(a: Artifacts, b: Artifacts) -> list[str]:
 def _stream(a: Steps, b: Steps) -> list[str]:
     arrays = ("seconds", "losses", "grad_norms", "tokens_input", "tokens_loss", "stream_sha256")
     counts = {len(getattr(a, name)) for name in arrays}
-    if counts != {len(b.losses)} or {len(getattr(b, name)) for name in arrays} != {len(b.losses)}:
+    if counts | {len(getattr(b, name)) for name in arrays} != {len(b.losses)}:
         return [f"another number of steps: {' and '.join(map(str, sorted(counts)))}, the reference has {len(b.losses)}"]
     problems = []
-    step = _first_difference(a.tokens_loss, b.tokens_loss)
-    if step is not None:
+    if (step := _first_difference(a.tokens_loss, b.tokens_loss)) is not None:
         problems.append(f"supervised tokens differ from step {step + 1}: {a.tokens_loss[step]}, the reference has {b.tokens_loss[step]}")
-    step = _first_difference(a.stream_sha256, b.stream_sha256)
-    if step is not None:
-        counts_text = f"{a.tokens_input[step]} input tokens, the reference has {b.tokens_input[step]}"
-        problems.append(f"the token stream differs from step {step + 1} (truncated, shuffled or changed data): {counts_text}")
+    if (step := _first_difference(a.stream_sha256, b.stream_sha256)) is not None:
+        tokens = f"{a.tokens_input[step]} input tokens, the reference has {b.tokens_input[step]}"
+        problems.append(f"the token stream differs from step {step + 1} (truncated, shuffled or changed data): {tokens}")
     return problems
 
 
@@ -237,8 +232,7 @@ def _missing(candidate: Run, reference: Run) -> list[str]:
         "the reference": reference.score,
         "the base weights": reference.base_score,
     }
-    absent = [name for name, score in scores.items() if score is None]
-    if absent:
+    if absent := [name for name, score in scores.items() if score is None]:
         return [f"no held-out score of {', '.join(absent)}"]
     a, b = _score(candidate.score), _score(reference.score)
     values = {
@@ -262,12 +256,14 @@ def _light(candidate: Run, reference: Run) -> Light:
 
 def _computes_in(record: Record, dtype: str) -> bool:
     knobs = record.cell.engine.knobs
-    plain = all(knobs.get(name, value) == value for name, value in REFERENCE_KNOBS.items())
-    return record.cell.engine.name == REFERENCE_ENGINE and plain and knobs.get("compute_dtype") == dtype
+    plain = all(knobs.get(name, value) == value for name, value in {**REFERENCE_KNOBS, "compute_dtype": dtype}.items())
+    return record.cell.engine.name == REFERENCE_ENGINE and "compute_dtype" in knobs and plain
 
 
-def _status(run: Run) -> str:
-    return f"status {run.record.status}" if run.record.status != "ok" else "no step was measured"
+def _unusable(run: Run) -> str | None:
+    if run.record.status != "ok":
+        return f"status {run.record.status}"
+    return None if run.record.measurement and run.record.measurement.steps.losses else "no step was measured"
 
 
 def _measured(run: Run) -> Measurement:

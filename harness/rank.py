@@ -211,8 +211,15 @@ def _variant(label: str, entries: Sequence[Entry]) -> Variant:
     current = sorted((entry for entry in entries if id(entry.record) in newest), key=lambda entry: entry.record.cell.repeat)
     runs = tuple(entry for entry in current if entry.tokens_per_second is not None)
     failures = tuple(entry for entry in current if entry.tokens_per_second is None)
-    known = {_canonical(entry.record.model_dump(mode="json")) for entry in entries}
-    return Variant(label, entries[0].record.cell.engine, runs, failures, len(known) - len(current))
+    return Variant(label, entries[0].record.cell.engine, runs, failures, _num_distinct(entries) - len(current))
+
+
+def _num_distinct(entries: Sequence[Entry]) -> int:
+    """A record that was promoted lies in two roots and is one record; only those of the same cell and moment can be equal."""
+    moments = {(entry.record.cell.key, entry.record.provenance.started_utc) for entry in entries}
+    if len(moments) == len(entries):
+        return len(entries)
+    return len({_canonical(entry.record.model_dump(mode="json")) for entry in entries})
 
 
 def _ranked(variants: Sequence[Variant]) -> tuple[Variant, ...]:

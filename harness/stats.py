@@ -73,13 +73,13 @@ def paired_log_ratio(a: Sequence[float], b: Sequence[float], confidence: float =
         raise ValueError(f"pairs are needed: got {len(a)} and {len(b)} values")
     if not all(math.isfinite(value) and value > 0 for value in (*a, *b)):
         raise ValueError("rates must be positive and finite to be compared as ratios")
-    logs = [math.log(x / y) for x, y in zip(a, b, strict=True)]
+    logs = [math.log(x) - math.log(y) for x, y in zip(a, b, strict=True)]
     mean = statistics.fmean(logs)
     if len(logs) == 1:
-        return Interval(math.exp(mean), 0.0, math.inf, 1)
+        return Interval(_exp(mean), 0.0, math.inf, 1)
     quantile = float(stdtrit(len(logs) - 1, 0.5 + confidence / 2))
     half = quantile * statistics.stdev(logs) / math.sqrt(len(logs))
-    return Interval(math.exp(mean), _exp(mean - half), _exp(mean + half), len(logs))
+    return Interval(_exp(mean), _exp(mean - half), _exp(mean + half), len(logs))
 
 
 def compare(a: Sequence[float], b: Sequence[float], confidence: float = CONFIDENCE) -> Comparison:

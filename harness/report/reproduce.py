@@ -58,7 +58,7 @@ def command(cell: Cell, machine: Machine, repeats: Sequence[int], known: Options
 def hydra_value(value: Any) -> str:
     """``value`` in the grammar of Hydra's overrides."""
     if isinstance(value, str):
-        return _hydra_string(value)
+        return value if re.fullmatch(r"(dir|hub|package):[A-Za-z_/][A-Za-z0-9_./-]*", value) else _hydra_string(value)
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{_hydra_string(str(key))}:{hydra_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -67,8 +67,7 @@ def hydra_value(value: Any) -> str:
 
 
 def _hydra_string(text: str) -> str:
-    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", text)
-    if plain and text.lower() not in ("null", "true", "false", "nan", "inf"):
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", text) and text.lower() not in ("null", "true", "false", "nan", "inf"):
         return text
     # Backslashes need doubling only before a quote, and at the end, where a quote follows.
     escaped = re.sub(r"(\\*)(')", r"\1\1\\'", text)

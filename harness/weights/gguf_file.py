@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import WeightsError
+from harness.weights.gguf_header import read_metadata
 from harness.weights.tensors import Floats
 
 UNQUANTISED = frozenset({"ALL_F32", "MOSTLY_F16", "MOSTLY_BF16"})
@@ -50,7 +51,7 @@ def write_gguf_tokenizer(path: Path, folder: Path) -> None:
 
     Not through transformers: its 5.17 takes the bos token for eos and cuts runs of digits and spaces in its own way.
     """
-    fields = _fields(path)
+    fields = read_metadata(path)
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in CUTS:
         raise WeightsError(
@@ -102,19 +103,9 @@ def _tokenizer(fields: dict[str, Any], names: list[str], cut: tuple[bool, str | 
 def _description(path: Path) -> str:
     import gguf
 
-    number = _fields(path).get("general.file_type")
+    number = read_metadata(path).get("general.file_type")
     if number is None:
         return "GGUF of unstated type"
     name = gguf.LlamaFileType(number).name
     kind = name.removeprefix("MOSTLY_").removeprefix("ALL_")
     return kind if name in UNQUANTISED else f"{kind}-dequantised"
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, OSError, KeyError, IndexError) as error:
-        raise WeightsError(f"{path.name}: not a readable GGUF file ({error}); download it again") from error
-    return {name: field.contents() for name, field in reader.fields.items()}

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def _load(store: Path) -> dict[str, str]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` appears at once or not at all. Raises StoreError when it cannot."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text)

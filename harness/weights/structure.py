@@ -27,6 +27,7 @@ class Structure:
 
 def read_config(raw: Mapping[str, Any], source: str) -> Any:
     """A transformers configuration of ``raw``, with unknown keys refused. ``source`` names it in errors."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     values = dict(raw)
@@ -39,17 +40,18 @@ def read_config(raw: Mapping[str, Any], source: str) -> Any:
         if unknown:
             raise ConfigError("\n".join(f"{source}.{key}: unknown to the {kind} architecture; {nearest(key, known)}" for key in unknown))
         return AutoConfig.for_model(kind, **values)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise ConfigError(f"{source}: transformers refuses it: {error}") from error
 
 
 def folder_config(folder: Path) -> Any:
     """The transformers configuration of ``folder``/config.json. Raises WeightsError for an architecture transformers does not have."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise WeightsError(f"config.json of the base: transformers refuses it: {error}") from error
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from harness.data.tokens import Sample, Split, StepTokens
+from harness.data.tokens import IGNORE, Split, StepTokens
 from harness.engine import Job
 from harness.errors import DataError, UnsupportedError
 from harness.spec import parse
@@ -120,14 +121,24 @@ class EngineConformance:
         assert {tensor.dtype for tensor in load_file(job.out / "adapter_model.safetensors").values()} == {torch.float32}
 
     def test_a_step_without_a_label_is_an_error_not_a_nan(self, job: Job) -> None:
-        silent = Sample(job.tokens.train.input_ids[:4], job.tokens.train.labels[:4] * 0 - 100)
-        split = Split(silent.input_ids, silent.labels, job.tokens.train.offsets[:1].tolist() + [4])  # type: ignore[arg-type]
+        split = Split(np.arange(4, dtype=np.int32), np.full(4, IGNORE, np.int32), np.array([0, 4], np.int64))
         with pytest.raises(DataError, match="supervised"):
             self.run(replace(job, tokens=replace(job.tokens, train=split)))
 
     def test_refuses_more_processes_than_it_has(self, job: Job) -> None:
         with pytest.raises(UnsupportedError, match="processes"):
             self.run(replace(job, processes=2))
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+    @pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
+    def test_a_gpu_computes_what_a_cpu_does(self, tmp_path: Path, method: dict[str, Any]) -> None:
+        job = make_job(tmp_path, "llama", method)
+        on_cpu, on_gpu = self.run(with_train(job, "cpu")), self.run(replace(job, device="cuda"))
+        assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=2e-5)
+        assert on_gpu.grad_norms == pytest.approx(on_cpu.grad_norms, rel=1e-3)
+        rounded = self.run(replace(with_train(job, "rounded"), device="cuda"), compute_dtype="bfloat16")
+        assert rounded.losses == pytest.approx(on_cpu.losses, rel=2e-2)
 
     def test_says_what_it_cannot_do_and_nothing_else(self, job: Job) -> None:
         knobs = parse(self.engine.Knobs, self.knobs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,25 @@ from harness.errors import UnsupportedError, WeightsError
 from harness.spec import parse
 from tests.engines.conformance import EngineConformance
 from tests.engines.tiny import (
-    CPU, FAMILIES, FULL, LLAMA, LONGEST, LORA, make_job, make_samples, make_workload, plain_loss, plain_model, plain_training, with_train,
-)  # fmt: skip
+    CPU,
+    FAMILIES,
+    FULL,
+    LLAMA,
+    LONGEST,
+    LORA,
+    RecordingProbe,
+    make_job,
+    make_samples,
+    make_workload,
+    plain_loss,
+    plain_model,
+    plain_training,
+    with_train,
+)
 
 KNOBS: dict[str, Any] = {
     "micro_batch": 2, "recompute": "none", "compute_dtype": "float32", "operations": "reference", "loss_chunk": 7,
-}  # fmt: skip
+}  # fmt: skip  # fmt: skip
 DEVICE = torch.device("cpu")
 
 
@@ -117,7 +129,9 @@ def test_every_gradient_is_that_of_autograd(tmp_path: Path, family: str, method:
 
 @pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("plan", [KEEP_INPUT, frozenset(("attended", "gate_up")), frozenset(("heads", "middle"))], ids=["input", "some", "others"])
+@pytest.mark.parametrize(
+    "plan", [KEEP_INPUT, frozenset(("attended", "gate_up")), frozenset(("heads", "middle"))], ids=["input", "some", "others"]
+)
 def test_a_plan_changes_no_bit_of_a_gradient(tmp_path: Path, family: str, method: dict[str, Any], plan: Plan) -> None:
     job = make_job(tmp_path, family, method)
     samples = job.tokens.step(job.workload.train, 0)
@@ -190,8 +204,6 @@ def test_old_and_new_rope_keys_mean_the_same() -> None:
 
 
 def _run(job: Job) -> None:
-    from tests.engines.tiny import RecordingProbe
-
     engines.fused.train(job, parse(engines.fused.Knobs, KNOBS), RecordingProbe())
 
 
@@ -244,4 +256,4 @@ def test_adapters_of_unknown_modules_are_refused(tmp_path: Path) -> None:
     path = job.adapter_init / "adapter_model.safetensors"
     save_file({**load_file(path), "base_model.model.lm_head.lora_A.weight": torch.zeros(4, 32)}, path)
     with pytest.raises(UnsupportedError, match="lm_head"):
-        _run(replace(job, out=job.out))
+        _run(job)

@@ -1,0 +1,47 @@
+"""An engine's fingerprint follows its source, what it imports below its own package, and the versions of the packages it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness.errors import ConfigError
+from harness.fingerprint import engine_fingerprint, interpreter
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    name = f"made_{tmp_path.name.replace('-', '_')}"
+    folder = tmp_path / name
+    (folder / "shelf").mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "shelf" / "__init__.py").write_text("")
+    (folder / "engine.py").write_text(f"def train():\n    from {name}.shelf import kernel\n    import json\n")
+    (folder / "shelf" / "kernel.py").write_text("x = 1\n")
+    (folder / "other.py").write_text("y = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return folder
+
+
+def test_what_is_imported_counts_and_what_is_not_does_not(package: Path) -> None:
+    def current() -> str:
+        return engine_fingerprint(f"{package.name}.engine", None, ("numpy",))
+
+    first = current()
+    (package / "other.py").write_text("y = 2\n")
+    assert current() == first
+    (package / "shelf" / "kernel.py").write_text("x = 2\n")
+    assert current() != first
+    assert engine_fingerprint(f"{package.name}.engine", None, ("numpy", "pydantic")) != current()
+
+
+def test_versions_of_absent_packages_are_left_out() -> None:
+    version, packages = interpreter(None, ("numpy", "no-such-package"))
+    assert version.startswith("3.")
+    assert set(packages) == {"numpy"}
+
+
+def test_an_interpreter_that_does_not_run_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.python"):
+        interpreter(str(tmp_path / "python"), ())

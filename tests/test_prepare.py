@@ -1,0 +1,142 @@
+"""The door prepare: everything made once, found the second time without torch, and every failure a message."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import prepare as door
+from harness.data.tokens import TokenFile
+from harness.errors import ConfigError, DataError
+from harness.places import Prepared, PrepareRequest
+from harness.spec import parse
+from harness.weights import adapter_sha256, fingerprint
+from tests.real_files import ROOT, SAMPLE, conf, request, workload
+
+BAN = "import sys; sys.modules.update(torch=None, transformers=None, peft=None, tokenizers=None, rich=None)"
+
+
+def read(path: Path) -> Prepared:
+    return parse(Prepared, json.loads(path.read_text()))
+
+
+def written(folder: Path, asked: PrepareRequest) -> str:
+    path = folder / "request.json"
+    path.write_text(asked.model_dump_json())
+    return str(path)
+
+
+def test_everything_is_made_and_then_found_without_torch(tmp_path: Path, cache: Path) -> None:
+    asked = written(tmp_path, request(workload(), cache, tmp_path / "prepared.json"))
+    assert door.main([asked]) == 0
+    made = read(tmp_path / "prepared.json")
+    tokens = TokenFile.open(Path(made.tokens))
+    assert len(tokens.held_out) == 64
+    assert tokens.metadata["rows"] == len(SAMPLE.read_text().splitlines())
+    assert made.adapter_init_sha256 == adapter_sha256(Path(made.adapter_init or ""))
+    assert made.notes == ("base weights: random, seed 0",)
+    assert (Path(made.base) / "tokenizer.json").is_file()
+    (tmp_path / "prepared.json").unlink()
+    code = f"{BAN}; from harness.prepare import main; sys.exit(main(['{asked}']))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr, found.stdout) == (0, "", "")
+    assert read(tmp_path / "prepared.json") == made
+
+
+def test_the_same_workload_makes_the_same_bytes_in_another_cache(tmp_path: Path, cache: Path) -> None:
+    first = door.prepare(request(workload(), cache, tmp_path / "x"))
+    second = door.prepare(request(workload(), tmp_path / "other", tmp_path / "x"))
+    assert (second.base_sha256, second.adapter_init_sha256) == (first.base_sha256, first.adapter_init_sha256)
+    assert Path(second.tokens).read_bytes() == Path(first.tokens).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [({"name": "other"}, True), ({"sequence_length": 64}, False), ({"mask_prompt": False}, False), ({"held_out_fraction": 0.5}, False)],
+)
+def test_tokens_are_made_again_only_for_what_matters(tmp_path: Path, cache: Path, changes: dict[str, Any], same: bool) -> None:
+    first = door.prepare(request(workload(), cache, tmp_path / "x"))
+    second = door.prepare(request(workload(data=conf("data", "python_docs", **changes)), cache, tmp_path / "x"))
+    assert (second.tokens == first.tokens) is same
+
+
+def test_the_place_of_a_file_comes_from_the_sources(tmp_path: Path, cache: Path) -> None:
+    copied = tmp_path / "mine.jsonl"
+    copied.write_bytes(SAMPLE.read_bytes())
+    data = conf(
+        "data",
+        "jsonl",
+        path="mine.jsonl",
+        sha256=fingerprint(copied, cache),
+        sequence_length=512,
+        held_out_fraction=0.1,
+        held_out_samples=64,
+    )
+    made = door.prepare(request(workload(data=data), cache, tmp_path / "x", data=str(copied)))
+    assert made.tokens == door.prepare(request(workload(), cache, tmp_path / "x")).tokens
+    copied.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(DataError, match=r"mine.jsonl: the file changed since the run was planned"):
+        door.prepare(request(workload(data=data), cache, tmp_path / "x", data=str(copied)))
+
+
+def test_dense_data_and_full_fine_tuning_need_neither_file_nor_adapter(tmp_path: Path, cache: Path) -> None:
+    data = conf("data", "dense", num_samples=3, sequence_length=16)
+    made = door.prepare(request(workload(data=data, method=conf("method", "full")), cache, tmp_path / "x"))
+    assert (made.adapter_init, made.adapter_init_sha256) == (None, None)
+    tokens = TokenFile.open(Path(made.tokens))
+    assert [len(sample) for sample in tokens.train] == [16, 16, 16]
+    assert len(tokens.held_out) == 0
+
+
+def test_damaged_entries_of_the_cache_are_made_again(tmp_path: Path, cache: Path) -> None:
+    asked = request(workload(data=conf("data", "dense", num_samples=2, sequence_length=9)), cache, tmp_path / "x")
+    first = Path(door.prepare(asked).tokens)
+    first.unlink()
+    assert Path(door.prepare(asked).tokens).is_file()
+    for entry in (cache / "tokens" / "index").iterdir():
+        if json.loads(entry.read_text())["sha256"] == first.stem:
+            entry.write_text("{")
+    assert door.prepare(asked).tokens == str(first)
+
+
+def test_failures_are_messages_with_exit_code_2(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "x", "completion": ""}\n')
+    data = conf("data", "jsonl", path=str(bad))
+    assert door.main([written(tmp_path, request(workload(data=data), cache, tmp_path / "out.json"))]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.strip() == "bad.jsonl:1: 'completion' is empty; expected text"
+    assert not (tmp_path / "out.json").exists()
+    data = conf("data", "jsonl", path="/nowhere.jsonl")
+    assert door.main([written(tmp_path, request(workload(data=data), cache, tmp_path / "out.json"))]) == 2
+    assert "data.path: there is no file '/nowhere.jsonl'" in capsys.readouterr().err
+    assert door.main([]) == 2
+    assert "usage: python -m harness.prepare REQUEST.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"cache": 3}'])
+def test_an_unreadable_request_is_a_message(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "request.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError):
+        door.read_request(path)
+
+
+def test_tokenising_shows_progress_on_a_terminal(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setitem(os.environ, "TERM", "xterm")
+    door.prepare(request(workload(data=conf("data", "python_docs", sequence_length=100)), cache, tmp_path / "x"))
+    assert "tokenising" in screen.getvalue()
