@@ -86,7 +86,7 @@ def _tokens(workload: Workload, source: str | None, base: Base, cache: Path) -> 
 def _tokenise(data: Data, path: Path, base: Base, folder: Path) -> Path:
     from harness.weights.tokenizer_files import load_tokenizer
 
-    watch = _bar if sys.stderr.isatty() else one_by_one
+    watch = _bar if sys.stdout.isatty() else one_by_one
     return build_jsonl(data, path, load_tokenizer(base.path, "the model's tokenizer"), folder, watch)
 
 
@@ -99,12 +99,11 @@ def _data_path(data: Data, source: str | None) -> Path:
 
 
 def _bar(rows: Iterable[Row], total: int) -> Iterator[Row]:
-    """Rows as they are, with a progress bar on stderr."""
-    from rich.console import Console
+    """Rows as they are, with a progress bar on stdout: whoever launched this process keeps stderr for the reason of a failure."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("tokenising"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, transient=True) as progress:
         yield from progress.track(rows, total=total)
 
 

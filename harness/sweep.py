@@ -20,7 +20,7 @@ from harness.plan import Planned, least_memory_bytes, plan, weights_bytes
 from harness.progress import label, sweep_progress
 from harness.record import Record, loads_score
 from harness.spec import parse
-from harness.store import load, save, save_score, score_path
+from harness.store import Results, load, save, save_score, score_path
 
 _GIB = 2**30
 
@@ -142,7 +142,9 @@ def _finish(planned: Sequence[Planned], records: Sequence[Record], earlier: Sequ
     results = load(root)
     if results.stored:
         path = report.write(results, root)
-        console.print(report.table(results), markup=False, highlight=False)
+        workloads = {cell.request.cell.workload.key for cell in planned}
+        mine = tuple(stored for stored in results.stored if stored.record.cell.workload.key in workloads)
+        console.print(report.table(Results(mine, results.problems)), markup=False, highlight=False)
         console.print(f"report: {path}", markup=False, highlight=False)
     if ok == 0:
         console.print("nothing was measured: no cell ended ok", markup=False)

@@ -1,6 +1,6 @@
 """Train the tokenizer of tests and tiny models: byte-level BPE of 4,096 entries on the shipped sample, with a small ChatML template.
 
-    python scripts/train_tiny_tokenizer.py
+python scripts/train_tiny_tokenizer.py
 """
 
 from __future__ import annotations

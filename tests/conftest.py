@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[workloads.Made]:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> workloads.Made:
     """A workload whose artifacts were made by hand: no torch, no tokenizer."""
-    yield workloads.make(tmp_path_factory.mktemp("prepared"))
+    return workloads.make(tmp_path_factory.mktemp("prepared"))

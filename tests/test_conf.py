@@ -84,7 +84,7 @@ def test_own_options_from_a_folder(cache: Path) -> None:
         (["engine=fusd", "modle=x", "train.step=3"], ["did you mean 'fused'", "did you mean 'model'", "did you mean 'train.steps'"]),
         (["train.steps=0", "method.rank=no", "repeat=-1"], ["train.steps: got 0", 'method.rank: got "no"', "repeat: got -1"]),
         (["engine.knobs.micro_batch=0"], ["engine.knobs.micro_batch"]),
-        (["+engine.knobs.micro_bach=2", "+train.sed=1"], ["engine.knobs.micro_bach: unknown key; did you mean 'micro_batch'?", "train.sed"]),
+        (["+engine.knobs.micro_bach=2", "+train.sed=1"], ["micro_bach: unknown key; did you mean 'micro_batch'?", "train.sed"]),
         (["data=jsonl"], ["data.path: required, but not given; add data.path="]),
         (["data=jsonl", "data.path=absent.jsonl"], ["there is no file 'absent.jsonl'"]),
         (["repeat=1,2"], ["repeat=1,2: several values make a sweep; add -m"]),
@@ -108,7 +108,7 @@ def test_mistakes_of_a_sweep_are_each_reported_once(cache: Path) -> None:
 
 
 def test_a_key_swept_but_unknown_is_named(cache: Path) -> None:
-    with pytest.raises(ConfigError, match="did you mean 'train.steps'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'train\.steps'"):
         ask(cache, "train.stepz=1,2", multirun=True)
 
 

@@ -70,8 +70,9 @@ def test_an_impossible_cell_gets_its_reason_before_any_process_starts() -> None:
 
 def test_a_gpu_that_is_not_there_is_a_reason() -> None:
     request = workloads.request(workloads.workload())
-    absent = request.model_copy(update={"machine": request.machine.model_copy(update={"device": "cuda"})})
-    absent = absent.model_copy(update={"cell": absent.cell.model_copy(update={"engine": absent.cell.engine.model_copy(update={"processes": 99})})})
+    many = request.cell.engine.model_copy(update={"processes": 99})
+    cuda = request.machine.model_copy(update={"device": "cuda"})
+    absent = request.model_copy(update={"machine": cuda, "cell": request.cell.model_copy(update={"engine": many})})
     (cell,) = plan([absent], [], "stale")
     assert cell.action == "unsupported"
     assert "99 NVIDIA GPU(s)" in str(cell.reason)

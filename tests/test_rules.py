@@ -33,6 +33,24 @@ def test_files_are_short_and_say_what_they_are(path: Path) -> None:
     assert not text.strip() or ast.get_docstring(ast.parse(text)) or "fakes" in path.parts or path.name == "__init__.py"
 
 
+ENGINE_CODE = sorted((TREE / "engines").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", ENGINE_CODE, ids=name)
+def test_engines_see_the_contract_only(path: Path) -> None:
+    allowed = ("harness.engine", "harness.spec", "harness.data", "harness.errors")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        modules = (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
+        for module in modules:
+            assert module.partition(".")[0] != "harness" or module.startswith(allowed), f"{name(path)} imports {module}"
+
+
 def test_broad_excepts_stay_at_the_worker_door() -> None:
     broad = [
         f"{name(path)}:{node.lineno}"

@@ -85,7 +85,12 @@ def test_partial_files_and_work_folders_hold_no_records(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"schema_version": SCHEMA + 1}, "update engine-room"), ({"status": "fine"}, "status"), ({"extra": 1}, "extra"), ({"schema_version": "x"}, "schema")],
+    [
+        ({"schema_version": SCHEMA + 1}, "update engine-room"),
+        ({"schema_version": "x"}, "schema"),
+        ({"status": "fine"}, "status"),
+        ({"extra": 1}, "extra"),
+    ],
 )
 def test_edited_and_newer_records_are_refused_with_a_reason(change: dict[str, object], says: str) -> None:
     raw = json.loads(dumps(record())) | change

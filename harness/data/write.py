@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def write_token_file(folder: Path, train: Sequence[Sample], held_out: Sequence[S
     content = save(arrays, metadata={"engine_room": json.dumps(metadata, sort_keys=True)})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
     partial.write_bytes(content)
     partial.replace(path)
     return path

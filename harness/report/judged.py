@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from harness.parity import Run, anchors, verdict
+from harness.comparable import Run
+from harness.parity import anchors, verdict
 from harness.rank import Entry, Group, latest, rank
 from harness.store import Results
 

@@ -17,7 +17,21 @@ from harness.errors import UnsupportedError
 from harness.spec import Spec, Workload
 
 Behaviour = Literal[
-    "ok", "raise", "exit", "segfault", "kill", "hang", "host_oom", "oom", "garbage", "fork", "few_steps", "no_adapter", "refuse", "unsupported", "nan"
+    "ok",
+    "raise",
+    "exit",
+    "segfault",
+    "kill",
+    "hang",
+    "host_oom",
+    "oom",
+    "garbage",
+    "fork",
+    "few_steps",
+    "no_adapter",
+    "refuse",
+    "unsupported",
+    "nan",
 ]
 
 

@@ -1,0 +1,121 @@
+"""May two runs be compared at all: the same work, the same inputs, the same tokens in every step, finite numbers, all that tests need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from harness.record import Artifacts, Measurement, Record, Score, Steps
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A record with the held-out score of the weights it made and of the base it started from, where there are any."""
+
+    record: Record
+    score: Score | None = None
+    base_score: Score | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Light:
+    """What is left where the full rule cannot be applied: stream, step-1 loss and curve. ``passed`` null: could not be checked."""
+
+    passed: bool | None
+    detail: str
+
+
+def blocked(candidate: Run, reference: Run) -> tuple[list[str], Light]:
+    """Why the two runs are not about the same thing; a changed stream is the candidate's doing, so it fails the light check too."""
+    for name, run in (("", candidate), ("the reference: ", reference)):
+        if why := unusable(run):
+            return [name + why], Light(None, name + why)
+    if candidate.record.cell.workload.key != reference.record.cell.workload.key:
+        why = f"another workload: {candidate.record.cell.workload.label}, the reference is {reference.record.cell.workload.label}"
+        return [why], Light(None, why)
+    inputs = _inputs(measured(candidate).artifacts, measured(reference).artifacts)
+    if inputs := inputs + [f"the reference: {problem}" for problem in not_finite(reference)]:
+        return inputs, Light(None, inputs[0])
+    stream = _stream(measured(candidate).steps, measured(reference).steps)
+    return stream, Light(False if stream else None, stream[0] if stream else "")
+
+
+def missing(candidate: Run, reference: Run) -> list[str]:
+    """What the tests need and do not have: what cannot be computed is not comparable, never assumed."""
+    scores = {
+        "this run (random data has none)": candidate.score,
+        "the reference": reference.score,
+        "the base weights": reference.base_score,
+    }
+    if absent := [name for name, score in scores.items() if score is None]:
+        return [f"no held-out score of {', '.join(absent)}"]
+    a, b = scored(candidate.score), scored(reference.score)
+    values = {
+        "no gradient norm of step 1": measured(candidate).steps.grad_norms[0],
+        "the reference has no gradient norm of step 1": measured(reference).steps.grad_norms[0],
+        "no norm of the update (full weights are judged by held-out loss)": a.update_norm,
+        "the reference has no norm of the update": b.update_norm,
+    }
+    absent = [problem for problem, value in values.items() if value is None]
+    return absent + (["scored by another evaluator"] if a.evaluator != b.evaluator else [])
+
+
+def not_finite(run: Run) -> list[str]:
+    """Losses, gradient norms and scores that are no numbers, each with its first step."""
+    steps, problems = measured(run).steps, []
+    for name, values in (("loss", steps.losses), ("gradient norm", steps.grad_norms)):
+        bad = [step for step, value in enumerate(values) if value is not None and not math.isfinite(value)]
+        if bad:
+            problems.append(f"{name} is {values[bad[0]]} at step {bad[0] + 1}")
+    if run.score and not math.isfinite(run.score.held_out_loss):
+        problems.append(f"held-out loss is {run.score.held_out_loss}")
+    return problems
+
+
+def unusable(run: Run) -> str | None:
+    """Why there is nothing to judge, or None."""
+    if run.record.status != "ok":
+        return f"status {run.record.status}"
+    return None if run.record.measurement and run.record.measurement.steps.losses else "no step was measured"
+
+
+def measured(run: Run) -> Measurement:
+    """The measurement of a run that is usable."""
+    if run.record.measurement is None:
+        raise ValueError("a run without a measurement cannot be judged")
+    return run.record.measurement
+
+
+def scored(score: Score | None) -> Score:
+    """The score of a run that misses nothing."""
+    if score is None:
+        raise ValueError("a run without a score cannot be tested")
+    return score
+
+
+def _inputs(a: Artifacts, b: Artifacts) -> list[str]:
+    pairs = (
+        ("token file", a.tokens_sha256, b.tokens_sha256),
+        ("base weights", a.base_sha256, b.base_sha256),
+        ("initial adapter", a.adapter_init_sha256, b.adapter_init_sha256),
+    )
+    return [f"another {name}: {str(x)[:12]}, the reference has {str(y)[:12]}" for name, x, y in pairs if x != y]
+
+
+def _stream(a: Steps, b: Steps) -> list[str]:
+    arrays = ("seconds", "losses", "grad_norms", "tokens_input", "tokens_loss", "stream_sha256")
+    counts = {len(getattr(a, name)) for name in arrays}
+    if counts | {len(getattr(b, name)) for name in arrays} != {len(b.losses)}:
+        return [f"another number of steps: {' and '.join(map(str, sorted(counts)))}, the reference has {len(b.losses)}"]
+    problems = []
+    if (step := _first_difference(a.tokens_loss, b.tokens_loss)) is not None:
+        problems.append(f"supervised tokens differ from step {step + 1}: {a.tokens_loss[step]}, the reference has {b.tokens_loss[step]}")
+    if (step := _first_difference(a.stream_sha256, b.stream_sha256)) is not None:
+        tokens = f"{a.tokens_input[step]} input tokens, the reference has {b.tokens_input[step]}"
+        problems.append(f"the token stream differs from step {step + 1} (truncated, shuffled or changed data): {tokens}")
+    return problems
+
+
+def _first_difference(a: Sequence[object], b: Sequence[object]) -> int | None:
+    return next((step for step, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
