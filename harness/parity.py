@@ -101,7 +101,10 @@ def _variants(runs: Sequence[Run]) -> tuple[Run, ...]:
 
 
 def verdict(candidate: Run, against: Sequence[Anchor]) -> Verdict:
-    """The best verdict over the anchors: a candidate must meet every test against one of them, for the whole run."""
+    """The best verdict over the anchors: a candidate must meet every test against one of them, for the whole run.
+
+    What computes in fp32 is judged by the fp32 truth alone, where there is one: it has no rounding to excuse it.
+    """
     for anchor in against:
         if candidate.record == anchor.run.record:
             return Verdict("reference", anchor.name, "", (), Light(True, "this is the reference"), True)
@@ -111,8 +114,9 @@ def verdict(candidate: Run, against: Sequence[Anchor]) -> Verdict:
     if useless or not against:
         why = useless or "there is no reference: run engine=hf on this workload"
         return Verdict("not comparable", None, why, (why,), Light(None, why), not useless)
-    verdicts = [judge(candidate, anchor.run, anchor.variants, anchor.name) for anchor in against]
-    order: tuple[Kind, ...] = ("same", "different", "not comparable")
+    truth = [anchor for anchor in against if _in_fp32(candidate) and _in_fp32(anchor.run)]
+    verdicts = [judge(candidate, anchor.run, anchor.variants, anchor.name) for anchor in truth or against]
+    order: tuple[Kind, ...] = ("same", "not comparable", "different")  # an open question with one anchor leaves the whole open
     return min(verdicts, key=lambda one: order.index(one.kind))
 
 
@@ -130,7 +134,7 @@ def judge(candidate: Run, reference: Run, variants: Sequence[Run] = (), anchor: 
 
 
 def _tested(candidate: Run, reference: Run, variants: Sequence[Run], anchor: str, light: Light) -> Verdict:
-    allowed = _allowances(reference, variants)
+    allowed = _allowances(reference, variants if len(variants) >= NUM_VARIANTS else ())
     tests = _tests(candidate, reference)
     worst = max(tests, key=lambda test: test.excess / allowed[test.name])
     failed = tuple(test.text(allowed[test.name]) for test in tests if test.excess > allowed[test.name])

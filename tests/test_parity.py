@@ -206,13 +206,13 @@ def test_variants_of_the_reference_widen_the_allowance_to_twice_their_deviation(
 
 
 def test_wider_allowances_ask_for_more_power() -> None:
-    variants = [run(held_out_loss=HELD_OUT + 0.03)]
+    variants = [run(held_out_loss=HELD_OUT + off) for off in (0.01, 0.02, 0.03)]
     assert "no power" in judge(run("fused"), run(), variants).detail
 
 
 def test_what_is_no_variant_is_refused() -> None:
     with pytest.raises(ValueError, match="not a variant of the reference: status crash"):
-        judge(run("fused"), run(), [run(status="crash", ran=STEPS)])
+        judge(run("fused"), run(), [run(), run(), run(status="crash", ran=STEPS)])
 
 
 def hf(dtype: str, *, scored: bool = True, **changed: Any) -> Run:
@@ -237,11 +237,13 @@ def test_the_truth_is_hf_in_fp32_of_the_same_machine_then_scored_then_the_lowest
 
 
 def test_a_candidate_needs_one_anchor_for_all_tests() -> None:
-    truth, anchor = Anchor("fp32", hf("float32")), Anchor("bf16", hf("bfloat16", losses=tuple(x + 0.004 for x in LOSSES)))
-    assert verdict(run("fused"), [truth, anchor]).label == "same: fp32"
-    assert verdict(run("fused", losses=tuple(x + 0.0041 for x in LOSSES)), [truth, anchor]).label == "same: bf16"
+    others = tuple(hf("bfloat16", losses=noisy(tuple(x + 0.004 for x in LOSSES), 1e-4, seed)) for seed in range(3))
+    truth = Anchor("fp32", hf("float32"), tuple(hf("float32", losses=noisy(LOSSES, 1e-5, seed)) for seed in range(3)))
+    anchor = Anchor("bf16", hf("bfloat16", losses=tuple(x + 0.004 for x in LOSSES)), others)
+    assert verdict(hf("bfloat16"), [truth, anchor]).label == "same: fp32"
+    assert verdict(hf("bfloat16", losses=tuple(x + 0.0041 for x in LOSSES)), [truth, anchor]).label == "same: bf16"
     mixed = tuple(x + (0.004 if i % 2 else 0.0) for i, x in enumerate(LOSSES))
-    assert verdict(run("fused", losses=mixed), [truth, anchor]).label == "different"
+    assert verdict(hf("bfloat16", losses=mixed), [truth, anchor]).label == "different"
     assert verdict(truth.run, [truth, anchor]).label == "reference: fp32"
     assert verdict(anchor.run, [truth, anchor]).label == "reference: bf16"
 

@@ -1,0 +1,52 @@
+"""In bf16 the allowance comes from harmless variants of the reference; without them a deviation is an open question."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.comparable import Run
+from harness.parity import Anchor, anchors, judge, verdict
+from tests import records
+
+LOSSES = records.losses()
+
+
+def run(name: str = "hf", *, off: float = 0.0, dtype: str = "bfloat16", **knobs: Any) -> Run:
+    record = records.record(records.engine(name, compute_dtype=dtype, **knobs), losses=tuple(loss + off for loss in LOSSES))
+    return Run(record, records.score(record), records.score(record, base=True))
+
+
+VARIANTS = [run(off=0.002, attention="eager"), run(off=0.004, micro_batch=1), run(off=-0.003, recompute="full")]
+
+
+def test_a_deviation_above_the_floor_is_open_until_three_variants_are_known() -> None:
+    open_question = judge(run("fused", off=0.007), run(), VARIANTS[:2])
+    assert open_question.kind == "not comparable"
+    assert "known from 2 of 3" in open_question.reasons[0]
+    assert "loss of step 1" in open_question.detail
+    assert judge(run("fused", off=0.007), run(), VARIANTS).kind == "same", "twice the largest, 0.008, is allowed"
+    assert judge(run("fused", off=0.009), run(), VARIANTS).kind == "different"
+
+
+def test_within_the_floor_needs_no_variants() -> None:
+    assert judge(run("fused", off=0.001), run()).kind == "same"
+
+
+def test_fp32_has_no_rounding_to_excuse_it() -> None:
+    assert judge(run("fused", off=0.007, dtype="float32"), run(dtype="float32")).kind == "different"
+
+
+def test_an_fp32_run_is_judged_by_the_truth_alone() -> None:
+    truth, rounded = Anchor("fp32", run(dtype="float32")), Anchor("bf16", run(off=0.007))
+    assert verdict(run("fused", off=0.007, dtype="float32"), [truth, rounded]).kind == "different"
+    assert verdict(run("fused", off=0.007), [truth, rounded]).label == "same: bf16"
+
+
+def test_variants_are_found_among_the_reference_runs() -> None:
+    superfluous = [run(off=0.05, kernels="liger"), run(off=0.05, dtype="float32"), run("fused", off=0.05)]
+    group = [run(), *VARIANTS, *superfluous]
+    work, machine = group[0].record.cell.workload.key, group[0].record.machine.key
+    bf16 = next(anchor for anchor in anchors(group, work, machine) if anchor.name == "bf16")
+    knobs = [one.record.cell.engine.knobs for one in (bf16.run, *bf16.variants)]
+    assert len(knobs) == 4
+    assert all(one["compute_dtype"] == "bfloat16" and one.get("kernels", "none") == "none" for one in knobs)
