@@ -71,14 +71,12 @@ def load(*roots: Path) -> Results:
 
 
 def commit_of(tree: Path) -> tuple[str, bool]:
-    """The commit of ``tree`` and whether it has uncommitted changes; a file ``.commit`` speaks for a tree without git."""
-    stamp = tree / ".commit"
-    if not (tree / ".git").exists() and stamp.is_file():
-        return stamp.read_text(encoding="utf-8").strip(), False
+    """The commit of ``tree`` and whether it has uncommitted changes; a file ``.commit`` speaks for a tree whose git does not answer."""
     commit = _git(tree, "rev-parse", "HEAD")
-    if commit is None:
-        return "unknown", True
-    return commit, bool(_git(tree, "status", "--porcelain", "--untracked-files=no"))
+    if commit is not None:
+        return commit, bool(_git(tree, "status", "--porcelain", "--untracked-files=no"))
+    stamp = tree / ".commit"
+    return (stamp.read_text(encoding="utf-8").strip(), False) if stamp.is_file() else ("unknown", True)
 
 
 def _git(tree: Path, *arguments: str) -> str | None:

@@ -50,3 +50,12 @@ def test_variants_are_found_among_the_reference_runs() -> None:
     knobs = [one.record.cell.engine.knobs for one in (bf16.run, *bf16.variants)]
     assert len(knobs) == 4
     assert all(one["compute_dtype"] == "bfloat16" and one.get("kernels", "none") == "none" for one in knobs)
+
+
+def test_an_open_question_keeps_the_light_check_of_the_anchor_that_rounds_alike() -> None:
+    truth = Anchor("fp32", run(off=0.3, dtype="float32"))
+    rounded = Anchor("bf16", run(), tuple(VARIANTS))
+    found = verdict(run("fused", off=0.009), [truth, rounded])
+    assert (found.kind, found.light.passed, found.can_win) == ("not comparable", False, False)
+    close = verdict(run("fused", off=0.0085), [truth, rounded])
+    assert (close.kind, close.can_win) == ("not comparable", close.light.passed)

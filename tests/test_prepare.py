@@ -136,7 +136,7 @@ def test_tokenising_shows_progress_on_a_terminal(tmp_path: Path, cache: Path, mo
             return True
 
     screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setitem(os.environ, "TERM", "xterm")
     door.prepare(request(workload(data=conf("data", "python_docs", sequence_length=100)), cache, tmp_path / "x"))
     assert "tokenising" in screen.getvalue()

@@ -8,6 +8,8 @@ from harness.rank import Group, Outcome, Variant
 from harness.report.numbers import percent, rate, times
 from harness.stats import CONFIDENCE, SAME, Comparison
 
+MOST_NAMES = 3  # more than this in one sentence nobody reads; the table has them all
+
 
 @dataclass(frozen=True, slots=True)
 class Sentences:
@@ -28,13 +30,14 @@ def sentences(group: Group) -> Sentences:
     if not outcome.first:
         return _no_winner(group)
     winner = outcome.first[0]
-    details = [*_how_sure(outcome), *_parity(outcome.first)]
+    details = [*_how_sure(outcome), *_parity(outcome.first[:MOST_NAMES])]
     details += [f"{one.label} was faster ({rate(one.tokens_per_second)}) but cannot win: {_verdict(one)}." for one in outcome.barred]
     if len(outcome.first) > 1:
         names = _listed([one.label for one in outcome.first])
         return Sentences(f"No clear winner: {names} share the first place.", tuple(details))
     if outcome.next is None:
-        only = "the only variant that ran" if not outcome.barred else "the only variant that trained the same and ran"
+        alone = not any(variant.runs for variant in group.variants if variant is not winner)
+        only = "the only variant that ran" if alone else "the only variant that ran and can win"
         return Sentences(f"{winner.label} is {only}: {rate(winner.tokens_per_second)}.", tuple(details))
     assert outcome.lead is not None
     assert outcome.lead.interval is not None
@@ -97,4 +100,6 @@ def _verdict(variant: Variant) -> str:
 
 
 def _listed(names: list[str]) -> str:
+    if len(names) > MOST_NAMES:
+        return f"{', '.join(names[: MOST_NAMES - 1])} and {len(names) - MOST_NAMES + 1} more"
     return f"{', '.join(names[:-1])} and {names[-1]}"

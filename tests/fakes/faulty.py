@@ -71,12 +71,8 @@ def _misbehave(behaviour: Behaviour, job: Job) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if behaviour == "hang":
         time.sleep(3600)
-    if behaviour == "host_oom":
-        raise MemoryError("no more")
-    if behaviour == "oom":
-        import torch
-
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if behaviour in ("host_oom", "oom"):
+        _run_out_of_memory(behaviour)
     if behaviour == "garbage":
         with (job.out.parent / "events.jsonl").open("ab") as file:
             file.write(b"\x00\xff not json\n")
@@ -84,6 +80,14 @@ def _misbehave(behaviour: Behaviour, job: Job) -> None:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
         (Path(job.out).parent / "child.pid").write_text(str(child.pid))
         time.sleep(3600)
+
+
+def _run_out_of_memory(behaviour: Behaviour) -> None:
+    if behaviour == "host_oom":
+        raise MemoryError("no more")
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def _save(job: Job) -> None:
