@@ -209,7 +209,7 @@ def _provenance(request: Request, started: datetime, wall_seconds: float) -> Pro
         python=python,
         packages=packages,
         driver=driver_version() if request.machine.device == "cuda" else None,
-        host=f"{host_id()} {platform.system()} {platform.release()}",
+        host=f"{host_id()} {platform.system()} {platform.release().partition('-')[0]}",
     )
 
 
