@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -12,6 +13,9 @@ import pytest
 
 from harness.__main__ import _parser
 from harness.config import requests
+from harness.launch import unsupported
+from harness.store import save
+from tests import workloads
 
 TREE = Path(__file__).resolve().parent.parent
 README = (TREE / "README.md").read_text(encoding="utf-8")
@@ -50,3 +54,35 @@ def test_what_runs_nothing_runs(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "harness", *arguments], cwd=TREE, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+SMOKE = ("train.steps=3", "train.warmup_steps=1", "train.samples_per_step=2", "data.sequence_length=64", "machine=cpu")
+RUNNABLE = [line for line in HARNESS if "--cfg" not in line]
+
+
+@pytest.mark.parametrize("line", RUNNABLE)
+def test_every_command_that_runs_does_run(line: str, cache: Path, tmp_path: Path) -> None:
+    """The same command on the tiny model, a few short steps, one repeat."""
+    rows = [f'{{"question": "What is {i} + 1?", "answer": "{i + 1}"}}\n' for i in range(40)]
+    (tmp_path / "my.jsonl").write_text("".join(rows))
+    small = re.sub(r"model=[\w,]+", "model=tiny_llama", line.replace("range(3)", "range(1)").replace("python -m", f"{sys.executable} -m"))
+    given = {word.partition("=")[0] for word in shlex.split(small)}
+    own = [word for word in SMOKE if word.partition("=")[0] not in given]
+    own += [] if "model" in given else ["model=tiny_llama"]
+    own += ["repeat=0"] if "+sweep" in given else []
+    command = [*shlex.split(small), *own, f"cache={cache}", f"runs={tmp_path / 'runs'}"]
+    environment = {**os.environ, "PYTHONPATH": str(TREE)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("cells to run" if "plan=only" in line else "report: ") in done.stdout
+
+
+def test_the_report_commands_run(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    save(unsupported(workloads.request(workloads.workload()), workloads.MACHINE, "because"), runs)
+    for line in (line for line in LINES if line.startswith("python -m harness.report")):
+        command = shlex.split(line.replace("python -m", f"{sys.executable} -m"))
+        environment = {**os.environ, "PYTHONPATH": str(TREE)}
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 6, "nothing was measured, and the report says so"
+        assert "because" in done.stdout or (runs / "report.html").exists()
