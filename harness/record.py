@@ -100,7 +100,7 @@ class Record(Spec):
 class Score(Spec):
     """Held-out loss of one set of weights: a fact about content, whoever trained it. Evaluated in fp32 by the neutral evaluator.
 
-    ``update_norm`` is the L2 norm of trained minus initial adapter, null for full weights.
+    ``update_norm`` is the L2 norm of trained minus initial weights (of the adapter, where one is trained), null for the base itself.
     """
 
     schema_version: Literal[1] = SCHEMA

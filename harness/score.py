@@ -89,13 +89,13 @@ def held_out_loss(model: Any, split: Split, device: str) -> tuple[float, int]:
 
 
 def update_norm(trained: Path, initial: Path) -> float:
-    """L2 norm of trained minus initial adapter over all A and B, in fp64. Raises WeightsError when names or shapes differ."""
+    """L2 norm of trained minus initial weights (of the adapter: all A and B), in fp64. Raises WeightsError when names or shapes differ."""
     after, before = read_tensors(trained), read_tensors(initial)
     shapes = [{name: stored.shape for name, stored in tensors.items()} for tensors in (after, before)]
     if shapes[0] != shapes[1]:
         differing = sorted(name for name in {*after, *before} if shapes[0].get(name) != shapes[1].get(name))
         some = f"{', '.join(differing[:3])} (of {len(differing)})"
-        raise WeightsError(f"the adapter's tensors are not those of the initial one; differing in name or shape: {some}")
+        raise WeightsError(f"the trained tensors are not those of the start; differing in name or shape: {some}")
     return math.sqrt(sum(_squared_distance(after[name].values(), before[name].values()) for name in sorted(after)))
 
 
@@ -141,7 +141,7 @@ def _with_adapter(base: Any, folder: Path) -> Any:
 
 def _score(request: ScoreRequest, item: ScoreItem, loss: float, count: int, tokens_sha256: str) -> Score:
     prepared: Prepared = request.prepared
-    norm = update_norm(Path(item.adapter), Path(prepared.adapter_init)) if item.adapter and prepared.adapter_init else None
+    norm = update_norm(Path(item.adapter), Path(prepared.adapter_init or prepared.base)) if item.adapter else None
     return Score(
         adapter_sha256=item.adapter_sha256,
         tokens_sha256=tokens_sha256,

@@ -92,7 +92,7 @@ def _signature(value: Any) -> str:
     """The parameters by name, without defaults and annotations; () where the interpreter does not know them."""
     try:
         parameters = inspect.signature(value).parameters.values()
-    except (ValueError, TypeError):
+    except (AttributeError, TypeError, ValueError):  # AttributeError: inspect of Python 3.13 on select.epoll
         return "()"
     names = [str(parameter).partition("=")[0].partition(":")[0] for parameter in parameters if parameter.name not in ("self", "cls")]
     return f"({', '.join(names)})" if len(names) <= 6 else "(...)"

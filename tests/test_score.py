@@ -144,7 +144,8 @@ def test_full_weights_are_scored_as_they_are(prepared: Prepared, cache: Path, tm
     tensors = load_file(tmp_path / "weights" / "model.safetensors")
     save_file({name: value * np.float32(1.5) for name, value in tensors.items()}, tmp_path / "weights" / "model.safetensors")
     base, moved = run(full, tmp_path, None, tmp_path / "weights", work=work)
-    assert moved.update_norm is None
+    expected = np.sqrt(sum(float(np.sum((0.5 * value.astype(np.float64)) ** 2)) for value in tensors.values()))
+    assert moved.update_norm == pytest.approx(expected, rel=1e-6)
     assert moved.held_out_loss != base.held_out_loss
 
 
