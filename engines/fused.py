@@ -9,11 +9,10 @@ import numpy as np
 
 from harness.data.tokens import IGNORE, Batch, Sample, StepTokens, chunks, pack
 from harness.engine import Job, Machine, Probe
-from harness.errors import DataError, UnsupportedError
-from harness.spec import Lora, Positive, Spec, Train, Workload
+from harness.errors import UnsupportedError
+from harness.spec import Lora, Positive, Spec, Workload
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from engines.native.decoder import Decoder
@@ -52,7 +51,7 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     session = _Session(job, knobs)
     probe.ready()
     for index in range(schedule.steps):
-        loss, grad_norm, tokens = session.step(_samples(job, index), schedule.learning_rate_at(index))
+        loss, grad_norm, tokens = session.step(job.tokens.step(schedule, index), schedule.learning_rate_at(index))
         probe.step(loss=loss, grad_norm=grad_norm, tokens=tokens)
     session.save()
 
@@ -63,6 +62,7 @@ class _Session:
     def __init__(self, job: Job, knobs: Knobs) -> None:
         import torch
 
+        from engines.native.optimizer import adamw
         from engines.native.packed import Angles
         from engines.native.weights import trained_weights
 
@@ -72,7 +72,7 @@ class _Session:
         self._angles: Angles = Angles.of(self._decoder.shape, job.workload.data.sequence_length, torch.device(job.device))
         self._trained = trained_weights(self._decoder.weights)
         self._masters = [weight.master for weight in self._trained if weight.master is not None]
-        self._optimizer = _adamw(self._masters, job.workload.train, job.device)
+        self._optimizer = adamw(self._masters, job.workload.train, job.device)
 
     def step(self, samples: Sequence[Sample], learning_rate: float) -> tuple[Tensor, Tensor, StepTokens]:
         """One optimizer step: the loss (a mean over its supervised tokens), the gradient norm before clipping, the tokens."""
@@ -142,40 +142,14 @@ def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decod
     method, device = job.workload.method, torch.device(job.device)
     config = read_config(job.base)
     shape = read_shape(config, job.workload.data.sequence_length)
-    adapter = None if job.adapter_init is None else read_adapter(job.adapter_init, _torch_dtype(method.dtype), device)
-    train_dtype = None if adapter is not None else _torch_dtype(method.dtype)
-    weights = load_weights(job.base, shape, Placement(device, _torch_dtype(knobs.compute_dtype), train_dtype), adapter)
+    adapter = None if job.adapter_init is None else read_adapter(job.adapter_init, getattr(torch, method.dtype), device)
+    train_dtype = None if adapter is not None else getattr(torch, method.dtype)
+    weights = load_weights(job.base, shape, Placement(device, getattr(torch, knobs.compute_dtype), train_dtype), adapter)
     if adapter is not None:
         adapter.check_nothing_is_left(weights)
     plan = {"none": KEEP_PRODUCTS, "full": KEEP_INPUT}[knobs.recompute]
     ops = {"reference": REFERENCE}[knobs.operations]
     return config, adapter, Decoder(shape=shape, weights=weights, ops=ops, plan=plan, loss_chunk=knobs.loss_chunk)
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    import torch
-
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def _adamw(masters: list[Any], schedule: Train, device: str) -> torch.optim.AdamW:
-    import torch
-
-    return torch.optim.AdamW(
-        masters,
-        lr=schedule.learning_rate,
-        betas=(schedule.beta1, schedule.beta2),
-        eps=schedule.epsilon,
-        weight_decay=schedule.weight_decay,
-        fused=device == "cuda",
-    )
-
-
-def _samples(job: Job, index: int) -> Sequence[Sample]:
-    samples = job.tokens.step(job.workload.train, index)
-    if not any(sample.num_labels for sample in samples):
-        raise DataError(f"step {index + 1}: none of its {len(samples)} samples has a supervised token, so it has no loss")
-    return samples
 
 
 def _to_device(batch: Batch, angles: Angles, device: str) -> Packed:

@@ -7,13 +7,12 @@ import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.data.tokens import Batch, Sample, StepTokens, chunks, pad
+from harness.data.tokens import Batch, StepTokens, chunks, pad
 from harness.engine import Job, Machine, Probe
-from harness.errors import DataError, UnsupportedError
-from harness.spec import Lora, Positive, Spec, Train, Workload
+from harness.errors import UnsupportedError
+from harness.spec import Lora, Positive, Spec, Workload
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -38,6 +37,8 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     """Train with AdamW on every trained tensor (norms and biases decay too), and save into ``job.out``."""
     import torch
 
+    from engines.native.optimizer import adamw
+
     if job.processes != 1:
         raise UnsupportedError(f"engine.processes is {job.processes}; hf trains in one process, use engine.processes=1")
     schedule = job.workload.train
@@ -45,11 +46,11 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     _exact_float32()
     model = _load(job, knobs)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _adamw(parameters, schedule, job.device)
+    optimizer = adamw(parameters, schedule, job.device)
     forward = torch.compile(model) if knobs.compile else model
     probe.ready()
     for index in range(schedule.steps):
-        batches = [pad(samples) for samples in chunks(_samples(job, index), knobs.micro_batch)]
+        batches = [pad(samples) for samples in chunks(job.tokens.step(schedule, index), knobs.micro_batch)]
         tokens = StepTokens.of(batches)
         loss = _accumulate(forward, batches, tokens.loss, knobs, job.device)
         grad_norm = _clip(parameters, schedule.max_grad_norm)
@@ -104,12 +105,13 @@ def _exact_float32() -> None:
 
 def _load(job: Job, knobs: Knobs) -> Any:
     """The model, ready to train. ``Any``: PEFT's and transformers' own types do not survive their wrappers."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     method = job.workload.method
     model: Any = AutoModelForCausalLM.from_pretrained(
         job.base,
-        dtype=_torch_dtype(knobs.compute_dtype if isinstance(method, Lora) else method.dtype),
+        dtype=getattr(torch, knobs.compute_dtype if isinstance(method, Lora) else method.dtype),
         attn_implementation=knobs.attention,
         local_files_only=True,
         use_safetensors=True,
@@ -138,39 +140,14 @@ def _load(job: Job, knobs: Knobs) -> Any:
 
 
 def _with_adapter(model: Any, job: Job, method: Lora) -> Any:
+    import torch
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(model, str(job.adapter_init), is_trainable=True)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(_torch_dtype(method.dtype))
+            parameter.data = parameter.data.to(getattr(torch, method.dtype))
     return model
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    import torch
-
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def _adamw(parameters: list[Any], schedule: Train, device: str) -> torch.optim.AdamW:
-    import torch
-
-    return torch.optim.AdamW(
-        parameters,
-        lr=schedule.learning_rate,
-        betas=(schedule.beta1, schedule.beta2),
-        eps=schedule.epsilon,
-        weight_decay=schedule.weight_decay,
-        fused=device == "cuda",
-    )
-
-
-def _samples(job: Job, index: int) -> Sequence[Sample]:
-    samples = job.tokens.step(job.workload.train, index)
-    if not any(sample.num_labels for sample in samples):
-        raise DataError(f"step {index + 1}: none of its {len(samples)} samples has a supervised token, so it has no loss")
-    return samples
 
 
 def _accumulate(model: Any, batches: Sequence[Batch], num_labels: int, knobs: Knobs, device: str) -> Tensor:
@@ -212,8 +189,10 @@ def _clip(parameters: list[Any], max_norm: float | None) -> Tensor:
 
 
 def _save(model: Any, job: Job) -> None:
+    import torch
+
     if not isinstance(job.workload.method, Lora):
-        model.to(_torch_dtype(job.workload.model.dtype)).save_pretrained(job.out)
+        model.to(getattr(torch, job.workload.model.dtype)).save_pretrained(job.out)
         return
     for config in model.peft_config.values():
         config.base_model_name_or_path = job.workload.model.name

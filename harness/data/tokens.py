@@ -98,13 +98,20 @@ class TokenFile:
         return cls(split("train"), split("held_out"), metadata, path.stem)
 
     def step(self, train: Train, index: int) -> tuple[Sample, ...]:
-        """The samples of optimizer step ``index`` (0-based): the same for every engine, every sample once an epoch."""
+        """The samples of optimizer step ``index`` (0-based): the same for every engine, every sample once an epoch.
+
+        Raises DataError when there is nothing to train on: no samples, or none with a supervised token (the step would have no loss).
+        """
         first = index * train.samples_per_step
         wanted = range(first, first + train.samples_per_step)
         size = len(self.train)
         if size == 0:
             raise DataError("the token file has no training samples")
-        return tuple(self.train[int(epoch_order(train.seed, epoch, size)[place])] for epoch, place in (divmod(i, size) for i in wanted))
+        places = [divmod(number, size) for number in wanted]
+        samples = tuple(self.train[int(epoch_order(train.seed, epoch, size)[place])] for epoch, place in places)
+        if not any(sample.num_labels for sample in samples):
+            raise DataError(f"step {index + 1}: none of its {len(samples)} samples has a supervised token, so it has no loss")
+        return samples
 
 
 @functools.lru_cache(maxsize=4)
