@@ -32,7 +32,7 @@ from harness.store import commit_of
 TREE = Path(__file__).resolve().parent.parent
 _TICK_SECONDS = 0.2
 _LAST_LINES = 15
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 OnEvent = Callable[[Event], None]
 
@@ -45,7 +45,7 @@ class Ending:
     exit_code: int
 
 
-def run_cell(request: Request, machine: Machine, prepared: Prepared, root: Path, on_event: OnEvent) -> Record:
+def run_cell(request: Request, machine: Machine, prepared: Prepared, root: Path, on_event: OnEvent, sweep: str | None = None) -> Record:
     """Run ``request`` and return its record; adapters of ok cells end under ``root``/adapters. Failure is a status, never an exception."""
     cell = request.cell
     work = root / "work" / f"{machine.key}-{cell.key}"
@@ -63,7 +63,7 @@ def run_cell(request: Request, machine: Machine, prepared: Prepared, root: Path,
             _kill_group(process)
         wall = time.monotonic() - began
         status, reason = _classify(how, events, reader, work, _kernel_oom_kills() - kills_before)
-    provenance = _provenance(request, started, wall)
+    provenance = _provenance(request, started, wall, sweep)
     record = _record(request, machine, prepared, status, reason, provenance, events)
     if status == "ok":
         _keep_adapter(work, root, record)
@@ -77,14 +77,18 @@ def unsupported(request: Request, machine: Machine, reason: str) -> Record:
     )
 
 
-def run_door(module: str, job: Spec, job_path: Path) -> None:
-    """Run another door (prepare, score) in our interpreter on ``job``; its progress bar shows. Raises HarnessError with what it said."""
+def run_door(module: str, job: Spec, job_path: Path, *, network: bool = False) -> None:
+    """Run another door (prepare, score) in our interpreter on ``job``; its progress bar shows. Raises HarnessError with what it said.
+
+    Only prepare may use the ``network``, to fetch a ``hub:`` source: what is measured or judged never depends on it.
+    """
     job_path.parent.mkdir(parents=True, exist_ok=True)
     job_path.write_text(job.model_dump_json(indent=1), encoding="utf-8")
     command = [sys.executable, "-m", module, str(job_path)]
     errors = job_path.with_suffix(".stderr")
+    environment = _environment({}) if network else _environment(_OFFLINE)
     with errors.open("w") as stderr:
-        done = subprocess.run(command, env=_environment({}), check=False, stderr=stderr, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, env=environment, check=False, stderr=stderr, stdin=subprocess.DEVNULL)
     said = errors.read_text(errors="replace").strip()
     if done.returncode == 2:
         raise HarnessError(said)
@@ -115,7 +119,7 @@ def _start(request: Request, machine: Machine, prepared: Prepared, work: Path) -
         return subprocess.Popen(
             [request.python or sys.executable, "-m", "harness.worker", str(work / "job.json")],
             cwd=work,
-            env=_environment(request.cell.engine.environment),
+            env=_environment({**_OFFLINE, **request.cell.engine.environment}),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -125,7 +129,7 @@ def _start(request: Request, machine: Machine, prepared: Prepared, work: Path) -
 
 def _environment(extra: dict[str, str]) -> dict[str, str]:
     path = os.pathsep.join([str(TREE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, **_OFFLINE, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **extra}
+    return {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **extra}
 
 
 def _watch(process: subprocess.Popen[bytes], reader: EventReader, events: list[Event], request: Request, on_event: OnEvent) -> Ending:
@@ -197,7 +201,7 @@ def _record(
     )
 
 
-def _provenance(request: Request, started: datetime, wall_seconds: float) -> Provenance:
+def _provenance(request: Request, started: datetime, wall_seconds: float, sweep: str | None = None) -> Provenance:
     commit, dirty = commit_of(TREE)
     python, packages = interpreter(request.python, request.packages)
     return Provenance(
@@ -209,6 +213,7 @@ def _provenance(request: Request, started: datetime, wall_seconds: float) -> Pro
         python=python,
         packages=packages,
         driver=driver_version() if request.machine.device == "cuda" else None,
+        sweep=sweep,
         host=f"{host_id()} {platform.system()} {platform.release().partition('-')[0]}",
     )
 

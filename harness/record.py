@@ -70,7 +70,7 @@ class Measurement(Spec):
 
 
 class Provenance(Spec):
-    """Where and from what the record came: covariates, never part of a key."""
+    """Where and from what the record came: covariates, never part of a key. ``sweep``: shared by the cells of one sitting."""
 
     started_utc: str
     wall_seconds: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from collections.abc import Sequence
 from datetime import timedelta
@@ -63,7 +64,7 @@ def _prepare(planned: Sequence[Planned], cache: Path, root: Path, console: Conso
         job = root / "work" / "prepare" / f"{workload.key}.json"
         out = job.with_suffix(".prepared.json")
         request = PrepareRequest(workload=workload, sources=cell.request.sources, cache=str(cache), out=str(out))
-        run_door("harness.prepare", request, job)
+        run_door("harness.prepare", request, job, network=True)
         prepared[workload.key] = parse(Prepared, json.loads(out.read_text(encoding="utf-8")))
     return prepared
 
@@ -80,10 +81,12 @@ def _run_cells(planned: Sequence[Planned], prepared: dict[str, Prepared], root: 
     waiting = [cell for cell in planned if cell.action == "run"]
     if not waiting:
         return records
+    sitting = secrets.token_hex(4)
     with sweep_progress(console, waiting) as progress:
         for cell in waiting:
             progress.begin(cell)
-            record = run_cell(cell.request, cell.machine, prepared[cell.request.cell.workload.key], root, progress.event)
+            place = prepared[cell.request.cell.workload.key]
+            record = run_cell(cell.request, cell.machine, place, root, progress.event, sitting)
             save(record, root)
             progress.end(record)
             records.append(record)
