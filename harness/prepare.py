@@ -7,10 +7,12 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from harness.data.build import build_dense, build_jsonl, one_by_one
 from harness.data.rows import Row
 from harness.data.tokenise import VERSION
+from harness.data.tokens import TokenFile
 from harness.errors import ConfigError, DataError, HarnessError
 from harness.places import Prepared, PrepareRequest
 from harness.spec import Data, Workload, parse
@@ -53,8 +55,15 @@ def prepare(request: PrepareRequest) -> Prepared:
         adapter_init=str(adapter.path) if adapter else None,
         base_sha256=base.sha256,
         adapter_init_sha256=adapter.sha256 if adapter else None,
-        notes=(f"base weights: {base.description}",),
+        notes=(f"base weights: {base.description}", _data_note(TokenFile.open(tokens).metadata)),
     )
+
+
+def _data_note(metadata: dict[str, Any]) -> str:
+    """What became of the rows, in a line of the record."""
+    counts = ("rows", "train", "held_out", "held_out_unused", "samples_truncated", "tokens_truncated", "samples_dropped")
+    words = [f"{metadata[name]:,} {name.replace('_', ' ')}" for name in counts if name in metadata]
+    return f"data ({metadata.get('layout', metadata['source'])}): {', '.join(words)}"
 
 
 def _tokens(workload: Workload, source: str | None, base: Base, cache: Path) -> Path:

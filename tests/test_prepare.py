@@ -41,7 +41,8 @@ def test_everything_is_made_and_then_found_without_torch(tmp_path: Path, cache: 
     assert len(tokens.held_out) == 64
     assert tokens.metadata["rows"] == len(SAMPLE.read_text().splitlines())
     assert made.adapter_init_sha256 == adapter_sha256(Path(made.adapter_init or ""))
-    assert made.notes == ("base weights: random, seed 0",)
+    assert made.notes[0] == "base weights: random, seed 0"
+    assert made.notes[1].startswith("data (prompt/completion): 2,724 rows, ")
     assert (Path(made.base) / "tokenizer.json").is_file()
     (tmp_path / "prepared.json").unlink()
     code = f"{BAN}; from harness.prepare import main; sys.exit(main(['{asked}']))"

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,7 +117,7 @@ def _locate(source: str, path: str | None, *, weights: bool = True) -> Path | No
 
 def _build(model: Model, weights: Path | None, tokenizer: Path, folder: Path) -> None:
     size = "" if weights is None else f" from {weights.name}"
-    print(f"preparing {model.name}: base weights{size} in {model.dtype} ...", file=sys.stderr, flush=True)
+    print(f"preparing {model.name}: base weights{size} in {model.dtype} ...", flush=True)
     if weights is None:
         config, description = _from_config(model, folder)
     elif weights.suffix == ".gguf":
