@@ -26,6 +26,9 @@ def test_every_option_composes_into_a_valid_cell(option: str, cache: Path, tmp_p
     if option == "data=jsonl":
         (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
         extra = [f"data.path={tmp_path / 'rows.jsonl'}"]
+    if option == "model=local":
+        (tmp_path / "config.json").write_text("{}")
+        extra = [f"model.weights=dir:{tmp_path}"]
     _, (request,) = ask(cache, option, *extra)
     group, _, name = option.partition("=")
     chosen = {

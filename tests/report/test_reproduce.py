@@ -32,7 +32,8 @@ def composed(cell: Cell, machine: Machine = records.CPU) -> dict[str, Any]:
 
 def of_options(**chosen: str) -> Cell:
     """A cell made of options of conf/ as they are, interpolations resolved."""
-    ((_, config),) = compose_all([f"{group}={name}" for group, name in chosen.items()] + ["machine=cpu"], multirun=False)
+    own = ["model.weights=dir:mine"] if chosen.get("model") == "local" else []
+    ((_, config),) = compose_all([f"{group}={name}" for group, name in chosen.items()] + [*own, "machine=cpu"], multirun=False)
     raw = plain(config)
     engine = {key: raw["engine"][key] for key in EngineSpec.model_fields}
     if raw["data"].get("path") is None and raw["data"]["source"] == "jsonl":
