@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from harness.rank import Group, Variant
 from harness.report.numbers import GIB, plain_rate
@@ -89,7 +89,7 @@ def _throughput(ran: Sequence[Variant], look: Mapping[str, Look]) -> Plot:
         for row, variant in enumerate(ran):
             mine = look[variant.label]
             axes.plot(
-                variant.rates, [row] * len(variant.rates), mine.marker, color=mine.colour, alpha=0.75, markersize=5, markeredgewidth=0
+                variant.rates, _spread(row, len(variant.rates)), mine.marker, color=mine.colour, alpha=0.75, markersize=5, markeredgewidth=0
             )
             axes.vlines(variant.tokens_per_second or 0, row - 0.22, row + 0.22, color=mine.colour, linewidth=2)
             axes.text(0, row - 0.27, _safe(variant.label), transform=axes.get_yaxis_transform(), va="bottom", color="#30343b")
@@ -98,6 +98,7 @@ def _throughput(ran: Sequence[Variant], look: Mapping[str, Look]) -> Plot:
         if not zoomed:
             axes.set_xlim(left=0)
         axes.margins(x=0.06)
+        _rate_axis(axes)
         axes.set_xlabel(f"tokens/s{' (axis does not start at 0)' if zoomed else ''}")
         axes.spines["left"].set_visible(False)
         svg = _svg(figure)
@@ -115,6 +116,7 @@ def _memory(placed: Sequence[Variant], group: Group, look: Mapping[str, Look]) -
             axes.plot(speed, size, mine.marker, color=mine.colour, markersize=9, markeredgecolor="white")
         axes.set_xlim(0, 1.12 * max(speed for _, speed, _ in points))
         axes.set_ylim(0, 1.18 * max(size for _, _, size in points) or 1)
+        _rate_axis(axes)
         axes.set_xlabel("tokens/s (right is better)")
         axes.set_ylabel(f"{name}, GiB")
         svg = _svg(figure)
@@ -148,6 +150,12 @@ def _ends(variant: Variant) -> str:
     measurement = variant.runs[0].record.measurement
     losses = measurement.steps.losses if measurement else ()
     return f"from {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "no losses"
+
+
+def _rate_axis(axes: Axes) -> None:
+    """Few ticks with separators: five-digit rates would run into each other."""
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
