@@ -14,7 +14,7 @@ from harness.record import Record, dumps, loads
 from tests import workloads
 from tests.workloads import Made
 
-IMPATIENT = Limits(wall_seconds=60.0, no_progress_seconds=2.0)
+IMPATIENT = Limits(wall_seconds=60.0, no_progress_seconds=4.0)
 
 
 def run(made: Made, root: Path, *, limits: Limits | None = None, **knobs: object) -> Record:
@@ -71,7 +71,7 @@ def test_a_cell_that_dies_keeps_the_steps_it_made(prepared: Made, tmp_path: Path
 
 def test_no_progress_and_timeout_are_told_apart(prepared: Made, tmp_path: Path) -> None:
     assert run(prepared, tmp_path, behaviour="hang", limits=IMPATIENT).status == "no_progress"
-    slow = run(prepared, tmp_path, step_seconds=1.0, limits=Limits(wall_seconds=2.5, no_progress_seconds=30.0))
+    slow = run(prepared, tmp_path, step_seconds=3.0, limits=Limits(wall_seconds=7.0, no_progress_seconds=30.0))
     assert slow.status == "timeout"
     assert slow.measurement is not None
     assert len(slow.measurement.steps.losses) >= 1

@@ -32,8 +32,9 @@ def test_a_cpu_step_lasts_from_the_end_of_the_one_before(tmp_path: Path) -> None
             time.sleep(seconds)
             probe.step(loss=1.0, grad_norm=None, tokens=TOKENS)
         probe.finish()
-    assert [event["seconds"] for event in events(log, "step")] == pytest.approx([0.02, 0.04, 0.01], abs=0.015)
-    assert events(log, "ready")[0]["setup_seconds"] == pytest.approx(0.05, abs=0.03)
+    for event, slept in zip(events(log, "step"), (0.02, 0.04, 0.01), strict=True):
+        assert slept <= event["seconds"] < slept + 0.5
+    assert 0.05 <= events(log, "ready")[0]["setup_seconds"] < 0.6
     assert [event["grad_norms"] for event in events(log, "step")] == [None, None, None]
     assert [event["memory"]["phase"] for event in events(log, "memory")] == ["setup", "first_step", "steady"]
 
