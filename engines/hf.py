@@ -106,13 +106,14 @@ def _exact_float32() -> None:
 def _load(job: Job, knobs: Knobs) -> Any:
     """The model, ready to train. ``Any``: PEFT's and transformers' own types do not survive their wrappers."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     method = job.workload.method
+    attends = hasattr(AutoConfig.from_pretrained(job.base, local_files_only=True, trust_remote_code=False), "num_attention_heads")
     model: Any = AutoModelForCausalLM.from_pretrained(
         job.base,
         dtype=getattr(torch, knobs.compute_dtype if isinstance(method, Lora) else method.dtype),
-        attn_implementation=knobs.attention,
+        attn_implementation=knobs.attention if attends else None,  # a state-space model has none to choose
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,

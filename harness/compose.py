@@ -42,7 +42,9 @@ def compose_all(overrides: Sequence[str], *, multirun: bool) -> list[tuple[tuple
     with _hydra():
         parsed = _parse(_with_machine(overrides))
         fixed = [_line(override) for override in parsed if not override.is_sweep_override()]
-        root = _compose(fixed)
+        # With the first value of every sweep: a fixed override may be valid only under a choice that is swept.
+        first = [_values(override)[0] for override in parsed if override.is_sweep_override()]
+        root = _compose([*fixed, *first])
         multirun = multirun or str(root.hydra.mode) == "RunMode.MULTIRUN"
         sweeps = [override for override in parsed if override.is_sweep_override()]
         if sweeps and not multirun:
@@ -151,25 +153,19 @@ def _line(override: Override) -> str:
 
 
 def _unknown(override: Override, config: DictConfig) -> str:
-    known = [*_keys(config), *_groups()]
-    return f"{override.key_or_group}: unknown key; {_nearest_key(override.key_or_group, known)}"
+    return f"{override.key_or_group}: unknown key; {_nearest_key(override.key_or_group, config)}"
 
 
-def _nearest_key(key: str, known: list[str]) -> str:
-    """Prefer a sibling with a similar last part, then any similar key; list siblings when nothing is similar."""
-    parent = key.rpartition(".")[0]
-    siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    hint = nearest(key, siblings)
-    return hint if hint.startswith("did you mean") else nearest(key, siblings or known)
-
-
-def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in config:
-        name = f"{prefix}{key!s}"
-        yield name
-        node = config._get_node(key)
-        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
-            yield from _keys(node, name + ".")
+def _nearest_key(key: str, config: DictConfig) -> str:
+    """The nearest key below the deepest part of ``key`` that exists, or all that stand there."""
+    above, node = "", config
+    for part in key.split(".")[:-1]:
+        below = OmegaConf.select(node, part)
+        if not isinstance(below, DictConfig):
+            return f"{above}{part} has no keys here"
+        above, node = f"{above}{part}.", below
+    names = {f"{above}{name!s}" for name in node} | (set(_groups()) if not above else set())
+    return nearest(key, names - {"hydra"})
 
 
 def _options(group: str) -> list[str]:

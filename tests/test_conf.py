@@ -133,3 +133,10 @@ def test_the_printed_configuration_has_no_hydra_in_it() -> None:
     config = plain(compose_one([]))
     assert "hydra" not in config
     assert config["engine"]["name"] == "hf"
+
+
+def test_a_value_may_be_valid_only_under_a_choice_that_is_swept(cache: Path) -> None:
+    _, found = ask(cache, "model=tiny_llama,llama3_1b", "model.config.num_hidden_layers=3", multirun=True)
+    assert [(request.cell.workload.model.config or {})["num_hidden_layers"] for request in found] == [3, 3]
+    with pytest.raises(ConfigError, match=r"model\.config\.num_hidden_layers: unknown key; model\.config has no keys here"):
+        ask(cache, "model=smollm2_135m", "model.config.num_hidden_layers=3")
