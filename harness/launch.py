@@ -49,7 +49,7 @@ def run_cell(request: Request, machine: Machine, prepared: Prepared, root: Path,
     """Run ``request`` and return its record; adapters of ok cells end under ``root``/adapters. Failure is a status, never an exception."""
     cell = request.cell
     work = root / "work" / f"{machine.key}-{cell.key}"
-    with exclusive(root / "work" / "measuring.lock"):
+    with exclusive(root / "work" / "measuring.lock", lambda: on_event({"event": "waiting"})):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         started, began = datetime.now(UTC), time.monotonic()
@@ -97,11 +97,18 @@ def run_door(module: str, job: Spec, job_path: Path, *, network: bool = False) -
 
 
 @contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock file: two sweeps on one store take turns, cell by cell, instead of disturbing each other's figures."""
+def exclusive(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock file: two sweeps on one store take turns, cell by cell, instead of disturbing each other's figures.
+
+    ``on_wait`` is called once when somebody else holds it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -40,7 +40,12 @@ class SweepProgress:
 
     def event(self, event: Event) -> None:
         """Something the worker reported."""
-        if self._cell is None or event["event"] not in ("ready", "step"):
+        if self._cell is None or event["event"] not in ("waiting", "ready", "step"):
+            return
+        if event["event"] == "waiting":
+            self._progress.update(self._cell, detail="waiting: another sweep is measuring here")
+            if not self._console.is_terminal:
+                self._console.print("  waiting: another sweep is measuring here", markup=False)
             return
         if event["event"] == "ready":
             self._progress.update(self._cell, detail=f"ready after {event['setup_seconds']:.1f} s")

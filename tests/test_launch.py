@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from pathlib import Path
 
@@ -102,6 +103,21 @@ def test_a_record_names_no_path_of_this_machine(prepared: Made, tmp_path: Path) 
     assert str(Path.home()) + "/" not in text
     assert str(Path(__file__).resolve().parent.parent) not in text
     assert str(tmp_path) not in text
+
+
+def test_two_sweeps_on_one_store_take_turns_and_say_so(prepared: Made, tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "work").mkdir()
+    with (tmp_path / "work" / "measuring.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        def hear(event: dict[str, object]) -> None:
+            said.append(str(event["event"]))
+            if event["event"] == "waiting":
+                fcntl.flock(other, fcntl.LOCK_UN)
+
+        assert run_cell(workloads.request(prepared.workload), workloads.MACHINE, prepared.prepared, tmp_path, hear).status == "ok"
+    assert said[:2] == ["waiting", "started"]
 
 
 def test_repeats_with_equal_weights_share_one_adapter(prepared: Made, tmp_path: Path) -> None:
