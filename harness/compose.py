@@ -42,11 +42,10 @@ def compose_all(overrides: Sequence[str], *, multirun: bool) -> list[tuple[tuple
     with _hydra():
         parsed = _parse(_with_machine(overrides))
         fixed = [_line(override) for override in parsed if not override.is_sweep_override()]
-        # With the first value of every sweep: a fixed override may be valid only under a choice that is swept.
-        first = [_values(override)[0] for override in parsed if override.is_sweep_override()]
-        root = _compose([*fixed, *first])
-        multirun = multirun or str(root.hydra.mode) == "RunMode.MULTIRUN"
         sweeps = [override for override in parsed if override.is_sweep_override()]
+        # With the first value of every sweep: a fixed override may be valid only under a choice that is swept.
+        root = _compose([*fixed, *(_values(override)[0] for override in sweeps)])
+        multirun = multirun or str(root.hydra.mode) == "RunMode.MULTIRUN"
         if sweeps and not multirun:
             lines = ", ".join(_line(override) for override in sweeps)
             raise ConfigError(f"{lines}: several values make a sweep; add -m")

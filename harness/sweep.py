@@ -47,8 +47,8 @@ def run(settings: Settings, requests: Sequence[Request], console: Console) -> Ex
         _show(planned, console)
         return Exit.OK
     prepared = _prepare(planned, cache, root, console)
-    records = _run_cells(planned, prepared, root, console)
-    _score(planned, prepared, root, settings, console)
+    records = _run_cells(planned, prepared, earlier, root, console)
+    _score(planned, prepared, [*earlier, *records], root, settings, console)
     return _finish(planned, records, earlier, root, console)
 
 
@@ -69,8 +69,10 @@ def _prepare(planned: Sequence[Planned], cache: Path, root: Path, console: Conso
     return prepared
 
 
-def _run_cells(planned: Sequence[Planned], prepared: dict[str, Prepared], root: Path, console: Console) -> list[Record]:
-    recorded = {(stored.record.machine.key, stored.record.cell.key, stored.record.status) for stored in load(root).stored}
+def _run_cells(
+    planned: Sequence[Planned], prepared: dict[str, Prepared], earlier: Sequence[Record], root: Path, console: Console
+) -> list[Record]:
+    recorded = {(record.machine.key, record.cell.key, record.status) for record in earlier}
     records: list[Record] = []
     for cell in planned:
         key = (cell.machine.key, cell.request.cell.key, "unsupported")
@@ -93,12 +95,13 @@ def _run_cells(planned: Sequence[Planned], prepared: dict[str, Prepared], root: 
     return records
 
 
-def _score(planned: Sequence[Planned], prepared: dict[str, Prepared], root: Path, settings: Settings, console: Console) -> None:
+def _score(
+    planned: Sequence[Planned], prepared: dict[str, Prepared], known: Sequence[Record], root: Path, settings: Settings, console: Console
+) -> None:
     """Score every kept adapter of these workloads that has no score yet, and the base itself; then drop what is not to be kept."""
-    stored = load(root).stored
     for workload_key, place in prepared.items():
         request = next(cell for cell in planned if cell.request.cell.workload.key == workload_key)
-        mine = [entry.record for entry in stored if entry.record.cell.workload.key == workload_key]
+        mine = [record for record in known if record.cell.workload.key == workload_key]
         adapters = {_adapter(record) for record in mine} - {None}
         folders = {sha: adapter_folder(root, sha) for sha in adapters if sha and adapter_folder(root, sha).exists()}
         if folders and len(TokenFile.open(Path(place.tokens)).held_out):

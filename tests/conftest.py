@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from harness.places import Sources
+from harness.weights.base_model import Base, prepare_base
 from tests import workloads
+from tests.real_files import model
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +23,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> workloads.Made:
     """A workload whose artifacts were made by hand: no torch, no tokenizer."""
     return workloads.make(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="session")
+def tiny(cache: Path) -> Base:
+    return prepare_base(model(), Sources(), cache)
+
+
+@pytest.fixture
+def folder(tiny: Base, tmp_path: Path) -> Path:
+    """A complete model of its own, as one would have from save_pretrained."""
+    shutil.copytree(tiny.path, tmp_path / "own", ignore=shutil.ignore_patterns("manifest.json"))
+    return tmp_path / "own"

