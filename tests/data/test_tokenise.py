@@ -43,7 +43,8 @@ def row(*turns: str, line: int = 1, system: str | None = None) -> Row:
     return Row(line, (*first, *(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(turns))))
 
 
-def run(tokenizer: Any, *rows: Row, length: int = 512, mask_prompt: bool = True) -> list[Tokenised]:
+# 4,096 tokens: more than any conversation that hypothesis draws here can have (8 turns of 31 characters, 4 bytes each, and the template).
+def run(tokenizer: Any, *rows: Row, length: int = 4096, mask_prompt: bool = True) -> list[Tokenised]:
     return list(tokenise(rows, tokenizer, sequence_length=length, mask_prompt=mask_prompt, source=FILE))
 
 
