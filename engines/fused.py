@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from harness.data.tokens import IGNORE, Batch, Sample, StepTokens, chunks, pack
+from harness.data.tokens import Sample, StepTokens, chunks, pack
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
-from harness.spec import Lora, Positive, Spec, Workload
+from harness.spec import Lora, Positive, Spec, Train, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from engines.native.decoder import Decoder
     from engines.native.lora import Adapter
-    from engines.native.packed import Angles, Packed
+    from engines.native.ops import Ops
+    from engines.native.optimizer import Optimizer
+    from engines.native.steps import ReplayedSteps, Steps
 
+_RANK_MULTIPLE = 64  # see Placement
 _TARGETS = frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
 
 
@@ -28,13 +29,14 @@ class Knobs(Spec):
     micro_batch: Positive
     recompute: Literal["none", "full"]
     compute_dtype: Literal["float32", "bfloat16"]
-    operations: Literal["reference"]
+    operations: Literal["reference", "fused"]
+    replay: bool
     loss_chunk: Positive
 
 
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
     """Every reason that can be told before the weights are open, or None."""
-    reasons = [*_method_reasons(workload, knobs), *_model_reasons(workload)]
+    reasons = [*_method_reasons(workload, knobs), *_model_reasons(workload), *_fused_reasons(workload, knobs, machine)]
     return "; ".join(reasons) or None
 
 
@@ -51,47 +53,34 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     session = _Session(job, knobs)
     probe.ready()
     for index in range(schedule.steps):
-        loss, grad_norm, tokens = session.step(job.tokens.step(schedule, index), schedule.learning_rate_at(index))
+        loss, grad_norm, tokens = session.step(job.tokens.step(schedule, index), index)
         probe.step(loss=loss, grad_norm=grad_norm, tokens=tokens)
     session.save()
 
 
 class _Session:
-    """The decoder, its optimizer and its rotary angles while a job is trained."""
+    """The decoder and its steps while a job is trained."""
 
     def __init__(self, job: Job, knobs: Knobs) -> None:
         import torch
 
-        from engines.native.optimizer import adamw
         from engines.native.packed import Angles
-        from engines.native.weights import trained_weights
+        from engines.native.steps import ReplayedSteps, Steps
 
-        self._job = job
-        self._knobs = knobs
+        self._job, self._knobs = job, knobs
         self._config, self._adapter, self._decoder = _load(job, knobs)
-        self._angles: Angles = Angles.of(self._decoder.shape, job.workload.data.sequence_length, torch.device(job.device))
-        self._trained = trained_weights(self._decoder.weights)
-        self._masters = [weight.master for weight in self._trained if weight.master is not None]
-        self._optimizer = adamw(self._masters, job.workload.train, job.device)
+        angles = Angles.of(self._decoder.shape, job.workload.data.sequence_length, torch.device(job.device))
+        steps = Steps(self._decoder, angles, _optimizer(self._decoder, job.workload.train, knobs), job.workload.train.max_grad_norm)
+        self._steps: Steps | ReplayedSteps = ReplayedSteps(steps) if knobs.replay else steps
 
-    def step(self, samples: Sequence[Sample], learning_rate: float) -> tuple[Tensor, Tensor, StepTokens]:
-        """One optimizer step: the loss (a mean over its supervised tokens), the gradient norm before clipping, the tokens."""
-        import torch
+    def step(self, samples: Sequence[Sample], index: int) -> tuple[Tensor, Tensor, StepTokens]:
+        """Optimizer step ``index``: the loss (a mean over its supervised tokens), the gradient norm before clipping, the tokens."""
+        from engines.native.optimizer import step_scalars
 
         batches = [pack(group) for group in chunks(samples, self._knobs.micro_batch)]
         tokens = StepTokens.of(batches)
-        total = torch.zeros((), device=self._job.device)
-        for batch in batches:
-            losses = self._decoder.accumulate(_to_device(batch, self._angles, self._job.device), 1.0 / tokens.loss)
-            total += losses.sum()
-        grad_norm = _clip(self._masters, self._job.workload.train.max_grad_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=False)
-        for weight in self._trained:
-            weight.publish()
-        return total / tokens.loss, grad_norm, tokens
+        outcome = self._steps.run(batches, step_scalars(self._job.workload.train, index, tokens.loss))
+        return outcome.loss, outcome.grad_norm, tokens
 
     def save(self) -> None:
         """Leave the adapter, or the full weights, in the job's folder."""
@@ -117,6 +106,19 @@ def _method_reasons(workload: Workload, knobs: Knobs) -> list[str]:
     return reasons
 
 
+def _fused_reasons(workload: Workload, knobs: Knobs, machine: Machine) -> list[str]:
+    """What the kernels and the replay do not do."""
+    reasons = []
+    if knobs.replay and machine.device != "cuda":
+        reasons.append("replay=true captures a CUDA graph; on a CPU use replay=false")
+    if knobs.operations == "fused":
+        if machine.device != "cuda" or knobs.compute_dtype != "bfloat16":
+            reasons.append("operations=fused needs an NVIDIA GPU and compute_dtype=bfloat16; use operations=reference")
+        if workload.method.name != "lora" or workload.method.dtype != "float32":
+            reasons.append("operations=fused trains float32 adapters (method=lora); use operations=reference")
+    return reasons
+
+
 def _model_reasons(workload: Workload) -> list[str]:
     from engines.native.shape import read_shape  # free of torch
 
@@ -136,41 +138,40 @@ def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decod
     from engines.native.decoder import Decoder
     from engines.native.layer import KEEP_INPUT, KEEP_PRODUCTS
     from engines.native.lora import read_adapter
-    from engines.native.ops import REFERENCE
     from engines.native.shape import read_shape
 
     method, device = job.workload.method, torch.device(job.device)
     config = read_config(job.base)
     shape = read_shape(config, job.workload.data.sequence_length)
-    adapter = None if job.adapter_init is None else read_adapter(job.adapter_init, getattr(torch, method.dtype), device)
-    train_dtype = None if adapter is not None else getattr(torch, method.dtype)
-    weights = load_weights(job.base, shape, Placement(device, getattr(torch, knobs.compute_dtype), train_dtype), adapter)
+    adapter = None if job.adapter_init is None else read_adapter(job.adapter_init)
+    rank_multiple = _RANK_MULTIPLE if job.device == "cuda" else 1
+    placement = Placement(device, getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype), rank_multiple)
+    weights = load_weights(job.base, shape, placement, adapter)
     if adapter is not None:
         adapter.check_nothing_is_left(weights)
     plan = {"none": KEEP_PRODUCTS, "full": KEEP_INPUT}[knobs.recompute]
-    ops = {"reference": REFERENCE}[knobs.operations]
-    return config, adapter, Decoder(shape=shape, weights=weights, ops=ops, plan=plan, loss_chunk=knobs.loss_chunk)
+    return config, adapter, Decoder(shape=shape, weights=weights, ops=_operations(knobs), plan=plan, loss_chunk=knobs.loss_chunk)
 
 
-def _to_device(batch: Batch, angles: Angles, device: str) -> Packed:
-    """The row that predicts a label stands one before it; a document's first label is IGNORE, so rows stay inside documents."""
-    import torch
+def _operations(knobs: Knobs) -> Ops:
+    if knobs.operations == "reference":
+        from engines.native.reference import REFERENCE
 
-    labelled = np.flatnonzero(batch.labels[0] != IGNORE)
-    arrays = (batch.input_ids[0], batch.position_ids[0], labelled - 1, batch.labels[0, labelled])
-    tensors = [torch.from_numpy(array) for array in arrays]
-    if device == "cuda":
-        # Pinned, so that the copy does not stop the host until the GPU has caught up.
-        tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
-    tokens, positions, rows, targets = tensors
-    return angles.pack(tokens, positions, batch.lengths[0], rows, targets)
+        return REFERENCE
+    from engines.native.fused_ops import FUSED
+
+    return FUSED
 
 
-def _clip(masters: list[Any], max_norm: float | None) -> Tensor:
-    """The global gradient norm before clipping."""
-    import torch
+def _optimizer(decoder: Decoder, schedule: Train, knobs: Knobs) -> Optimizer:
+    from engines.native.optimizer import AdamW
+    from engines.native.weights import trained_weights
 
-    norm = torch.nn.utils.get_total_norm([master.grad for master in masters])
-    if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(masters, max_norm, norm)
-    return norm
+    trained = trained_weights(decoder.weights)
+    if knobs.operations == "reference":
+        return AdamW(decoder.weights.arena, trained, schedule)
+    from engines.native.kernels.adamw import FlatAdamW
+
+    values = [weight.value for weight in trained]
+    betas = schedule.beta1, schedule.beta2
+    return FlatAdamW(decoder.weights.arena.masters, values, betas, schedule.epsilon, schedule.weight_decay)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from harness.data.tokens import Batch, StepTokens, chunks, pad
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
-from harness.spec import Lora, Positive, Spec, Workload
+from harness.spec import Lora, Positive, Spec, Train, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +37,6 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     """Train with AdamW on every trained tensor (norms and biases decay too), and save into ``job.out``."""
     import torch
 
-    from engines.native.optimizer import adamw
-
     if job.processes != 1:
         raise UnsupportedError(f"engine.processes is {job.processes}; hf trains in one process, use engine.processes=1")
     schedule = job.workload.train
@@ -46,7 +44,7 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     _exact_float32()
     model = _load(job, knobs)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = adamw(parameters, schedule, job.device)
+    optimizer = _adamw(parameters, schedule, job.device)
     forward = torch.compile(model) if knobs.compile else model
     probe.ready()
     for index in range(schedule.steps):
@@ -199,3 +197,17 @@ def _save(model: Any, job: Job) -> None:
         config.base_model_name_or_path = job.workload.model.name
     # The embedding is never trained here; "auto" would look for its original size on the hub.
     model.save_pretrained(str(job.out), save_embedding_layers=False)
+
+
+def _adamw(parameters: list[Any], schedule: Train, device: str) -> Any:
+    """AdamW as ``schedule`` says, one group (norms and biases decay too); on a GPU torch's fused implementation."""
+    import torch
+
+    return torch.optim.AdamW(
+        parameters,
+        lr=schedule.learning_rate,
+        betas=(schedule.beta1, schedule.beta2),
+        eps=schedule.epsilon,
+        weight_decay=schedule.weight_decay,
+        fused=device == "cuda",
+    )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from harness.machine import has_cuda
 from harness.places import Sources
 from harness.weights.base_model import Base, prepare_base
 from tests import workloads
 from tests.real_files import model
+
+if not has_cuda():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: the tests run every kernel, on a CPU by the interpreter
 
 
 @pytest.fixture(scope="session")

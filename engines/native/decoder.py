@@ -28,8 +28,8 @@ class Decoder:
     loss_chunk: int
 
     @torch.no_grad()
-    def accumulate(self, packed: Packed, scale: float) -> Tensor:
-        """Add ``scale`` times the gradient of the summed losses to every trained weight; returns the losses [L], float32."""
+    def accumulate(self, packed: Packed, scale: Tensor) -> Tensor:
+        """Add ``scale`` (a scalar) times the gradient of the summed losses to every trained weight; returns the losses [L], float32."""
         ops, weights, epsilon = self.ops, self.weights, self.shape.norm_epsilon
         x_TH = weights.embedding.value[packed.tokens]
         passes = []
@@ -39,15 +39,21 @@ class Decoder:
 
         # Only rows that predict a supervised token reach the loss: the rest of the sequence needs no norm and no logits.
         last_LH = x_TH[packed.rows]
-        normed_LH = ops.rms_norm(last_LH, weights.norm, epsilon)
+        normed_LH = ops.plain_norm(last_LH, weights.norm, epsilon)
         losses, d_normed_LH = ops.cross_entropy(normed_LH, weights.head, packed.targets, scale, self.loss_chunk)
-        d_last_LH = ops.rms_norm_backward(d_normed_LH, last_LH, weights.norm, epsilon)
+        d_last_LH = ops.plain_norm_backward(d_normed_LH, last_LH, weights.norm, epsilon)
 
-        d_x_TH: Tensor | None = torch.zeros_like(x_TH).index_copy_(0, packed.rows, d_last_LH)
-        while passes and d_x_TH is not None:
+        rooms = [layer.down.padded_rank for layer in weights.layers]
+        d_x_TW: Tensor | None = x_TH.new_zeros(len(x_TH), self.shape.hidden_size + rooms[-1])
+        assert d_x_TW is not None
+        d_x_TW[:, : self.shape.hidden_size].index_copy_(0, packed.rows, d_last_LH)
+        del x_TH, last_LH, normed_LH, d_normed_LH, d_last_LH
+        while passes and d_x_TW is not None:
             # Popped, so that a layer's tensors are freed as soon as it is done; the lowest needs no dx unless it is trained.
-            d_x_TH = passes.pop().backward(d_x_TH, need_input=bool(passes) or weights.embedding.master is not None)
-        if d_x_TH is not None and weights.embedding.gradient is not None:
+            layer_pass = passes.pop()
+            needed = bool(passes) or weights.embedding.master is not None
+            d_x_TW = layer_pass.backward(d_x_TW, (rooms[len(passes) - 1] if passes else 0) if needed else None)
+        if d_x_TW is not None and weights.embedding.gradient is not None:
             gradient = weights.embedding.gradient
-            gradient.index_add_(0, packed.tokens, d_x_TH.to(gradient.dtype))
+            gradient.index_add_(0, packed.tokens, d_x_TW.to(gradient.dtype))
         return losses

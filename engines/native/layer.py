@@ -1,6 +1,7 @@
 """One decoder layer, forward and explicit backward: each tensor is made on first use, and a plan says which are kept.
 
-Legend: T tokens, H hidden, D head dimension, C query heads, G key-value heads, N columns of a linear group.
+Legend: T tokens, H hidden, D head dimension, C query heads, G key-value heads, N output and K input columns of a linear group,
+P its padded ranks, W = N + P.
 """
 
 from __future__ import annotations
@@ -11,21 +12,22 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from engines.native.ops import Attended, Heads, Ops
+from engines.native.ops import Attended, Heads, Input, Normed, NormSource, Ops
 from engines.native.packed import Packed
 from engines.native.shape import LlamaShape
 from engines.native.weights import LayerWeights, Linear, Weight
 
 Name = Literal[
-    "normed", "low_qkv", "qkv", "heads", "attended", "low_output", "middle", "mlp_normed", "low_gate_up", "gate_up", "swiglu", "low_down"
-]
+    "normed", "inverse", "low_qkv", "qkv", "heads", "attended", "middle",
+    "mlp_normed", "mlp_inverse", "low_gate_up", "gate_up", "swiglu", "low_down",
+]  # fmt: skip
 Plan = frozenset[Name]  # the tensors of a layer that are kept for backward; the layer's input always is
 V = TypeVar("V")
 
 KEEP_INPUT: Plan = frozenset()
 # Everything backward reads except what one cheap pass over a kept tensor makes again (normed, mlp_normed, swiglu).
 KEEP_PRODUCTS: Plan = frozenset(
-    ("low_qkv", "qkv", "heads", "attended", "low_output", "middle", "low_gate_up", "gate_up", "low_down"),
+    ("inverse", "low_qkv", "qkv", "heads", "attended", "middle", "mlp_inverse", "low_gate_up", "gate_up", "low_down"),
 )
 
 
@@ -47,62 +49,66 @@ class LayerPass:
 
     def forward(self, plan: Plan) -> Tensor:
         """The layer's output [T, H]; afterwards only the tensors of ``plan`` (and the input) are held."""
-        y_TH = self._ops.linear(self._swiglu(), self._weights.down, self._low_down()).add_(self._middle())
+        y_TH = self._ops.linear(Input(self._swiglu(), self._low_down()), self._weights.down, self._middle(), 0)
         self._made = {name: made for name, made in self._made.items() if name in plan}
         return y_TH
 
-    def backward(self, dy_TH: Tensor, need_input: bool) -> Tensor | None:
-        """Add the gradients of the layer's trained weights; returns that of its input, None where nobody needs it."""
-        d_middle_TH = self._mlp_backward(dy_TH)
-        return self._attention_backward(d_middle_TH, need_input)
+    def backward(self, dy_TW: Tensor, room: int | None) -> Tensor | None:
+        """Add the gradients of the layer's trained weights; returns that of its input.
 
-    def _mlp_backward(self, dy_TH: Tensor) -> Tensor:
-        ops, weights = self._ops, self._weights
-        d_swiglu = self._linear_backward(dy_TH, self._swiglu, self._low_down, weights.down)
-        d_gate_up = ops.swiglu_backward(d_swiglu, self._gate_up())
-        d_normed = self._linear_backward(d_gate_up, self._mlp_normed, self._low_gate_up, weights.gate_up)
-        return ops.rms_norm_backward(d_normed, self._middle(), weights.mlp_norm, self._shape.norm_epsilon).add_(dy_TH)
+        ``dy_TW``: [T, H + P], P the padded rank of this layer's down projection. The result is [T, H + ``room``], the same of the
+        layer below; None where ``room`` is None because nobody needs it.
+        """
+        d_middle_TW = self._mlp_backward(dy_TW)
+        return self._attention_backward(d_middle_TW, room)
 
-    def _attention_backward(self, d_middle_TH: Tensor, need_input: bool) -> Tensor | None:
+    def _mlp_backward(self, dy_TW: Tensor) -> Tensor:
+        ops, weights, hidden = self._ops, self._weights, self._shape.hidden_size
+        low_down, gate_up_TN = self._low_down(), self._gate_up()
+        ops.fill(dy_TW, weights.down)
+        swiglu, d_gate_up_TW = ops.swiglu_backward(ops.input_gradient(dy_TW, weights.down), gate_up_TN, weights.gate_up.padded_rank)
+        for name in ("gate_up", "swiglu"):
+            self._made.pop(name, None)  # the gradient may lie where they were
+        ops.weight_gradients(dy_TW, swiglu, low_down, weights.down)
+        del swiglu
+        ops.fill(d_gate_up_TW, weights.gate_up)
+        middle, inverse = self._middle(), self._mlp_inverse()
+        ops.weight_gradients(d_gate_up_TW, NormSource(middle, inverse, weights.mlp_norm), self._low_gate_up(), weights.gate_up)
+        d_normed_TH = ops.input_gradient(d_gate_up_TW, weights.gate_up)
+        del d_gate_up_TW
+        return ops.norm_backward(d_normed_TH, middle, inverse, weights.mlp_norm, dy_TW[:, :hidden], weights.output.padded_rank)
+
+    def _attention_backward(self, d_middle_TW: Tensor, room: int | None) -> Tensor | None:
         ops, weights, packed = self._ops, self._weights, self._packed
-        d_output = self._linear_backward(d_middle_TH, self._attended_flat, self._low_output, weights.output)
-        heads = self._heads()
-        d_qkv_TN = d_middle_TH.new_empty(len(d_middle_TH), self._shape.query_size + 2 * self._shape.key_size)
-        d_heads = self._split(d_qkv_TN)
-        ops.attention_backward(d_output.view_as(heads.queries), heads, self._attended(), packed.lengths, d_heads)
-        ops.rotate_(d_heads.queries, packed.cosine, -packed.sine)
-        ops.rotate_(d_heads.keys, packed.cosine, -packed.sine)
+        heads, attended = self._heads(), self._attended()
+        ops.fill(d_middle_TW, weights.output)
+        x_TK = attended.input.wide[:, : weights.output.num_inputs]
+        ops.weight_gradients(d_middle_TW, x_TK, attended.input.low, weights.output)
+        d_attended_TK = ops.input_gradient(d_middle_TW, weights.output)
+        d_heads = ops.attention_backward(d_attended_TK.view_as(heads.queries), heads, attended, packed)
+        d_qkv_TW = ops.rotate_back(d_heads, packed, weights.qkv.padded_rank)
         if weights.query_norm is not None and weights.key_norm is not None:
-            projected = self._split(self._qkv())
-            self._head_norm_backward(d_heads.queries, projected.queries, weights.query_norm)
-            self._head_norm_backward(d_heads.keys, projected.keys, weights.key_norm)
-        if not need_input:
-            self._trained_only_backward(d_qkv_TN)
+            d_projected, projected = self._split(d_qkv_TW), self._split(self._qkv())
+            self._head_norm_backward(d_projected.queries, projected.queries, weights.query_norm)
+            self._head_norm_backward(d_projected.keys, projected.keys, weights.key_norm)
+        ops.fill(d_qkv_TW, weights.qkv)
+        inverse = self._inverse()
+        ops.weight_gradients(d_qkv_TW, NormSource(self._x_TH, inverse, weights.input_norm), self._low_qkv(), weights.qkv)
+        if room is None:  # the lowest layer under a frozen embedding: its adapters need a gradient, its input does not
             return None
-        d_normed = self._linear_backward(d_qkv_TN, self._normed, self._low_qkv, weights.qkv)
-        return ops.rms_norm_backward(d_normed, self._x_TH, weights.input_norm, self._shape.norm_epsilon).add_(d_middle_TH)
-
-    def _trained_only_backward(self, d_qkv_TN: Tensor) -> None:
-        """The lowest layer under a frozen embedding: its adapters need a gradient, its input does not."""
-        if self._weights.qkv.is_trained:
-            self._ops.linear_backward(d_qkv_TN, self._normed(), self._low_qkv(), self._weights.qkv, False)
+        d_normed_TH = ops.input_gradient(d_qkv_TW, weights.qkv)
+        d_middle_TH = d_middle_TW[:, : self._shape.hidden_size]
+        return ops.norm_backward(d_normed_TH, self._x_TH, inverse, weights.input_norm, d_middle_TH, room)
 
     def _head_norm_backward(self, dy_TCD: Tensor, x_TCD: Tensor, weight: Weight) -> None:
-        dy_TCD.copy_(self._ops.rms_norm_backward(dy_TCD, x_TCD, weight, self._shape.norm_epsilon))
-
-    def _linear_backward(
-        self, dy: Tensor, make_input: Callable[[], Tensor], make_low: Callable[[], Tensor | None], linear: Linear
-    ) -> Tensor:
-        """A frozen group does not read its input, so nothing is recomputed for it."""
-        x = make_input() if linear.is_trained else None
-        low = make_low() if linear.is_trained else None
-        dx = self._ops.linear_backward(dy, x, low, linear, True)
-        assert dx is not None  # need_input is True
-        return dx
+        dy_TCD.copy_(self._ops.plain_norm_backward(dy_TCD, x_TCD, weight, self._shape.norm_epsilon))
 
     def _split(self, qkv_TN: Tensor) -> Heads:
+        """Queries, keys and values as views; what stands behind them in a row is left out."""
         shape = self._shape
-        q, k, v = torch.split(qkv_TN, [shape.query_size, shape.key_size, shape.key_size], dim=-1)
+        q, k, v, _ = torch.tensor_split(
+            qkv_TN, (shape.query_size, shape.query_size + shape.key_size, self._weights.qkv.num_outputs), dim=-1
+        )
         q, k, v = (columns.view(len(columns), -1, shape.head_dim) for columns in (q, k, v))
         return Heads(q, k, v)
 
@@ -114,18 +120,34 @@ class LayerPass:
         value: V = self._made[name]
         return value
 
-    def _make_low(self, name: Name, make_input: Callable[[], Tensor], linear: Linear) -> Tensor | None:
-        lora = linear.lora
-        return None if lora is None else self._make(name, lambda: self._ops.low_rank(make_input(), lora))
+    def _make_normed(self, names: tuple[Name, Name, Name], x_TH: Tensor, norm: Weight, linear: Linear) -> None:
+        """The normed input, its low-rank part and the reciprocal root mean squares come out of one operation."""
+        made: Normed = self._ops.norm(x_TH, norm, self._shape.norm_epsilon, linear)
+        self._made.update(zip(names, (made.input.wide, made.input.low, made.inverse), strict=True))
 
-    def _normed(self) -> Tensor:
-        return self._make("normed", lambda: self._ops.rms_norm(self._x_TH, self._weights.input_norm, self._shape.norm_epsilon))
+    def _attention_norm(self, name: Name) -> Any:
+        if name not in self._made:
+            self._make_normed(("normed", "low_qkv", "inverse"), self._x_TH, self._weights.input_norm, self._weights.qkv)
+        return self._made[name]
+
+    def _mlp_norm(self, name: Name) -> Any:
+        if name not in self._made:
+            self._make_normed(("mlp_normed", "low_gate_up", "mlp_inverse"), self._middle(), self._weights.mlp_norm, self._weights.gate_up)
+        return self._made[name]
+
+    def _normed(self) -> Input:
+        return Input(self._attention_norm("normed"), self._attention_norm("low_qkv"))
+
+    def _inverse(self) -> Tensor:
+        inverse: Tensor = self._attention_norm("inverse")
+        return inverse
 
     def _low_qkv(self) -> Tensor | None:
-        return self._make_low("low_qkv", self._normed, self._weights.qkv)
+        low: Tensor | None = self._attention_norm("low_qkv")
+        return low
 
     def _project(self) -> Tensor:
-        return self._ops.linear(self._normed(), self._weights.qkv, self._low_qkv())
+        return self._ops.linear(self._normed(), self._weights.qkv, None, 0)
 
     def _qkv(self) -> Tensor:
         """Only the norms of queries and keys read the projection again; otherwise it is rotated in place."""
@@ -135,43 +157,50 @@ class LayerPass:
         return self._make("heads", self._make_heads)
 
     def _make_heads(self) -> Heads:
-        ops, weights, packed = self._ops, self._weights, self._packed
+        ops, weights = self._ops, self._weights
         if weights.query_norm is None or weights.key_norm is None:
             heads = self._split(self._project())
         else:
             projected = self._split(self._qkv())
-            queries = ops.rms_norm(projected.queries, weights.query_norm, self._shape.norm_epsilon)
-            heads = Heads(queries, ops.rms_norm(projected.keys, weights.key_norm, self._shape.norm_epsilon), projected.values)
-        ops.rotate_(heads.queries, packed.cosine, packed.sine)
-        ops.rotate_(heads.keys, packed.cosine, packed.sine)
+            queries = ops.plain_norm(projected.queries, weights.query_norm, self._shape.norm_epsilon)
+            heads = Heads(queries, ops.plain_norm(projected.keys, weights.key_norm, self._shape.norm_epsilon), projected.values)
+        ops.rotate_(heads, self._packed)
         return heads
 
     def _attended(self) -> Attended:
-        return self._make("attended", lambda: self._ops.attention(self._heads(), self._packed.lengths))
-
-    def _attended_flat(self) -> Tensor:
-        return self._attended().output.flatten(1)
-
-    def _low_output(self) -> Tensor | None:
-        return self._make_low("low_output", self._attended_flat, self._weights.output)
+        return self._make("attended", lambda: self._ops.attention(self._heads(), self._packed, self._weights.output))
 
     def _middle(self) -> Tensor:
-        return self._make("middle", self._make_middle)
+        return self._make("middle", lambda: self._ops.linear(self._attended().input, self._weights.output, self._x_TH, 0))
 
-    def _make_middle(self) -> Tensor:
-        return self._ops.linear(self._attended_flat(), self._weights.output, self._low_output()).add_(self._x_TH)
+    def _mlp_normed(self) -> Input:
+        return Input(self._mlp_norm("mlp_normed"), self._mlp_norm("low_gate_up"))
 
-    def _mlp_normed(self) -> Tensor:
-        return self._make("mlp_normed", lambda: self._ops.rms_norm(self._middle(), self._weights.mlp_norm, self._shape.norm_epsilon))
+    def _mlp_inverse(self) -> Tensor:
+        inverse: Tensor = self._mlp_norm("mlp_inverse")
+        return inverse
 
     def _low_gate_up(self) -> Tensor | None:
-        return self._make_low("low_gate_up", self._mlp_normed, self._weights.gate_up)
+        low: Tensor | None = self._mlp_norm("low_gate_up")
+        return low
 
     def _gate_up(self) -> Tensor:
-        return self._make("gate_up", lambda: self._ops.linear(self._mlp_normed(), self._weights.gate_up, self._low_gate_up()))
+        """With room behind each row, so that its gradient may take its place."""
+        room = self._weights.gate_up.padded_rank
+        return self._make("gate_up", lambda: self._ops.linear(self._mlp_normed(), self._weights.gate_up, None, room))
+
+    def _make_swiglu(self) -> None:
+        made = self._ops.swiglu(self._gate_up(), self._weights.down)
+        self._made.update(swiglu=made.wide, low_down=made.low)
 
     def _swiglu(self) -> Tensor:
-        return self._make("swiglu", lambda: self._ops.swiglu(self._gate_up()))
+        if "swiglu" not in self._made:
+            self._make_swiglu()
+        swiglu: Tensor = self._made["swiglu"]
+        return swiglu
 
     def _low_down(self) -> Tensor | None:
-        return self._make_low("low_down", self._swiglu, self._weights.down)
+        if "low_down" not in self._made:
+            self._make_swiglu()
+        low: Tensor | None = self._made["low_down"]
+        return low

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engines.native.weights import Block, DecoderWeights, LowRank, Part, named_adapters, trained
+from engines.native.weights import DecoderWeights, Part, named_adapters
 from harness.errors import UnsupportedError, WeightsError
 
 _PREFIX = "base_model.model."
@@ -35,33 +34,26 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A PEFT adapter as read: its configuration, and its tensors in the dtype and on the device they are trained in."""
+    """A PEFT adapter as read: its configuration, and its tensors as they are stored."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     rank: int
     scale: float
 
-    def group(self, prefix: str, parts: tuple[Part, ...], compute_dtype: torch.dtype) -> LowRank | None:
-        """The adapters of the linears ``parts`` of the layer called ``prefix``, ready to train; None when none is adapted."""
-        downs: list[Tensor] = []
-        ups: list[Tensor] = []
-        blocks: list[Block] = []
-        num_rows = 0
+    @property
+    def num_elements(self) -> int:
+        """Values of all tensors together: how large an arena they need."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    def blocks(self, prefix: str, parts: tuple[Part, ...]) -> list[tuple[Part, Tensor, Tensor]]:
+        """(part, A, B) of every adapted linear among ``parts`` of the layer called ``prefix``."""
+        found = []
         for part in parts:
             name = f"{_PREFIX}{prefix}.{part.name}"
-            if f"{name}.lora_A.weight" not in self.tensors:
-                continue
-            down, up = self._pair(name, part.rows.stop - part.rows.start)
-            rank = slice(len(blocks) * self.rank, (len(blocks) + 1) * self.rank)
-            blocks.append(Block(part.name, part.rows, rank, slice(num_rows, num_rows + len(up))))
-            num_rows += len(up)
-            downs.append(down)
-            ups.append(up)
-        if not blocks:
-            return None
-        down_weight, up_weight = trained(torch.cat(downs), compute_dtype), trained(torch.cat(ups), compute_dtype)
-        return LowRank(down_weight, up_weight, tuple(blocks), self.scale)
+            if f"{name}.lora_A.weight" in self.tensors:
+                found.append((part, *self._pair(name, part.rows.stop - part.rows.start)))
+        return found
 
     def check_nothing_is_left(self, weights: DecoderWeights) -> None:
         """Raises UnsupportedError when the adapter holds tensors that no linear of ``weights`` took."""
@@ -79,7 +71,7 @@ class Adapter:
         return down, up
 
 
-def read_adapter(folder: Path, dtype: torch.dtype, device: torch.device) -> Adapter:
+def read_adapter(folder: Path) -> Adapter:
     """Read the adapter in ``folder``. Raises UnsupportedError for PEFT options other than plain LoRA."""
     try:
         config: dict[str, Any] = json.loads((folder / _CONFIG).read_text())
@@ -89,8 +81,7 @@ def read_adapter(folder: Path, dtype: torch.dtype, device: torch.device) -> Adap
     odd = [f"{key}={config[key]!r}" for key, plain in _PLAIN.items() if key in config and config[key] not in plain]
     if config.get("peft_type") != "LORA" or odd:
         raise UnsupportedError(f"the adapter is not plain LoRA: {', '.join(odd) or config.get('peft_type')}")
-    placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
-    return Adapter(config, placed, config["r"], config["lora_alpha"] / config["r"])
+    return Adapter(config, tensors, config["r"], config["lora_alpha"] / config["r"])
 
 
 def save_adapter(weights: DecoderWeights, config: dict[str, Any], model_name: str, out: Path) -> None:

@@ -8,25 +8,44 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engines.native.shape import LlamaShape, Rope
+from harness.data.tokens import IGNORE, Batch
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
     """What one forward pass sees. Attention stays inside a document; ``lengths`` live on the host, so nothing waits for them.
 
-    ``cosine``, ``sine``: [T, D/2], float32, of each token's position in its own document. ``rows``: [L], unique and rising.
+    ``cosine``, ``sine``: [T, D/2], float32, of each token's position in its own document. ``cumulative``: int32, where documents
+    start, and T. ``rows``: [L], unique and rising.
     """
 
     tokens: Tensor
     cosine: Tensor
     sine: Tensor
     lengths: tuple[int, ...]
+    cumulative: Tensor
     rows: Tensor
     targets: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything that lies on the device."""
+        return self.tokens, self.cosine, self.sine, self.cumulative, self.rows, self.targets
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all documents are equally long."""
+        return min(self.lengths) == self.longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +62,21 @@ class Angles:
         angles_PD = torch.arange(num_positions, device=device, dtype=torch.float32)[:, None] * frequencies_D
         return cls(angles_PD.cos(), angles_PD.sin())
 
-    def pack(self, tokens: Tensor, positions: Tensor, lengths: tuple[int, ...], rows: Tensor, targets: Tensor) -> Packed:
-        """Look the angles of ``positions`` [T] up."""
-        return Packed(tokens, self.cosine[positions], self.sine[positions], lengths, rows, targets)
+    def pack(self, batch: Batch) -> Packed:
+        """One packed row on the device, the angles of its positions looked up.
+
+        The row that predicts a label stands one before it; a document's first label is IGNORE, so rows stay inside documents.
+        """
+        labelled = np.flatnonzero(batch.labels[0] != IGNORE)
+        cumulative = np.cumsum((0, *batch.lengths[0]), dtype=np.int32)
+        arrays = (batch.input_ids[0], batch.position_ids[0], cumulative, labelled - 1, batch.labels[0, labelled])
+        tokens, positions, starts, rows, targets = (to_device(torch.from_numpy(array), self.cosine.device) for array in arrays)
+        return Packed(tokens, self.cosine[positions], self.sine[positions], batch.lengths[0], starts, rows, targets)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; to a GPU out of pinned memory, so that the copy does not stop the host until the GPU has caught up."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _frequencies(rope: Rope, head_dim: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The decoder's weights: what the products read, what the optimizer updates, and the Hugging Face name of every part.
 
-Legend: N output and K input columns of a linear group, V vocabulary, H hidden, R all ranks of a group together, r one rank.
+Legend: N output and K input columns of a linear group, V vocabulary, H hidden, R all ranks of a group together, P the same
+rounded up to whole tiles, r one rank.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 class Weight:
     """``value`` is read by the products, in the compute dtype. ``master`` is what the optimizer updates, None when frozen.
 
-    Both are one tensor when their dtypes agree. ``master.grad`` is allocated once and lives as long as the weight.
+    Both may be one tensor. ``master.grad`` is allocated once and lives as long as the weight.
     """
 
     value: Tensor
@@ -38,18 +39,31 @@ class Weight:
             self.value.copy_(self.master)
 
 
-def trained(master: Tensor, compute_dtype: torch.dtype) -> Weight:
-    """A weight to train, its gradient buffer zeroed."""
-    master.grad = torch.zeros_like(master)
-    return Weight(master if master.dtype == compute_dtype else master.to(compute_dtype), master)
+class Arena:
+    """One flat buffer of masters and one of gradients, so that the optimizer and the norm see one tensor each."""
+
+    def __init__(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Room for ``num_elements`` trained values of ``dtype``, gradients zeroed."""
+        self.masters = torch.zeros(num_elements, dtype=dtype, device=device)
+        self.masters.grad = self.gradients = torch.zeros_like(self.masters)
+        self._taken = 0
+
+    def take(self, *size: int) -> Tensor:
+        """A master of ``size`` inside the arena, its ``grad`` the same place of the gradients."""
+        start, self._taken = self._taken, self._taken + torch.Size(size).numel()
+        if self._taken > len(self.masters):
+            raise ValueError(f"the arena holds {len(self.masters)} values, {self._taken} were asked for")
+        master = self.masters[start : self._taken].view(size)
+        master.grad = self.gradients[start : self._taken].view(size)
+        return master
 
 
-def add_product_(gradient: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """gradient[M, N] += scale * left[T, M]^T right[T, N], in one pass where the dtypes allow."""
+def add_product_(gradient: Tensor, left: Tensor, right: Tensor) -> None:
+    """gradient[M, N] += left[T, M]^T right[T, N], in one pass where the dtypes allow."""
     if gradient.dtype == left.dtype:
-        gradient.addmm_(left.t(), right, alpha=scale)
+        gradient.addmm_(left.t(), right)
     else:
-        gradient.add_(left.t() @ right, alpha=scale)
+        gradient.add_(left.t() @ right)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,32 +76,53 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One adapted linear of a group: its output columns, its columns of x A^T, and its rows of the stacked B."""
+    """One adapted linear of a group: its output columns, its columns of x A^T, and its B [columns, r]."""
 
     name: str
     output: slice
     rank: slice
-    rows: slice
+    up: Weight
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """The adapters of a group (Hu et al. 2021): ``down`` is A [R, K] of all blocks, ``up`` their B, one below the other, [sum N, r]."""
+    """The adapters of a group (Hu et al. 2021): ``down`` is A [R, K] of all blocks; every block has its own B."""
 
     down: Weight
-    up: Weight
     blocks: tuple[Block, ...]
     scale: float
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A group of linears that read the same input, as one product: ``weight`` [N, K], ``bias`` [N]."""
+    """A group of linears that read the same input, as one product: ``weight`` [N, K], ``bias`` [N].
 
+    ``wide`` [N + P, K + P] holds everything the products read: rows below N are [W | B], where each block's B stands in its own
+    rank columns; rows from N are A. So [x | s x A^T] times the upper rows' transpose is the adapted output and [dy | s dy B]
+    times the left columns the gradient of x, one product each; ``weight`` and the adapters are views of it. P is 0 without
+    adapters. The lower right corner is zero and not read.
+    """
+
+    wide: Tensor
     weight: Weight
     bias: Weight | None
     parts: tuple[Part, ...]
     lora: LowRank | None = None
+
+    @property
+    def num_inputs(self) -> int:
+        """K."""
+        return self.weight.value.shape[1]
+
+    @property
+    def num_outputs(self) -> int:
+        """N."""
+        return self.weight.value.shape[0]
+
+    @property
+    def padded_rank(self) -> int:
+        """P."""
+        return self.wide.shape[1] - self.num_inputs
 
     @property
     def is_trained(self) -> bool:
@@ -133,6 +168,7 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     norm: Weight
     head: Weight
+    arena: Arena
 
 
 WHOLE = slice(None)
@@ -163,7 +199,7 @@ def named_adapters(weights: DecoderWeights) -> Iterator[tuple[str, Weight, slice
                 continue
             for block in group.lora.blocks:
                 yield f"model.layers.{index}.{block.name}.lora_A.weight", group.lora.down, block.rank
-                yield f"model.layers.{index}.{block.name}.lora_B.weight", group.lora.up, block.rows
+                yield f"model.layers.{index}.{block.name}.lora_B.weight", block.up, WHOLE
 
 
 def trained_weights(weights: DecoderWeights) -> tuple[Weight, ...]:

@@ -17,8 +17,8 @@ from engines.native.checkpoint import Placement, load_weights, read_config
 from engines.native.decoder import Decoder
 from engines.native.layer import KEEP_INPUT, KEEP_PRODUCTS, Plan
 from engines.native.lora import read_adapter
-from engines.native.ops import REFERENCE
 from engines.native.packed import Angles, Packed
+from engines.native.reference import REFERENCE
 from engines.native.shape import read_shape
 from engines.native.weights import named_adapters, named_weights
 from harness.data.tokens import IGNORE, Sample, pack
@@ -44,7 +44,7 @@ from tests.engines.tiny import (
 )
 
 KNOBS: dict[str, Any] = {
-    "micro_batch": 2, "recompute": "none", "compute_dtype": "float32", "operations": "reference", "loss_chunk": 7,
+    "micro_batch": 2, "recompute": "none", "compute_dtype": "float32", "operations": "reference", "replay": False, "loss_chunk": 7,
 }  # fmt: skip  # fmt: skip
 DEVICE = torch.device("cpu")
 
@@ -82,18 +82,14 @@ class TestFused(EngineConformance):
 
 def decoder(job: Job, plan: Plan) -> Decoder:
     shape = read_shape(read_config(job.base), LONGEST)
-    adapter = None if job.adapter_init is None else read_adapter(job.adapter_init, torch.float32, DEVICE)
-    placement = Placement(DEVICE, torch.float32, None if adapter else torch.float32)
+    adapter = None if job.adapter_init is None else read_adapter(job.adapter_init)
+    placement = Placement(DEVICE, torch.float32, torch.float32)
     weights = load_weights(job.base, shape, placement, adapter)
     return Decoder(shape=shape, weights=weights, ops=REFERENCE, plan=plan, loss_chunk=5)
 
 
 def packed(native: Decoder, samples: tuple[Sample, ...]) -> Packed:
-    batch = pack(samples)
-    labelled = np.flatnonzero(batch.labels[0] != IGNORE)
-    arrays = (batch.input_ids[0], batch.position_ids[0], labelled - 1, batch.labels[0, labelled])
-    tokens, positions, rows, targets = (torch.from_numpy(array) for array in arrays)
-    return Angles.of(native.shape, LONGEST, DEVICE).pack(tokens, positions, batch.lengths[0], rows, targets)
+    return Angles.of(native.shape, LONGEST, DEVICE).pack(pack(samples))
 
 
 def gradients(native: Decoder) -> dict[str, torch.Tensor]:
@@ -115,7 +111,7 @@ def test_every_gradient_is_that_of_autograd(tmp_path: Path, family: str, method:
     loss = plain_loss(model, samples)
     loss.backward()
     native = decoder(job, KEEP_PRODUCTS)
-    losses = native.accumulate(packed(native, samples), 1.0 / num_labels)
+    losses = native.accumulate(packed(native, samples), torch.tensor(1.0 / num_labels))
     assert len(losses) == num_labels
     assert float(losses.sum()) / num_labels == pytest.approx(float(loss.detach()), rel=2e-6)
     expected = {name.replace(".default", ""): value.grad for name, value in model.named_parameters() if value.requires_grad}

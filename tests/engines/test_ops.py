@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.native.ops import REFERENCE, Heads
-from engines.native.weights import Block, Linear, LowRank, Part, Weight, trained
+from engines.native.ops import Heads, NormSource
+from engines.native.packed import Packed
+from engines.native.reference import REFERENCE, as_input
+from engines.native.weights import Block, Linear, LowRank, Part, Weight
 
 LENGTHS = (1, 5, 3)
 TOKENS = sum(LENGTHS)
@@ -26,8 +28,25 @@ def random(*size: int) -> Tensor:
     return torch.randn(*size, dtype=torch.float64)
 
 
+def trained(value: Tensor, dtype: torch.dtype = torch.float64) -> Weight:
+    """A weight with a master and a zeroed gradient beside its value."""
+    master = value.clone()
+    master.grad = torch.zeros_like(master)
+    return Weight(value.to(dtype), master)
+
+
 def weight(*size: int) -> Weight:
-    return trained(random(*size), torch.float64)
+    return trained(random(*size))
+
+
+def whole(weights: Weight, bias: Weight | None = None) -> Linear:
+    """One linear without adapters."""
+    return Linear(weights.value, weights, bias, (Part("a", slice(0, len(weights.value))),))
+
+
+def packed(angles: Tensor) -> Packed:
+    nothing = torch.empty(0, dtype=torch.int64)
+    return Packed(nothing, angles.cos(), angles.sin(), LENGTHS, nothing, nothing, nothing)
 
 
 def autograd(function: Callable[..., Tensor], dy: Tensor, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -47,31 +66,50 @@ def same(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("size", [(TOKENS, 6), (TOKENS, 3, 6)], ids=["rows", "heads"])
-def test_rms_norm(size: tuple[int, ...]) -> None:
+def test_plain_norm(size: tuple[int, ...]) -> None:
     x, dy, w = random(*size), random(*size), weight(6)
     y, (dx, dw) = autograd(lambda x, w: F.rms_norm(x, (6,), w, EPSILON), dy, x, w.value)
-    same(REFERENCE.rms_norm(x, w, EPSILON), y)
-    same(REFERENCE.rms_norm_backward(dy, x, w, EPSILON), dx)
+    same(REFERENCE.plain_norm(x, w, EPSILON), y)
+    same(REFERENCE.plain_norm_backward(dy, x, w, EPSILON), dx)
     same(gradient(w), dw)
 
 
-def test_rms_norm_keeps_the_dtype_and_a_frozen_weight_takes_no_gradient() -> None:
+def test_norm_as_an_input_and_its_backward_with_a_residual() -> None:
+    x, dy, residual, w = random(TOKENS, 6), random(TOKENS, 6), random(TOKENS, 6), weight(6)
+    y, (dx, dw) = autograd(lambda x, w: F.rms_norm(x, (6,), w, EPSILON), dy, x, w.value)
+    made = REFERENCE.norm(x, w, EPSILON, whole(weight(5, 6)))
+    same(made.input.wide, y)
+    assert made.input.low is None
+    found = REFERENCE.norm_backward(dy, x, made.inverse, w, residual, 3)
+    same(found[:, :6], dx + residual)
+    assert not found[:, 6:].any()
+    same(REFERENCE.norm_backward(dy, x, made.inverse, w, None, 0), dx)
+    same(gradient(w), 2 * dw)
+
+
+def test_norm_keeps_the_dtype_and_a_frozen_weight_takes_no_gradient() -> None:
     x = torch.randn(4, 6).bfloat16()
     frozen = Weight(torch.ones(6, dtype=torch.bfloat16))
-    assert REFERENCE.rms_norm(x, frozen, EPSILON).dtype == torch.bfloat16
-    assert REFERENCE.rms_norm_backward(x, x, frozen, EPSILON).dtype == torch.bfloat16
+    assert REFERENCE.plain_norm(x, frozen, EPSILON).dtype == torch.bfloat16
+    assert REFERENCE.plain_norm_backward(x, x, frozen, EPSILON).dtype == torch.bfloat16
     assert frozen.gradient is None
 
 
 def test_rotation_and_its_inverse() -> None:
-    x, angles = random(TOKENS, 3, 8), random(TOKENS, 4)
-    turned = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1)) * torch.polar(torch.ones_like(angles), angles)[:, None]
-    expected = torch.view_as_real(turned).movedim(-1, -2).flatten(-2)
-    rotated = x.clone()
-    REFERENCE.rotate_(rotated, angles.cos(), angles.sin())
-    same(rotated, expected)
-    REFERENCE.rotate_(rotated, angles.cos(), -angles.sin())
-    same(rotated, x)
+    q, k, v, angles = random(TOKENS, 3, 8), random(TOKENS, 1, 8), random(TOKENS, 1, 8), random(TOKENS, 4)
+
+    def turned(x: Tensor) -> Tensor:
+        product = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1)) * torch.polar(torch.ones_like(angles), angles)[:, None]
+        return torch.view_as_real(product).movedim(-1, -2).flatten(-2)
+
+    heads = Heads(q.clone(), k.clone(), v.clone())
+    REFERENCE.rotate_(heads, packed(angles))
+    same(heads.queries, turned(q))
+    same(heads.keys, turned(k))
+    same(heads.values, v)
+    back = REFERENCE.rotate_back(heads, packed(angles), 2)
+    same(back[:, :-2], torch.cat((q, k, v), dim=1).flatten(1))
+    assert not back[:, -2:].any()
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (6, 1)])
@@ -86,10 +124,10 @@ def test_attention(heads: int, kv_heads: int) -> None:
         return torch.einsum("hij,jhd->ihd", scores.masked_fill(~visible, float("-inf")).softmax(-1), v)
 
     y, expected = autograd(masked, dy, q, k, v)
-    attended = REFERENCE.attention(Heads(q, k, v), LENGTHS)
-    same(attended.output, y)
-    found = Heads(*(torch.full_like(x, float("nan")) for x in (q, k, v)))
-    REFERENCE.attention_backward(dy, Heads(q, k, v), attended, LENGTHS, found)
+    row = packed(random(TOKENS, 2))
+    attended = REFERENCE.attention(Heads(q, k, v), row, whole(weight(3, heads * 4)))
+    same(attended.input.wide, y.flatten(1))
+    found = REFERENCE.attention_backward(dy, Heads(q, k, v), attended, row)
     for each, right in zip((found.queries, found.keys, found.values), expected, strict=True):
         same(each, right)
 
@@ -97,43 +135,57 @@ def test_attention(heads: int, kv_heads: int) -> None:
 def test_swiglu() -> None:
     gate_up, dy = random(TOKENS, 10), random(TOKENS, 5)
     y, (expected,) = autograd(lambda x: F.silu(x[:, :5]) * x[:, 5:], dy, gate_up)
-    same(REFERENCE.swiglu(gate_up), y)
-    same(REFERENCE.swiglu_backward(dy, gate_up), expected)
+    same(REFERENCE.swiglu(gate_up, whole(weight(3, 5))).wide, y)
+    again, found = REFERENCE.swiglu_backward(dy, gate_up, 4)
+    same(again, y)
+    same(found[:, :10], expected)
+    assert not found[:, 10:].any()
 
 
 def test_full_linear_with_bias() -> None:
-    x, dy = random(TOKENS, 6), random(TOKENS, 5)
-    group = Linear(weight(5, 6), weight(5), (Part("a", slice(0, 5)),))
+    x, dy, add = random(TOKENS, 6), random(TOKENS, 5), random(TOKENS, 5)
+    group = whole(weight(5, 6), weight(5))
     assert group.bias is not None
     y, (dx, dw, db) = autograd(F.linear, dy, x, group.weight.value, group.bias.value)
-    same(REFERENCE.linear(x, group, None), y)
-    found = REFERENCE.linear_backward(dy, x, None, group, True)
-    assert found is not None
-    same(found, dx)
+    same(REFERENCE.linear(as_input(x, group), group, None, 0), y)
+    same(REFERENCE.linear(as_input(x, group), group, add, 2), y + add)
+    REFERENCE.fill(dy, group)  # nothing to fill
+    same(REFERENCE.input_gradient(dy, group), dx)
+    REFERENCE.weight_gradients(dy, x, None, group)
     same(gradient(group.weight), dw)
     same(gradient(group.bias), db)
-    assert REFERENCE.linear_backward(dy, x, None, group, False) is None
-    same(gradient(group.weight), 2 * dw)
+    w, inverse = weight(6), random(TOKENS)
+    REFERENCE.weight_gradients(dy, NormSource(x, inverse, w), None, group)
+    same(gradient(group.weight), dw + dy.t() @ (x * inverse[:, None] * w.value))
 
 
 def test_a_group_of_three_linears_two_of_them_adapted() -> None:
     x, dy, base = random(TOKENS, 6), random(TOKENS, 10), random(10, 6)
-    blocks = (Block("a", slice(0, 4), slice(0, 2), slice(0, 4)), Block("c", slice(7, 10), slice(2, 4), slice(4, 7)))
-    lora = LowRank(weight(4, 6), weight(7, 2), blocks, scale=2.5)
-    group = Linear(Weight(base), None, (Part("a", slice(0, 4)), Part("b", slice(4, 7)), Part("c", slice(7, 10))), lora)
+    wide = torch.zeros(10 + 5, 6 + 5, dtype=torch.float64)  # four ranks, padded to five
+    wide[:10, :6] = base
+    down, first, third = random(4, 6), random(4, 2), random(3, 2)
+    wide[10:14, :6], wide[:4, 6:8], wide[7:10, 8:10] = down, first, third
+    blocks = (
+        Block("a", slice(0, 4), slice(0, 2), trained(wide[:4, 6:8])),
+        Block("c", slice(7, 10), slice(2, 4), trained(wide[7:10, 8:10])),
+    )
+    lora = LowRank(trained(wide[10:14, :6]), blocks, scale=2.5)
+    group = Linear(wide, Weight(wide[:10, :6]), None, (Part("a", slice(0, 4)), Part("b", slice(4, 7)), Part("c", slice(7, 10))), lora)
 
-    def plain(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        a, c = x @ down[:2].t() @ up[:4].t(), x @ down[2:].t() @ up[4:].t()
+    def plain(x: Tensor, down: Tensor, first: Tensor, third: Tensor) -> Tensor:
+        a, c = x @ down[:2].t() @ first.t(), x @ down[2:].t() @ third.t()
         return x @ base.t() + 2.5 * torch.cat((a, torch.zeros(TOKENS, 3, dtype=x.dtype), c), dim=1)
 
-    y, (dx, d_down, d_up) = autograd(plain, dy, x, lora.down.value, lora.up.value)
-    low = REFERENCE.low_rank(x, lora)
-    same(REFERENCE.linear(x, group, low), y)
-    found = REFERENCE.linear_backward(dy, x, low, group, True)
-    assert found is not None
-    same(found, dx)
+    y, (dx, d_down, d_first, d_third) = autograd(plain, dy, x, down, first, third)
+    made = as_input(x, group)
+    same(REFERENCE.linear(made, group, None, 0), y)
+    filled = F.pad(dy, (0, 5))
+    REFERENCE.fill(filled, group)
+    same(REFERENCE.input_gradient(filled, group), dx)
+    REFERENCE.weight_gradients(filled, x, made.low, group)
     same(gradient(lora.down), d_down)
-    same(gradient(lora.up), d_up)
+    same(gradient(blocks[0].up), d_first)
+    same(gradient(blocks[1].up), d_third)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
@@ -142,22 +194,22 @@ def test_cross_entropy(chunk: int) -> None:
     expected = F.cross_entropy(hidden @ head.value.t(), targets, reduction="none")
     summed = 0.25 * torch.ones((), dtype=torch.float64)
     _, (dx, dw) = autograd(lambda x, w: F.cross_entropy(x @ w.t(), targets, reduction="sum"), summed, hidden, head.value)
-    losses, d_hidden = REFERENCE.cross_entropy(hidden, head, targets, 0.25, chunk)
+    losses, d_hidden = REFERENCE.cross_entropy(hidden, head, targets, torch.tensor(0.25), chunk)
     same(losses, expected)
     same(d_hidden, dx)
     same(gradient(head), dw)
 
 
 def test_cross_entropy_of_no_row_is_empty() -> None:
-    losses, d_hidden = REFERENCE.cross_entropy(random(0, 6), weight(11, 6), torch.zeros(0, dtype=torch.int64), 1.0, 4)
+    losses, d_hidden = REFERENCE.cross_entropy(random(0, 6), weight(11, 6), torch.zeros(0, dtype=torch.int64), torch.tensor(1.0), 4)
     assert losses.shape == (0,)
     assert d_hidden.shape == (0, 6)
 
 
 def test_a_gradient_in_another_dtype_than_its_master_is_added() -> None:
-    group = Linear(trained(torch.randn(5, 6), torch.bfloat16), None, (Part("a", slice(0, 5)),))
+    group = whole(trained(torch.randn(5, 6), torch.bfloat16))
     x, dy = torch.randn(TOKENS, 6).bfloat16(), torch.randn(TOKENS, 5).bfloat16()
-    REFERENCE.linear_backward(dy, x, None, group, False)
+    REFERENCE.weight_gradients(dy, x, None, group)
     assert group.weight.value.dtype == torch.bfloat16
     assert gradient(group.weight).dtype == torch.float32
     torch.testing.assert_close(gradient(group.weight), dy.float().t() @ x.float(), rtol=2e-2, atol=2e-2)

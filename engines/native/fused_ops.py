@@ -1,0 +1,153 @@
+"""FUSED: the operations of the table by Triton, cuBLAS and cuDNN, for bf16 LoRA on an NVIDIA GPU.
+
+Legend: T tokens, H hidden, N output and K input columns of a linear group, P its padded ranks, W = N + P, L supervised rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engines.native import attention as attend
+from engines.native import reference
+from engines.native.kernels.cross_entropy import cross_entropy_
+from engines.native.kernels.outer import add_outer_
+from engines.native.kernels.rms_norm import rms_norm, rms_norm_backward
+from engines.native.kernels.rotary import rotate_ as rotate_rows_
+from engines.native.kernels.rotary import rotate_back as rotate_rows_back
+from engines.native.kernels.swiglu import swiglu as swiglu_rows
+from engines.native.kernels.swiglu import swiglu_backward_
+from engines.native.ops import Heads, Input, Normed, NormSource, Ops
+from engines.native.packed import Packed
+from engines.native.weights import Linear, Weight
+
+
+def norm(x_TH: Tensor, weight: Weight, epsilon: float, linear: Linear) -> Normed:
+    """RMSNorm as the input of ``linear``: one kernel for the norm, one product for x A^T behind it."""
+    wide_TW, inverse_T = rms_norm(x_TH, weight.value, epsilon, linear.padded_rank)
+    return Normed(_with_low(wide_TW, linear), inverse_T)
+
+
+def norm_backward(dy_TH: Tensor, x_TH: Tensor, inverse_T: Tensor, weight: Weight, residual_TH: Tensor | None, padded_rank: int) -> Tensor:
+    """One kernel with the residual in it. Only for frozen norms."""
+    return rms_norm_backward(dy_TH, x_TH, weight.value, inverse_T, residual_TH, padded_rank)
+
+
+def plain_norm(x: Tensor, weight: Weight, epsilon: float) -> Tensor:
+    """One kernel over rows; the heads of a token, which are views, by the reference."""
+    return reference.plain_norm(x, weight, epsilon) if x.dim() != 2 else rms_norm(x, weight.value, epsilon, 0)[0]
+
+
+def plain_norm_backward(dy: Tensor, x: Tensor, weight: Weight, epsilon: float) -> Tensor:
+    """The rows' root mean squares once more, then one kernel."""
+    if x.dim() != 2:
+        return reference.plain_norm_backward(dy, x, weight, epsilon)
+    _, inverse = rms_norm(x, weight.value, epsilon, 0)
+    return rms_norm_backward(dy, x, weight.value, inverse, None, 0)
+
+
+def linear(input: Input, linear: Linear, add_TN: Tensor | None, room: int) -> Tensor:
+    """One product; what is added, or the bias, rides in its epilogue. In float32 inside, rounded once."""
+    outputs = linear.num_outputs
+    weight = linear.wide[:outputs].t()
+    y_TN = input.wide.new_empty(len(input.wide), outputs + room)[:, :outputs]
+    if add_TN is not None:
+        torch.addmm(add_TN, input.wide, weight, out=y_TN)
+        return y_TN if linear.bias is None else y_TN.add_(linear.bias.value)
+    if linear.bias is not None:
+        return torch.addmm(linear.bias.value, input.wide, weight, out=y_TN)
+    return torch.mm(input.wide, weight, out=y_TN)
+
+
+def fill(dy_TW: Tensor, linear: Linear) -> None:
+    """s dy B into the columns from N on, a product for each adapted linear."""
+    if linear.lora is None:
+        return
+    for block in linear.lora.blocks:
+        start = linear.num_outputs + block.rank.start
+        into = dy_TW[:, start : linear.num_outputs + block.rank.stop]
+        torch.addmm(into, dy_TW[:, block.output], block.up.value, beta=0, alpha=linear.lora.scale, out=into)
+
+
+def weight_gradients(dy_TW: Tensor, source: Tensor | NormSource, low_TP: Tensor | None, linear: Linear) -> None:
+    """dA and dB; a normed input is not made again for it."""
+    if linear.lora is None or low_TP is None:
+        return
+    x_TK, scaling = (source.x, (source.inverse, source.weight.value)) if isinstance(source, NormSource) else (source, None)
+    down = linear.lora.down.gradient
+    assert down is not None
+    add_outer_(down.t(), x_TK, dy_TW[:, linear.num_outputs : linear.num_outputs + len(down)], scaling)
+    for block in linear.lora.blocks:
+        assert block.up.gradient is not None
+        add_outer_(block.up.gradient, dy_TW[:, block.output], low_TP[:, block.rank])
+
+
+def rotate_(heads: Heads, packed: Packed) -> None:
+    """In place; queries and keys of one buffer in one launch."""
+    queries, keys = heads.queries, heads.keys
+    (_, num_heads, head_dim), row = queries.shape, queries.stride(0)
+    adjacent = keys.data_ptr() - queries.data_ptr() == num_heads * head_dim * queries.element_size() and keys.stride(0) == row
+    if adjacent:
+        together = num_heads + keys.shape[1]
+        rotate_rows_(queries.as_strided((len(queries), together * head_dim), (row, 1)), together, packed.cosine, packed.sine)
+        return
+    for x in (queries, keys):
+        rotate_rows_(x.flatten(1), x.shape[1], packed.cosine, packed.sine)
+
+
+def rotate_back(gradients: Heads, packed: Packed, padded_rank: int) -> Tensor:
+    """One kernel from three gradients to the gradient of the projection."""
+    return rotate_rows_back(gradients.queries, gradients.keys, gradients.values, packed.cosine, packed.sine, padded_rank)
+
+
+def swiglu(gate_up_TN: Tensor, linear: Linear) -> Input:
+    """One kernel, and one product for h A^T."""
+    return _with_low(swiglu_rows(gate_up_TN, linear.padded_rank), linear)
+
+
+def swiglu_backward(d_h_TK: Tensor, gate_up_TN: Tensor, padded_rank: int) -> tuple[Tensor, Tensor]:
+    """One kernel; h takes the place of its gradient, the gradient of gate and up theirs."""
+    return swiglu_backward_(d_h_TK, gate_up_TN, padded_rank)
+
+
+def cross_entropy(hidden_LH: Tensor, head: Weight, targets_L: Tensor, scale: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Logits of ``chunk`` rows at a time in one buffer: a product, one kernel that makes them their gradient, a product."""
+    d_hidden_LH = torch.empty_like(hidden_LH)
+    losses_L = torch.empty(len(hidden_LH), dtype=torch.float32, device=hidden_LH.device)
+    buffer = hidden_LH.new_empty(min(chunk, len(hidden_LH)), len(head.value))
+    for start in range(0, len(hidden_LH), chunk):
+        rows = slice(start, min(start + chunk, len(hidden_LH)))
+        logits = buffer[: rows.stop - rows.start]
+        torch.mm(hidden_LH[rows], head.value.t(), out=logits)
+        cross_entropy_(logits, targets_L[rows], losses_L[rows], scale)
+        torch.mm(logits, head.value, out=d_hidden_LH[rows])
+    return losses_L, d_hidden_LH
+
+
+def _with_low(wide_TW: Tensor, linear: Linear) -> Input:
+    """Fill the right part of a wide input with s x A^T; the copy of it may outlive x."""
+    if linear.lora is None:
+        return Input(wide_TW, None)
+    inputs, down = linear.num_inputs, linear.lora.down.value
+    into = wide_TW[:, inputs : inputs + len(down)]
+    torch.addmm(into, wide_TW[:, :inputs], down.t(), beta=0, alpha=linear.lora.scale, out=into)
+    return Input(wide_TW, wide_TW[:, inputs:].clone())
+
+
+FUSED = Ops(
+    norm=norm,
+    norm_backward=norm_backward,
+    plain_norm=plain_norm,
+    plain_norm_backward=plain_norm_backward,
+    linear=linear,
+    fill=fill,
+    input_gradient=reference.input_gradient,
+    weight_gradients=weight_gradients,
+    rotate_=rotate_,
+    rotate_back=rotate_back,
+    attention=attend.attention,
+    attention_backward=attend.attention_backward,
+    swiglu=swiglu,
+    swiglu_backward=swiglu_backward,
+    cross_entropy=cross_entropy,
+)

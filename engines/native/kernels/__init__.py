@@ -1,0 +1,1 @@
+"""One fused operation a file: its formula, what it keeps, its kernels, and a public function that validates."""

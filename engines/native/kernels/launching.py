@@ -1,0 +1,28 @@
+"""What every kernel's public function does before it launches: check its tensors, choose a block."""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+
+MAX_ROW = 16384  # widest row that one program holds in registers
+
+
+def check_rows(name: str, x: Tensor, num_rows: int, num_columns: int) -> None:
+    """Raise ValueError unless ``x`` is [num_rows, at least num_columns] with adjacent columns."""
+    if x.dim() != 2 or x.shape[0] != num_rows or x.shape[1] < num_columns or x.stride(1) != 1:
+        raise ValueError(
+            f"{name} is {list(x.shape)} with strides {list(x.stride())}; expected [{num_rows}, >={num_columns}], columns adjacent"
+        )
+
+
+def row_block(num_columns: int) -> int:
+    """The power of two that holds a row. Raises ValueError for rows wider than MAX_ROW."""
+    if num_columns > MAX_ROW:
+        raise ValueError(f"a row of {num_columns} columns is wider than the {MAX_ROW} that one program holds")
+    return int(triton.next_power_of_2(num_columns))
+
+
+def row_warps(block: int) -> int:
+    """Warps for a program that holds ``block`` elements: 16 to 32 a thread."""
+    return min(16, max(1, block // 512))

@@ -1,0 +1,107 @@
+"""Optimizer steps over a decoder: forward, backward, clipping and update; on a GPU captured once and replayed.
+
+Legend: T tokens, L supervised rows of one micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines.native.decoder import Decoder
+from engines.native.optimizer import LOSS_SCALE, Optimizer, clip_
+from engines.native.packed import Angles, Packed, to_device
+from engines.native.weights import Arena
+from harness.data.tokens import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The loss of a step, a mean over its supervised tokens, and its gradient norm before clipping; overwritten by the next step."""
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
+class Steps:
+    """Runs optimizer steps one after the other, each from its batches and its scalars."""
+
+    def __init__(self, decoder: Decoder, angles: Angles, optimizer: Optimizer, max_grad_norm: float | None) -> None:
+        """Nothing runs yet."""
+        self._decoder, self._angles, self._optimizer, self._max_grad_norm = decoder, angles, optimizer, max_grad_norm
+        self._arena: Arena = decoder.weights.arena
+
+    def run(self, batches: Sequence[Batch], scalars: Sequence[float]) -> Outcome:
+        """One optimizer step over ``batches``, their losses weighted by tokens."""
+        return self.compute(*self.place(batches, scalars))
+
+    def place(self, batches: Sequence[Batch], scalars: Sequence[float]) -> tuple[list[Packed], Tensor]:
+        """The inputs of ``compute``, on the device."""
+        values = to_device(torch.tensor(scalars, dtype=torch.float32), self._arena.masters.device)
+        return [self._angles.pack(batch) for batch in batches], values
+
+    @torch.no_grad()
+    def compute(self, micro_batches: Sequence[Packed], scalars: Tensor) -> Outcome:
+        """Forward, backward and update; nothing in it waits for the device."""
+        total = torch.zeros((), dtype=torch.float32, device=scalars.device)
+        for packed in micro_batches:
+            total += self._decoder.accumulate(packed, scalars[LOSS_SCALE]).sum()
+        grad_norm = clip_(self._arena.gradients, self._max_grad_norm, scalars)
+        self._optimizer.step(scalars)
+        return Outcome(total * scalars[LOSS_SCALE], grad_norm)
+
+
+class ReplayedSteps:
+    """Steps of one shape are launched by hand once, captured the second time, and replayed from then on (CUDA only).
+
+    A replay launches the same kernels on the same addresses: the inputs are copied into the places that were captured. All
+    graphs share one pool of memory, because only one of them runs at a time.
+    """
+
+    def __init__(self, steps: Steps) -> None:
+        """Nothing is captured yet."""
+        self._steps = steps
+        self._pool = torch.cuda.graph_pool_handle()
+        self._launched: set[Key] = set()
+        self._captured: dict[Key, _Captured] = {}
+
+    def run(self, batches: Sequence[Batch], scalars: Sequence[float]) -> Outcome:
+        """As ``Steps.run``."""
+        packed, values = self._steps.place(batches, scalars)
+        key = tuple((each.lengths, len(each.rows)) for each in packed)
+        if key not in self._launched:
+            self._launched.add(key)
+            return self._steps.compute(packed, values)
+        if key not in self._captured:
+            torch.cuda.empty_cache()  # what the launched step left cached is of no use to the graph's own pool
+            self._captured[key] = self._capture(packed, values)
+        return self._captured[key].replay(packed, values)
+
+    def _capture(self, packed: Sequence[Packed], scalars: Tensor) -> _Captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outcome = self._steps.compute(packed, scalars)
+        return _Captured(graph, tuple(packed), scalars, outcome)
+
+
+Key = tuple[tuple[tuple[int, ...], int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: Any
+    packed: tuple[Packed, ...]
+    scalars: Tensor
+    outcome: Outcome
+
+    def replay(self, packed: Sequence[Packed], scalars: Tensor) -> Outcome:
+        for mine, new in zip(self.packed, packed, strict=True):
+            for into, source in zip(mine.tensors, new.tensors, strict=True):
+                into.copy_(source)
+        self.scalars.copy_(scalars)
+        self.graph.replay()
+        return self.outcome

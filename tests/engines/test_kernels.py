@@ -1,0 +1,183 @@
+"""Every kernel, forward and gradients, against the reference operations in float64: odd shapes, strided rows, masked edges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from engines.native import fused_ops, reference
+from engines.native.kernels.adamw import FlatAdamW
+from engines.native.kernels.cross_entropy import cross_entropy_
+from engines.native.kernels.outer import add_outer_
+from engines.native.kernels.rms_norm import rms_norm, rms_norm_backward
+from engines.native.kernels.swiglu import swiglu, swiglu_backward_
+from engines.native.ops import Heads
+from engines.native.optimizer import AdamW, clip_, step_scalars
+from engines.native.packed import Packed
+from engines.native.weights import Arena, Linear, Weight
+from harness.spec import Train
+from tests.engines.oracle import DEVICE, EPSILON, INTERPRETED, judged, random
+
+pytestmark = INTERPRETED
+ROWS = [1, 5, 130]
+
+
+def double(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.double() for tensor in tensors]
+
+
+def plain_linear(columns: int) -> Linear:
+    weight = Weight(torch.zeros(1, columns, device=DEVICE))
+    return Linear(weight.value, weight, None, ())
+
+
+@pytest.mark.parametrize("columns", [7, 64, 100])
+@pytest.mark.parametrize("rows", ROWS)
+def test_rms_norm(rows: int, columns: int, dtype: torch.dtype) -> None:
+    x, dy, residual = (random(rows, columns, dtype=dtype, room=room) for room in (0, 3, 9))
+    w = (1 + 0.1 * random(columns)).to(dtype)
+    y, inverse = rms_norm(x, w, EPSILON, 5)
+    assert (y[:, columns:] == 0).all()
+    truth = reference.norm(x.double(), Weight(w.double()), EPSILON, plain_linear(columns))
+    plain = reference.norm(x, Weight(w), EPSILON, plain_linear(columns))
+    judged(y[:, :columns], plain.input.wide, truth.input.wide)
+    torch.testing.assert_close(inverse.double(), truth.inverse, rtol=1e-6, atol=0)
+    for residue in (residual, None):
+        dx = rms_norm_backward(dy, x, w, inverse, residue, 8)
+        assert (dx[:, columns:] == 0).all()
+        wide = None if residue is None else residue.double()
+        expected = reference.norm_backward(dy.double(), x.double(), truth.inverse, Weight(w.double()), wide, 0)
+        usual = reference.norm_backward(dy, x, plain.inverse, Weight(w), residue, 0)
+        judged(dx[:, :columns], usual, expected)
+
+
+@pytest.mark.parametrize("columns", [3, 1024, 1500])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_swiglu(rows: int, columns: int, dtype: torch.dtype) -> None:
+    gate_up, dh = random(rows, 2 * columns, dtype=dtype, room=8), random(rows, columns, dtype=dtype)
+    gate_up[0, 0], dh[0, 0] = 40.0, 1.0  # sigma is 1 there
+    truth = reference.swiglu(gate_up.double(), plain_linear(columns)).wide
+    plain = reference.swiglu(gate_up, plain_linear(columns)).wide
+    h = swiglu(gate_up, 6)
+    judged(h[:, :columns], plain, truth)
+    assert (h[:, columns:] == 0).all()
+    _, expected = reference.swiglu_backward(dh.double(), gate_up.double(), 0)
+    _, usual = reference.swiglu_backward(dh, gate_up, 0)
+    again, gradient = swiglu_backward_(dh, gate_up, 8)
+    assert again.data_ptr() == dh.data_ptr()
+    assert gradient.data_ptr() == gate_up.data_ptr()
+    assert again.equal(h[:, :columns])
+    judged(gradient[:, : 2 * columns], usual, expected)
+    assert (gradient[:, 2 * columns :] == 0).all()
+
+
+def test_swiglu_needs_the_room_it_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="rows of 8 elements in memory"):
+        swiglu_backward_(random(2, 4), random(2, 8), 1)
+
+
+def packed(lengths: Sequence[int], half: int) -> Packed:
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(DEVICE)
+    angles = positions[:, None] * torch.rand(half, device=DEVICE)
+    nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE)
+    return Packed(nothing, angles.cos(), angles.sin(), tuple(lengths), starts, nothing, nothing)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 1, 6), (9, 3, 64), (16, 8, 16)])
+@pytest.mark.parametrize("together", [True, False])
+def test_rotary(heads: int, kv_heads: int, head_dim: int, together: bool, dtype: torch.dtype) -> None:
+    row = packed((4, 1, 6), head_dim // 2)
+    columns = (heads + 2 * kv_heads) * head_dim
+    qkv = random(11, columns, dtype=dtype, room=8)
+    split = [part.unflatten(1, (-1, head_dim)) for part in qkv.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], 1)]
+    if not together:
+        split = [part.clone() for part in split]
+    truth, plain, found = Heads(*double(*split)), Heads(*(part.clone() for part in split)), Heads(*split)
+    reference.rotate_(truth, row)
+    reference.rotate_(plain, row)
+    fused_ops.rotate_(found, row)
+    for ours, theirs, right in zip(*((each.queries, each.keys, each.values) for each in (found, plain, truth)), strict=True):
+        judged(ours, theirs, right)
+    gradients = Heads(*(part.contiguous() for part in split))
+    expected = reference.rotate_back(Heads(*double(gradients.queries, gradients.keys, gradients.values)), row, 0)
+    usual = reference.rotate_back(gradients, row, 0)
+    back = fused_ops.rotate_back(gradients, row, 4)
+    judged(back[:, :columns], usual, expected)
+    assert (back[:, columns:] == 0).all()
+
+
+@pytest.mark.parametrize("vocabulary", [5, 8192, 9001])
+def test_cross_entropy(vocabulary: int, dtype: torch.dtype) -> None:
+    logits = 3 * random(4, vocabulary, dtype=dtype, room=3)
+    targets = torch.tensor([0, vocabulary - 1, 1, 2], device=DEVICE)
+    logits[1], scale = -1e4, torch.tensor(0.25, device=DEVICE)
+    p = logits.double().softmax(1)
+    expected = 0.25 * p.scatter_add(1, targets[:, None], -torch.ones_like(p))
+    losses = torch.empty(4, device=DEVICE)
+    right = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
+    cross_entropy_(logits, targets, losses, scale)
+    torch.testing.assert_close(losses.double(), right, rtol=1e-6, atol=1e-6)
+    judged(logits, expected.to(dtype), expected)
+
+
+@pytest.mark.parametrize(("tokens", "columns", "ranks"), [(1, 3, 2), (300, 70, 16), (140, 130, 48)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_outer(tokens: int, columns: int, ranks: int, normed: bool, dtype: torch.dtype) -> None:
+    x, thin = random(tokens, columns, dtype=dtype, room=2), random(tokens, ranks, dtype=dtype, room=5)
+    inverse, w = torch.rand(tokens, device=DEVICE) + 0.5, (1 + 0.1 * random(columns)).to(dtype)
+    before = random(ranks, columns)
+    gradient = before.clone().t()
+    add_outer_(gradient, x, thin, (inverse, w) if normed else None)
+    truth, scaled = x.double(), x
+    if normed:
+        truth = truth * inverse.double()[:, None] * w.double()
+        scaled = (x.float() * inverse[:, None]).to(dtype) * w
+    right = before.double().t() + truth.t() @ thin.double()
+    judged(gradient, before.t() + (scaled.t() @ thin).float(), right, dtype)
+
+
+def test_adamw_is_that_of_torch_and_the_copies_follow() -> None:
+    schedule = Train(
+        steps=5, samples_per_step=1, learning_rate=0.1, schedule="linear", warmup_steps=0, weight_decay=0.1, beta1=0.9, beta2=0.99,
+        epsilon=1e-6, max_grad_norm=2.0, seed=0,
+    )  # fmt: skip
+    sizes = [(3, 1500), (70, 33), (5, 7)]
+    arenas = [Arena(sum(rows * columns for rows, columns in sizes), torch.float32, DEVICE) for _ in range(2)]
+    weights = [[Weight(random(*size, room=11), arena.take(*size)) for size in sizes] for arena in arenas]
+    arenas[0].masters.normal_()
+    arenas[1].masters.copy_(arenas[0].masters)
+    parameter = arenas[0].masters.clone().requires_grad_()
+    torch_adamw = torch.optim.AdamW([parameter], betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
+    plain = AdamW(arenas[0], weights[0], schedule)
+    fused = FlatAdamW(arenas[1].masters, [weight.value for weight in weights[1]], (0.9, 0.99), 1e-6, 0.1)
+    for index in range(schedule.steps):
+        gradient = torch.randn_like(arenas[0].gradients)
+        parameter.grad = gradient.clone()
+        norm = torch.nn.utils.clip_grad_norm_([parameter], 2.0)
+        torch_adamw.param_groups[0]["lr"] = schedule.learning_rate_at(index)
+        torch_adamw.step()
+        for arena, optimizer in zip(arenas, (plain, fused), strict=True):
+            arena.gradients.copy_(gradient)
+            scalars = torch.tensor(step_scalars(schedule, index, 7), device=DEVICE)
+            torch.testing.assert_close(clip_(arena.gradients, schedule.max_grad_norm, scalars), norm)
+            optimizer.step(scalars)
+            torch.testing.assert_close(arena.masters, parameter.detach(), rtol=1e-5, atol=1e-6)
+            assert not arena.gradients.any()
+    for each in weights:
+        assert all(weight.value.equal(weight.master) for weight in each if weight.master is not None)
+
+
+def test_a_tensor_that_does_not_fit_is_refused() -> None:
+    x, thin = random(4, 6), random(4, 2)
+    with pytest.raises(ValueError, match=r"thin is \[4, 2\]"):
+        add_outer_(random(6, 2), x[:3], thin)
+    with pytest.raises(ValueError, match=r"expected \[6, 2\]"):
+        add_outer_(random(5, 2), x, thin)
+    with pytest.raises(ValueError, match="columns adjacent"):
+        rms_norm(random(6, 4).t(), random(6), EPSILON, 0)
+    with pytest.raises(ValueError, match="as many as the masters"):
+        FlatAdamW(torch.zeros(3), [random(2, 2)], (0.9, 0.99), 1e-6, 0.1)
