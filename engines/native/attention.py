@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.native.ops import Attended, Heads, Input
+from engines.native.ops import Attended, Heads
 from engines.native.packed import Packed
-from engines.native.reference import as_input
 from engines.native.weights import Linear
+from engines.native.wide_input import widened
 
 _ATEN = torch.ops.aten
 
@@ -33,9 +33,7 @@ def attention(heads: Heads, packed: Packed, linear: Linear) -> Attended:
             heads.queries, heads.keys, heads.values, packed.cumulative, packed.cumulative, packed.longest, packed.longest, 0.0, True, False
         )
         statistics = (kept[0], kept[1], kept[2])
-    made = as_input(output.flatten(1), linear)
-    # The copy on the left of the wide input serves backward too; a kept view of its right part costs nothing.
-    return Attended(made if made.low is None else Input(made.wide, made.wide[:, linear.num_inputs :]), statistics)
+    return Attended(widened(output.flatten(1), linear), statistics)  # backward reads the copy, so the original is freed
 
 
 def attention_backward(dy_TCD: Tensor, heads: Heads, attended: Attended, packed: Packed) -> Heads:

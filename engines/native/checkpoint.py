@@ -125,11 +125,16 @@ class _Loader:
         rank = self._adapter.rank
         blocks = []
         down = self._master(torch.cat([down for _, down, _ in adapted]))
+        stacked = self._master(torch.cat([up for _, _, up in adapted]))
+        num_rows = 0
         for index, (part, _, up) in enumerate(adapted):
             columns = slice(index * rank, (index + 1) * rank)
             value = wide[part.rows, num_inputs + columns.start : num_inputs + columns.stop]
-            blocks.append(Block(part.name, part.rows, columns, Weight(value, self._master(up))))
-        lora = LowRank(Weight(wide[num_outputs : num_outputs + len(down), :num_inputs], down), tuple(blocks), self._adapter.scale)
+            master = Arena.part(stacked, slice(num_rows, num_rows := num_rows + len(up)))
+            blocks.append(Block(part.name, part.rows, columns, Weight(value, master)))
+        down_value = wide[num_outputs : num_outputs + len(down), :num_inputs]
+        arrived = torch.zeros(-(-max(num_outputs, num_inputs) // 16), dtype=torch.int32, device=wide.device)
+        lora = LowRank(Weight(down_value, down), stacked, tuple(blocks), self._adapter.scale, arrived)
         for weight in (lora.down, *(block.up for block in blocks)):
             weight.publish()
         return lora

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engines.native.layer import LayerPass, Plan
+from engines.native.layer import LayerPass, Plan, Stream
 from engines.native.ops import Ops
 from engines.native.packed import Packed
 from engines.native.shape import LlamaShape
@@ -31,23 +31,25 @@ class Decoder:
     def accumulate(self, packed: Packed, scale: Tensor) -> Tensor:
         """Add ``scale`` (a scalar) times the gradient of the summed losses to every trained weight; returns the losses [L], float32."""
         ops, weights, epsilon = self.ops, self.weights, self.shape.norm_epsilon
-        x_TH = weights.embedding.value[packed.tokens]
+        stream = Stream(weights.embedding.value[packed.tokens], None)
         passes = []
         for layer in weights.layers:
-            passes.append(LayerPass(ops, self.shape, layer, packed, x_TH))
-            x_TH = passes[-1].forward(self.plan)
+            passes.append(LayerPass(ops, self.shape, layer, packed, stream))
+            stream = passes[-1].forward(self.plan)
 
         # Only rows that predict a supervised token reach the loss: the rest of the sequence needs no norm and no logits.
-        last_LH = x_TH[packed.rows]
+        last_LH = stream.x[packed.rows]
+        if stream.delta is not None:
+            last_LH += stream.delta[packed.rows]
         normed_LH = ops.plain_norm(last_LH, weights.norm, epsilon)
         losses, d_normed_LH = ops.cross_entropy(normed_LH, weights.head, packed.targets, scale, self.loss_chunk)
         d_last_LH = ops.plain_norm_backward(d_normed_LH, last_LH, weights.norm, epsilon)
 
         rooms = [layer.down.padded_rank for layer in weights.layers]
-        d_x_TW: Tensor | None = x_TH.new_zeros(len(x_TH), self.shape.hidden_size + rooms[-1])
+        d_x_TW: Tensor | None = last_LH.new_zeros(len(packed.tokens), self.shape.hidden_size + rooms[-1])
         assert d_x_TW is not None
         d_x_TW[:, : self.shape.hidden_size].index_copy_(0, packed.rows, d_last_LH)
-        del x_TH, last_LH, normed_LH, d_normed_LH, d_last_LH
+        del stream, last_LH, normed_LH, d_normed_LH, d_last_LH
         while passes and d_x_TW is not None:
             # Popped, so that a layer's tensors are freed as soon as it is done; the lowest needs no dx unless it is trained.
             layer_pass = passes.pop()

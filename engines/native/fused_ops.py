@@ -11,7 +11,7 @@ from torch import Tensor
 from engines.native import attention as attend
 from engines.native import reference
 from engines.native.kernels.cross_entropy import cross_entropy_
-from engines.native.kernels.outer import add_outer_
+from engines.native.kernels.outer import COLUMNS, add_outer_
 from engines.native.kernels.rms_norm import rms_norm, rms_norm_backward
 from engines.native.kernels.rotary import rotate_ as rotate_rows_
 from engines.native.kernels.rotary import rotate_back as rotate_rows_back
@@ -20,12 +20,13 @@ from engines.native.kernels.swiglu import swiglu_backward_
 from engines.native.ops import Heads, Input, Normed, NormSource, Ops
 from engines.native.packed import Packed
 from engines.native.weights import Linear, Weight
+from engines.native.wide_input import with_low
 
 
-def norm(x_TH: Tensor, weight: Weight, epsilon: float, linear: Linear) -> Normed:
-    """RMSNorm as the input of ``linear``: one kernel for the norm, one product for x A^T behind it."""
-    wide_TW, inverse_T = rms_norm(x_TH, weight.value, epsilon, linear.padded_rank)
-    return Normed(_with_low(wide_TW, linear), inverse_T)
+def norm(x_TH: Tensor, delta_TH: Tensor | None, weight: Weight, epsilon: float, linear: Linear) -> Normed:
+    """The sum and its RMSNorm in one kernel, and one product for x A^T behind it."""
+    wide_TW, inverse_T, sum_TH = rms_norm(x_TH, weight.value, epsilon, linear.padded_rank, delta_TH)
+    return Normed(with_low(wide_TW, linear, outlives=True), sum_TH, inverse_T)
 
 
 def norm_backward(dy_TH: Tensor, x_TH: Tensor, inverse_T: Tensor, weight: Weight, residual_TH: Tensor | None, padded_rank: int) -> Tensor:
@@ -42,18 +43,15 @@ def plain_norm_backward(dy: Tensor, x: Tensor, weight: Weight, epsilon: float) -
     """The rows' root mean squares once more, then one kernel."""
     if x.dim() != 2:
         return reference.plain_norm_backward(dy, x, weight, epsilon)
-    _, inverse = rms_norm(x, weight.value, epsilon, 0)
+    _, inverse, _ = rms_norm(x, weight.value, epsilon, 0)
     return rms_norm_backward(dy, x, weight.value, inverse, None, 0)
 
 
-def linear(input: Input, linear: Linear, add_TN: Tensor | None, room: int) -> Tensor:
-    """One product; what is added, or the bias, rides in its epilogue. In float32 inside, rounded once."""
+def linear(input: Input, linear: Linear, room: int) -> Tensor:
+    """One product; the bias rides in its epilogue."""
     outputs = linear.num_outputs
     weight = linear.wide[:outputs].t()
     y_TN = input.wide.new_empty(len(input.wide), outputs + room)[:, :outputs]
-    if add_TN is not None:
-        torch.addmm(add_TN, input.wide, weight, out=y_TN)
-        return y_TN if linear.bias is None else y_TN.add_(linear.bias.value)
     if linear.bias is not None:
         return torch.addmm(linear.bias.value, input.wide, weight, out=y_TN)
     return torch.mm(input.wide, weight, out=y_TN)
@@ -73,13 +71,19 @@ def weight_gradients(dy_TW: Tensor, source: Tensor | NormSource, low_TP: Tensor 
     """dA and dB; a normed input is not made again for it."""
     if linear.lora is None or low_TP is None:
         return
+    lora = linear.lora
     x_TK, scaling = (source.x, (source.inverse, source.weight.value)) if isinstance(source, NormSource) else (source, None)
-    down = linear.lora.down.gradient
-    assert down is not None
-    add_outer_(down.t(), x_TK, dy_TW[:, linear.num_outputs : linear.num_outputs + len(down)], scaling)
-    for block in linear.lora.blocks:
+    assert lora.down.gradient is not None
+    assert lora.up.grad is not None
+    d_low_TR = dy_TW[:, linear.num_outputs : linear.num_outputs + len(lora.down.gradient)]
+    add_outer_(lora.down.gradient.t(), x_TK, d_low_TR, lora.arrived, scaling)
+    starts = [block.output.start for block in lora.blocks[1:]]
+    if len(lora.up) == linear.num_outputs and not any(start % COLUMNS for start in starts):
+        add_outer_(lora.up.grad, dy_TW[:, : linear.num_outputs], low_TP, lora.arrived, starts=starts)
+        return
+    for block in lora.blocks:
         assert block.up.gradient is not None
-        add_outer_(block.up.gradient, dy_TW[:, block.output], low_TP[:, block.rank])
+        add_outer_(block.up.gradient, dy_TW[:, block.output], low_TP[:, block.rank], lora.arrived)
 
 
 def rotate_(heads: Heads, packed: Packed) -> None:
@@ -102,7 +106,7 @@ def rotate_back(gradients: Heads, packed: Packed, padded_rank: int) -> Tensor:
 
 def swiglu(gate_up_TN: Tensor, linear: Linear) -> Input:
     """One kernel, and one product for h A^T."""
-    return _with_low(swiglu_rows(gate_up_TN, linear.padded_rank), linear)
+    return with_low(swiglu_rows(gate_up_TN, linear.padded_rank), linear, outlives=True)
 
 
 def swiglu_backward(d_h_TK: Tensor, gate_up_TN: Tensor, padded_rank: int) -> tuple[Tensor, Tensor]:
@@ -122,16 +126,6 @@ def cross_entropy(hidden_LH: Tensor, head: Weight, targets_L: Tensor, scale: Ten
         cross_entropy_(logits, targets_L[rows], losses_L[rows], scale)
         torch.mm(logits, head.value, out=d_hidden_LH[rows])
     return losses_L, d_hidden_LH
-
-
-def _with_low(wide_TW: Tensor, linear: Linear) -> Input:
-    """Fill the right part of a wide input with s x A^T; the copy of it may outlive x."""
-    if linear.lora is None:
-        return Input(wide_TW, None)
-    inputs, down = linear.num_inputs, linear.lora.down.value
-    into = wide_TW[:, inputs : inputs + len(down)]
-    torch.addmm(into, wide_TW[:, :inputs], down.t(), beta=0, alpha=linear.lora.scale, out=into)
-    return Input(wide_TW, wide_TW[:, inputs:].clone())
 
 
 FUSED = Ops(

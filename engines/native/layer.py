@@ -7,15 +7,16 @@ P its padded ranks, W = N + P.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from engines.native.ops import Attended, Heads, Input, Normed, NormSource, Ops
+from engines.native.ops import Attended, Heads, Input, NormSource, Ops
 from engines.native.packed import Packed
 from engines.native.shape import LlamaShape
-from engines.native.weights import LayerWeights, Linear, Weight
+from engines.native.weights import LayerWeights, Weight
 
 Name = Literal[
     "normed", "inverse", "low_qkv", "qkv", "heads", "attended", "middle",
@@ -31,6 +32,14 @@ KEEP_PRODUCTS: Plan = frozenset(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The residual stream [T, H] between two layers, the last addend still apart: the next norm adds it on its way."""
+
+    x: Tensor
+    delta: Tensor | None
+
+
 class LayerPass:
     """The tensors of one layer in one forward and backward pass.
 
@@ -38,20 +47,21 @@ class LayerPass:
     the plan, and what backward never reads (the down projection) is never recomputed.
     """
 
-    def __init__(self, ops: Ops, shape: LlamaShape, weights: LayerWeights, packed: Packed, x_TH: Tensor) -> None:
-        """Nothing is computed yet; ``x_TH`` is the layer's input."""
+    def __init__(self, ops: Ops, shape: LlamaShape, weights: LayerWeights, packed: Packed, stream: Stream) -> None:
+        """Nothing is computed yet; the sum of ``stream`` is the layer's input."""
         self._ops = ops
         self._shape = shape
         self._weights = weights
         self._packed = packed
-        self._x_TH = x_TH
+        self._stream = stream
         self._made: dict[str, Any] = {}
 
-    def forward(self, plan: Plan) -> Tensor:
-        """The layer's output [T, H]; afterwards only the tensors of ``plan`` (and the input) are held."""
-        y_TH = self._ops.linear(Input(self._swiglu(), self._low_down()), self._weights.down, self._middle(), 0)
+    def forward(self, plan: Plan) -> Stream:
+        """The layer's output; afterwards only the tensors of ``plan`` (and the input) are held."""
+        delta_TH = self._ops.linear(Input(self._swiglu(), self._low_down()), self._weights.down, 0)
+        output = Stream(self._middle(), delta_TH)
         self._made = {name: made for name, made in self._made.items() if name in plan}
-        return y_TH
+        return output
 
     def backward(self, dy_TW: Tensor, room: int | None) -> Tensor | None:
         """Add the gradients of the layer's trained weights; returns that of its input.
@@ -92,13 +102,13 @@ class LayerPass:
             self._head_norm_backward(d_projected.queries, projected.queries, weights.query_norm)
             self._head_norm_backward(d_projected.keys, projected.keys, weights.key_norm)
         ops.fill(d_qkv_TW, weights.qkv)
-        inverse = self._inverse()
-        ops.weight_gradients(d_qkv_TW, NormSource(self._x_TH, inverse, weights.input_norm), self._low_qkv(), weights.qkv)
+        inverse, x_TH = self._inverse(), self._stream.x
+        ops.weight_gradients(d_qkv_TW, NormSource(x_TH, inverse, weights.input_norm), self._low_qkv(), weights.qkv)
         if room is None:  # the lowest layer under a frozen embedding: its adapters need a gradient, its input does not
             return None
         d_normed_TH = ops.input_gradient(d_qkv_TW, weights.qkv)
         d_middle_TH = d_middle_TW[:, : self._shape.hidden_size]
-        return ops.norm_backward(d_normed_TH, self._x_TH, inverse, weights.input_norm, d_middle_TH, room)
+        return ops.norm_backward(d_normed_TH, x_TH, inverse, weights.input_norm, d_middle_TH, room)
 
     def _head_norm_backward(self, dy_TCD: Tensor, x_TCD: Tensor, weight: Weight) -> None:
         dy_TCD.copy_(self._ops.plain_norm_backward(dy_TCD, x_TCD, weight, self._shape.norm_epsilon))
@@ -120,20 +130,28 @@ class LayerPass:
         value: V = self._made[name]
         return value
 
-    def _make_normed(self, names: tuple[Name, Name, Name], x_TH: Tensor, norm: Weight, linear: Linear) -> None:
-        """The normed input, its low-rank part and the reciprocal root mean squares come out of one operation."""
-        made: Normed = self._ops.norm(x_TH, norm, self._shape.norm_epsilon, linear)
-        self._made.update(zip(names, (made.input.wide, made.input.low, made.inverse), strict=True))
-
     def _attention_norm(self, name: Name) -> Any:
+        """The normed input, its low-rank part and the reciprocal root mean squares come out of one operation; so does x."""
         if name not in self._made:
-            self._make_normed(("normed", "low_qkv", "inverse"), self._x_TH, self._weights.input_norm, self._weights.qkv)
+            stream, weights = self._stream, self._weights
+            made = self._ops.norm(stream.x, stream.delta, weights.input_norm, self._shape.norm_epsilon, weights.qkv)
+            self._stream = Stream(made.x, None)
+            self._made.update(normed=made.input.wide, low_qkv=made.input.low, inverse=made.inverse)
         return self._made[name]
 
     def _mlp_norm(self, name: Name) -> Any:
+        """As ``_attention_norm``, with the sum of the stream and the attention's output."""
         if name not in self._made:
-            self._make_normed(("mlp_normed", "low_gate_up", "mlp_inverse"), self._middle(), self._weights.mlp_norm, self._weights.gate_up)
+            kept, weights = self._made.get("middle"), self._weights
+            delta = self._ops.linear(self._attended().input, weights.output, 0) if kept is None else None
+            x = self._stream.x if kept is None else kept
+            made = self._ops.norm(x, delta, weights.mlp_norm, self._shape.norm_epsilon, weights.gate_up)
+            self._made.update(middle=made.x, mlp_normed=made.input.wide, low_gate_up=made.input.low, mlp_inverse=made.inverse)
         return self._made[name]
+
+    def _middle(self) -> Tensor:
+        middle: Tensor = self._mlp_norm("middle")
+        return middle
 
     def _normed(self) -> Input:
         return Input(self._attention_norm("normed"), self._attention_norm("low_qkv"))
@@ -147,7 +165,7 @@ class LayerPass:
         return low
 
     def _project(self) -> Tensor:
-        return self._ops.linear(self._normed(), self._weights.qkv, None, 0)
+        return self._ops.linear(self._normed(), self._weights.qkv, 0)
 
     def _qkv(self) -> Tensor:
         """Only the norms of queries and keys read the projection again; otherwise it is rotated in place."""
@@ -170,9 +188,6 @@ class LayerPass:
     def _attended(self) -> Attended:
         return self._make("attended", lambda: self._ops.attention(self._heads(), self._packed, self._weights.output))
 
-    def _middle(self) -> Tensor:
-        return self._make("middle", lambda: self._ops.linear(self._attended().input, self._weights.output, self._x_TH, 0))
-
     def _mlp_normed(self) -> Input:
         return Input(self._mlp_norm("mlp_normed"), self._mlp_norm("low_gate_up"))
 
@@ -187,7 +202,7 @@ class LayerPass:
     def _gate_up(self) -> Tensor:
         """With room behind each row, so that its gradient may take its place."""
         room = self._weights.gate_up.padded_rank
-        return self._make("gate_up", lambda: self._ops.linear(self._mlp_normed(), self._weights.gate_up, None, room))
+        return self._make("gate_up", lambda: self._ops.linear(self._mlp_normed(), self._weights.gate_up, room))
 
     def _make_swiglu(self) -> None:
         made = self._ops.swiglu(self._gate_up(), self._weights.down)

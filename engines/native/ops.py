@@ -28,9 +28,10 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Normed:
-    """A normed input and the reciprocal root mean squares [T] of the rows it was made from."""
+    """A normed input, the sum [T, H] it was made from, and the reciprocal root mean squares [T] of that sum's rows."""
 
     input: Input
+    x: Tensor
     inverse: Tensor
 
 
@@ -64,11 +65,11 @@ class Attended:
 class Ops:
     """The operations a decoder layer is made of; every table computes the same functions.
 
-    ``norm(x, weight, epsilon, linear)``: RMSNorm as the input of ``linear``.
+    ``norm(x, delta, weight, epsilon, linear)``: RMSNorm of x + delta (delta may be None) as the input of ``linear``.
     ``norm_backward(d_normed, x, inverse, weight, residual, padded_rank)``: gradient by x plus ``residual``, [T, H + P]: the
     next group's ``fill`` writes the right part.
     ``plain_norm``, ``plain_norm_backward``: RMSNorm over the last dimension without a linear behind it (final norm, heads).
-    ``linear(input, linear, add, room)``: the adapted output [T, N], plus ``add``; ``room`` spare columns behind each row.
+    ``linear(input, linear, room)``: the adapted output [T, N], with ``room`` spare columns behind each row in memory.
     ``fill(dy, linear)``: s dy B into the right part of dy [T, N + P].
     ``input_gradient(dy, linear)``: dx [T, K] from the filled dy.
     ``weight_gradients(dy, source, low, linear)``: adds those of the group from the filled dy.
@@ -82,11 +83,11 @@ class Ops:
     tensor ``scale``.
     """
 
-    norm: Callable[[Tensor, Weight, float, Linear], Normed]
+    norm: Callable[[Tensor, Tensor | None, Weight, float, Linear], Normed]
     norm_backward: Callable[[Tensor, Tensor, Tensor, Weight, Tensor | None, int], Tensor]
     plain_norm: Callable[[Tensor, Weight, float], Tensor]
     plain_norm_backward: Callable[[Tensor, Tensor, Weight, float], Tensor]
-    linear: Callable[[Input, Linear, Tensor | None, int], Tensor]
+    linear: Callable[[Input, Linear, int], Tensor]
     fill: Callable[[Tensor, Linear], None]
     input_gradient: Callable[[Tensor, Linear], Tensor]
     weight_gradients: Callable[[Tensor, Tensor | NormSource, Tensor | None, Linear], None]

@@ -17,10 +17,11 @@ from engines.native.packed import Packed
 from engines.native.weights import Linear, Weight, add_product_
 
 
-def norm(x_TH: Tensor, weight: Weight, epsilon: float, linear: Linear) -> Normed:
+def norm(x_TH: Tensor, delta_TH: Tensor | None, weight: Weight, epsilon: float, linear: Linear) -> Normed:
     """x / sqrt(mean(x^2) + epsilon) * w over the last dimension (Zhang and Sennrich 2019), normalised in float32."""
+    x_TH = x_TH if delta_TH is None else x_TH + delta_TH
     inverse = _inverse_rms(_wide(x_TH), epsilon)
-    return Normed(as_input(_scaled(x_TH, inverse, weight), linear), inverse.squeeze(-1))
+    return Normed(as_input(_scaled(x_TH, inverse, weight), linear), x_TH, inverse.squeeze(-1))
 
 
 def norm_backward(dy_TH: Tensor, x_TH: Tensor, inverse_T: Tensor, weight: Weight, residual_TH: Tensor | None, padded_rank: int) -> Tensor:
@@ -53,12 +54,9 @@ def as_input(x_TK: Tensor, linear: Linear) -> Input:
     return Input(wide, low_TP.clone())
 
 
-def linear(input: Input, linear: Linear, add_TN: Tensor | None, room: int) -> Tensor:
-    """x W^T + b + s (x A^T) B^T as one product of the wide input, plus ``add``."""
-    weight = linear.wide[: linear.num_outputs]
-    y_TN = F.linear(input.wide, weight, None if linear.bias is None else linear.bias.value)
-    if add_TN is not None:
-        y_TN.add_(add_TN)
+def linear(input: Input, linear: Linear, room: int) -> Tensor:
+    """x W^T + b + s (x A^T) B^T as one product of the wide input."""
+    y_TN = F.linear(input.wide, linear.wide[: linear.num_outputs], None if linear.bias is None else linear.bias.value)
     return _with_room(y_TN, room)[:, : linear.num_outputs]
 
 

@@ -48,6 +48,14 @@ class Arena:
         self.masters.grad = self.gradients = torch.zeros_like(self.masters)
         self._taken = 0
 
+    @staticmethod
+    def part(master: Tensor, rows: slice) -> Tensor:
+        """Some rows of a master as a master of their own."""
+        piece = master[rows]
+        assert master.grad is not None
+        piece.grad = master.grad[rows]
+        return piece
+
     def take(self, *size: int) -> Tensor:
         """A master of ``size`` inside the arena, its ``grad`` the same place of the gradients."""
         start, self._taken = self._taken, self._taken + torch.Size(size).numel()
@@ -86,11 +94,17 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """The adapters of a group (Hu et al. 2021): ``down`` is A [R, K] of all blocks; every block has its own B."""
+    """The adapters of a group (Hu et al. 2021): ``down`` is A [R, K] of all blocks; every block has its own B.
+
+    ``up``: the masters of all B, one below the other; the blocks' masters are views of it. ``arrived``: counters for a kernel that
+    adds partial sums, int32, zero between launches.
+    """
 
     down: Weight
+    up: Tensor
     blocks: tuple[Block, ...]
     scale: float
+    arrived: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,11 +23,11 @@ def random(*size: int, dtype: torch.dtype = torch.float32, room: int = 0) -> Ten
 
 
 def judged(found: Tensor, plain: Tensor, truth: Tensor, inputs: torch.dtype | None = None) -> None:
-    """Row by row at most twice as far from the truth as the reference in the same type plus one rounding, and no element astray.
+    """Row by row at most twice as far from the truth as the reference in the same type plus rounding, and no element astray.
 
     ``inputs``: the coarser type that a float32 result was made from.
     """
-    unit = torch.finfo(found.dtype if inputs is None else inputs).eps
+    unit = 2 * torch.finfo(found.dtype if inputs is None else inputs).eps
     assert plain.dtype == found.dtype
     found, plain = (x.double().reshape(len(x), -1) for x in (found, plain))
     truth = truth.double().reshape(len(truth), -1)

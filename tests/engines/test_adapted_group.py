@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,26 +16,27 @@ from tests.engines.oracle import DEVICE, EPSILON, INTERPRETED, judged, random
 pytestmark = INTERPRETED
 
 
-def group(num_inputs: int, outputs: Sequence[int], rank: int, dtype: torch.dtype, padded: int) -> Linear:
-    """A group of linears, the second not adapted, with its buffer and arena."""
-    total, adapted = sum(outputs), [index for index in range(len(outputs)) if index != 1]
-    wide = torch.zeros(total + padded, num_inputs + padded, dtype=dtype, device=DEVICE)
+def group(num_inputs: int, outputs: Sequence[int], adapted: Sequence[int], dtype: torch.dtype) -> Linear:
+    """A group of linears, those ``adapted`` with rank 4, padded to 16 ranks."""
+    total, rank, room = sum(outputs), 4, 16
+    wide = torch.zeros(total + room, num_inputs + room, dtype=dtype, device=DEVICE)
     wide[:total, :num_inputs] = 0.1 * random(total, num_inputs)
-    arena = Arena(rank * (len(adapted) * num_inputs + sum(outputs[index] for index in adapted)), torch.float32, DEVICE)
-    ranks = rank * len(adapted)
-    down = Weight(wide[total : total + ranks, :num_inputs], arena.take(ranks, num_inputs).normal_())
-    parts, blocks, start = [], [], 0
-    for index, size in enumerate(outputs):
-        rows = slice(start, start := start + size)
-        parts.append(Part(str(index), rows))
-        if index in adapted:
-            columns = slice(len(blocks) * rank, (len(blocks) + 1) * rank)
-            value = wide[rows, num_inputs + columns.start : num_inputs + columns.stop]
-            blocks.append(Block(str(index), rows, columns, Weight(value, arena.take(size, rank).normal_())))
+    rows = [sum(outputs[:index]) for index in range(len(outputs) + 1)]
+    parts = tuple(Part(str(index), slice(rows[index], rows[index + 1])) for index in range(len(outputs)))
+    sizes = [outputs[index] for index in adapted]
+    arena = Arena(rank * (len(adapted) * num_inputs + sum(sizes)), torch.float32, DEVICE)
+    down = Weight(wide[total : total + rank * len(adapted), :num_inputs], arena.take(rank * len(adapted), num_inputs))
+    up, start, blocks = arena.take(sum(sizes), rank), 0, []
+    for index, size, part in zip(range(len(adapted)), sizes, (parts[index] for index in adapted), strict=True):
+        columns = slice(index * rank, (index + 1) * rank)
+        value = wide[part.rows, num_inputs + columns.start : num_inputs + columns.stop]
+        blocks.append(Block(part.name, part.rows, columns, Weight(value, Arena.part(up, slice(start, start := start + size)))))
+    arena.masters.normal_()
     for weight in (down, *(block.up for block in blocks)):
         weight.publish()
-    bias = Weight(random(total).to(dtype))
-    return Linear(wide, Weight(wide[:total, :num_inputs]), bias, tuple(parts), LowRank(down, tuple(blocks), 2.5))
+    arrived = torch.zeros(max(total, num_inputs) // 16 + 1, dtype=torch.int32, device=DEVICE)
+    lora = LowRank(down, up, tuple(blocks), 2.5, arrived)
+    return Linear(wide, Weight(wide[:total, :num_inputs]), Weight(random(total).to(dtype)), parts, lora)
 
 
 def doubled(linear: Linear) -> Linear:
@@ -53,7 +55,8 @@ def doubled(linear: Linear) -> Linear:
         Block(block.name, block.output, block.rank, trained(wide[block.output, inputs + block.rank.start : inputs + block.rank.stop]))
         for block in linear.lora.blocks
     )
-    lora = LowRank(trained(wide[total : total + ranks, :inputs]), blocks, linear.lora.scale)
+    down = trained(wide[total : total + ranks, :inputs])
+    lora = LowRank(down, linear.lora.up.double(), blocks, linear.lora.scale, linear.lora.arrived)
     return Linear(wide, Weight(wide[:total, :inputs]), Weight(linear.bias.value.double()), linear.parts, lora)
 
 
@@ -62,19 +65,18 @@ def grad(weight: Weight) -> Tensor:
     return weight.gradient
 
 
-def test_an_adapted_group(dtype: torch.dtype) -> None:
-    linear = group(40, (24, 8, 32), 4, dtype, padded=16)
+@pytest.mark.parametrize(("outputs", "adapted"), [((24, 8, 32), (0, 2)), ((64, 64, 36), (0, 1, 2)), ((24, 8, 32), (0, 1, 2))])
+def test_an_adapted_group(outputs: tuple[int, ...], adapted: tuple[int, ...], dtype: torch.dtype) -> None:
+    linear = group(40, outputs, adapted, dtype)
+    total = sum(outputs)
     truth = doubled(linear)
-    x, dy, add = random(33, 40, dtype=dtype), random(33, 64, dtype=dtype), random(33, 64, dtype=dtype)
+    x, dy = random(33, 40, dtype=dtype), random(33, total, dtype=dtype)
     w, residual_norm = Weight((1 + 0.1 * random(40)).to(dtype)), Weight((1 + 0.1 * random(40)).double())
     residual_norm = Weight(w.value.double())
-    made, right = fused_ops.norm(x, w, EPSILON, linear), reference.norm(x.double(), residual_norm, EPSILON, truth)
-    usual = reference.norm(x, w, EPSILON, linear)
+    made, right = fused_ops.norm(x, None, w, EPSILON, linear), reference.norm(x.double(), None, residual_norm, EPSILON, truth)
+    usual = reference.norm(x, None, w, EPSILON, linear)
     judged(made.input.wide, usual.input.wide, right.input.wide)
-    for added in (None, add):
-        wide = None if added is None else added.double()
-        y = fused_ops.linear(made.input, linear, added, 8)
-        judged(y, reference.linear(usual.input, linear, added, 0), reference.linear(right.input, truth, wide, 0))
+    judged(fused_ops.linear(made.input, linear, 8), reference.linear(usual.input, linear, 0), reference.linear(right.input, truth, 0))
     dys = [torch.nn.functional.pad(each, (0, 16)) for each in (dy, dy.clone(), dy.double())]
     fused_ops.fill(dys[0], linear)
     reference.fill(dys[1], linear)
@@ -99,6 +101,6 @@ def test_inputs_without_adapters_pass_through() -> None:
     x = random(3, 6)
     weight = Weight(random(5, 6))
     frozen = Linear(weight.value, weight, None, ())
-    made = fused_ops.norm(x, Weight(torch.ones(6, device=DEVICE)), EPSILON, frozen)
+    made = fused_ops.norm(x, None, Weight(torch.ones(6, device=DEVICE)), EPSILON, frozen)
     assert made.input.low is None
-    torch.testing.assert_close(fused_ops.linear(Input(x, None), frozen, None, 0), x @ weight.value.t())
+    torch.testing.assert_close(fused_ops.linear(Input(x, None), frozen, 0), x @ weight.value.t())

@@ -39,12 +39,15 @@ def plain_linear(columns: int) -> Linear:
 def test_rms_norm(rows: int, columns: int, dtype: torch.dtype) -> None:
     x, dy, residual = (random(rows, columns, dtype=dtype, room=room) for room in (0, 3, 9))
     w = (1 + 0.1 * random(columns)).to(dtype)
-    y, inverse = rms_norm(x, w, EPSILON, 5)
+    y, inverse, _ = rms_norm(x, w, EPSILON, 5)
     assert (y[:, columns:] == 0).all()
-    truth = reference.norm(x.double(), Weight(w.double()), EPSILON, plain_linear(columns))
-    plain = reference.norm(x, Weight(w), EPSILON, plain_linear(columns))
+    truth = reference.norm(x.double(), None, Weight(w.double()), EPSILON, plain_linear(columns))
+    plain = reference.norm(x, None, Weight(w), EPSILON, plain_linear(columns))
     judged(y[:, :columns], plain.input.wide, truth.input.wide)
     torch.testing.assert_close(inverse.double(), truth.inverse, rtol=1e-6, atol=0)
+    after, _, summed = rms_norm(x, w, EPSILON, 0, residual)
+    assert summed.equal(x + residual)
+    assert after.equal(rms_norm(summed, w, EPSILON, 0)[0])
     for residue in (residual, None):
         dx = rms_norm_backward(dy, x, w, inverse, residue, 8)
         assert (dx[:, columns:] == 0).all()
@@ -131,13 +134,28 @@ def test_outer(tokens: int, columns: int, ranks: int, normed: bool, dtype: torch
     inverse, w = torch.rand(tokens, device=DEVICE) + 0.5, (1 + 0.1 * random(columns)).to(dtype)
     before = random(ranks, columns)
     gradient = before.clone().t()
-    add_outer_(gradient, x, thin, (inverse, w) if normed else None)
+    arrived = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    add_outer_(gradient, x, thin, arrived, (inverse, w) if normed else None)
+    assert not arrived.any()
     truth, scaled = x.double(), x
     if normed:
         truth = truth * inverse.double()[:, None] * w.double()
         scaled = (x.float() * inverse[:, None]).to(dtype) * w
     right = before.double().t() + truth.t() @ thin.double()
     judged(gradient, before.t() + (scaled.t() @ thin).float(), right, dtype)
+
+
+def test_outer_of_three_blocks(dtype: torch.dtype) -> None:
+    x, thin = random(300, 200, dtype=dtype), random(300, 3 * 4 + 2, dtype=dtype)
+    gradient, arrived = torch.zeros(200, 4, device=DEVICE), torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    add_outer_(gradient, x, thin, arrived, starts=(64, 128))
+    blocks = [(x[:, columns], thin[:, ranks]) for columns, ranks in ((slice(0, 64), slice(0, 4)), (slice(64, 128), slice(4, 8)))]
+    blocks.append((x[:, 128:], thin[:, 8:12]))
+    truth = torch.cat([wide.double().t() @ low.double() for wide, low in blocks])
+    judged(gradient, torch.cat([(wide.t() @ low).float() for wide, low in blocks]), truth, dtype)
+    again = torch.zeros_like(gradient)
+    add_outer_(again, x, thin, arrived, starts=(64, 128))
+    assert again.equal(gradient)
 
 
 def test_adamw_is_that_of_torch_and_the_copies_follow() -> None:
@@ -173,10 +191,15 @@ def test_adamw_is_that_of_torch_and_the_copies_follow() -> None:
 
 def test_a_tensor_that_does_not_fit_is_refused() -> None:
     x, thin = random(4, 6), random(4, 2)
-    with pytest.raises(ValueError, match=r"thin is \[4, 2\]"):
-        add_outer_(random(6, 2), x[:3], thin)
-    with pytest.raises(ValueError, match=r"expected \[6, 2\]"):
-        add_outer_(random(5, 2), x, thin)
+    arrived = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    for wrong, gradient, starts, counters in (
+        (r"thin is \[4, 2\]", random(6, 3), (), arrived),
+        (r"gradient is \[5, 2\]; expected \[6, ranks\]", random(5, 2), (), arrived),
+        ("multiples of 64", random(6, 1), (3,), arrived),
+        ("0 counters", random(6, 2), (), arrived[:0]),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            add_outer_(gradient, x, thin, counters, starts=starts)
     with pytest.raises(ValueError, match="columns adjacent"):
         rms_norm(random(6, 4).t(), random(6), EPSILON, 0)
     with pytest.raises(ValueError, match="as many as the masters"):

@@ -1,7 +1,8 @@
 """SwiGLU in one pass; backward makes h again and leaves both results where their inputs lay.
 
 h = silu(g) u (Shazeer 2020), silu(g) = g sigma(g); dg = dh u sigma(g) (1 + g (1 - sigma(g))), du = dh silu(g).
-The reference is ``swiglu`` and ``swiglu_backward`` of engines.native.reference.
+The reference is ``swiglu`` and ``swiglu_backward`` of engines.native.reference. Making the adapters' thin products in the same pass was
+tried and rejected: docs/log.md, 2026-11-24.
 
 Legend: T rows, K columns of h; gate_up is [T, 2K + P] and h [T, K + P], P spare columns, written as zeros.
 Kept for backward: gate_up, 2K values a row, which the gradient overwrites; h overwrites dh.
@@ -15,9 +16,25 @@ from torch import Tensor
 
 from engines.native.kernels.launching import check_rows
 
-# Elements a program: 1024 x 4 warps keeps eight 16-byte loads in flight a thread in backward (three inputs); nothing is shared.
+# Elements a program where nothing is summed: eight a thread, so 16-byte loads.
 _BLOCK = 1024
 _WARPS = 4
+
+
+@triton.jit
+def _activate(gate, up, dtype: tl.constexpr):
+    """silu(g) exactly and rounded, and h."""
+    exact = gate * tl.sigmoid(gate)
+    active = exact.to(dtype).to(tl.float32)
+    return exact, active, (active * up).to(dtype)
+
+
+@triton.jit
+def _differentiate(gradient, gate, up, dtype: tl.constexpr):
+    """h, dg and du."""
+    exact, active, h = _activate(gate, up, dtype)
+    sigma = tl.sigmoid(gate)
+    return h, (gradient * up * (sigma + exact * (1.0 - sigma))).to(dtype), (gradient * active).to(dtype)
 
 
 @triton.jit
@@ -34,8 +51,8 @@ def _swiglu_forward(gate_up, h, K, gate_up_stride, h_stride, BLOCK: tl.constexpr
     start = gate_up + row * gate_up_stride + columns
     gate = tl.load(start, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(start + K, mask=inside, other=0.0).to(tl.float32)
-    active = (gate * tl.sigmoid(gate)).to(h.dtype.element_ty).to(tl.float32)
-    tl.store(h + row * h_stride + columns, (active * up).to(h.dtype.element_ty), mask=inside)
+    _, _, value = _activate(gate, up, h.dtype.element_ty)
+    tl.store(h + row * h_stride + columns, value, mask=inside)
     if P > 0:
         if tl.program_id(1) == 0:
             _zero_room(h, row, h_stride, K, P, PAD)
@@ -50,13 +67,10 @@ def _swiglu_backward(dh, gate_up, K, dh_stride, gate_up_stride, BLOCK: tl.conste
     gate = tl.load(start, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(start + K, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(dh + row * dh_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    sigma = tl.sigmoid(gate)
-    exact = gate * sigma
-    active = exact.to(dh.dtype.element_ty).to(tl.float32)
-    tl.store(dh + row * dh_stride + columns, (active * up).to(dh.dtype.element_ty), mask=inside)
-    d_gate = gradient * up * (sigma + exact * (1.0 - sigma))
-    tl.store(start, d_gate.to(gate_up.dtype.element_ty), mask=inside)
-    tl.store(start + K, (gradient * active).to(gate_up.dtype.element_ty), mask=inside)
+    value, d_gate, d_up = _differentiate(gradient, gate, up, dh.dtype.element_ty)
+    tl.store(dh + row * dh_stride + columns, value, mask=inside)
+    tl.store(start, d_gate, mask=inside)
+    tl.store(start + K, d_up, mask=inside)
     if P > 0:
         if tl.program_id(1) == 0:
             _zero_room(gate_up, row, gate_up_stride, 2 * K, P, PAD)
