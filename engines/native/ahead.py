@@ -1,0 +1,167 @@
+"""``python -m engines.native.ahead``: compile every kernel for every kind of GPU, without one, and refuse spills and too much shared memory."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from engines.native.kernels import adamw, cross_entropy, outer, rms_norm, rotary, swiglu
+
+# Shared memory that one block may use, bytes (CUDA C++ Programming Guide, compute capabilities; CDNA 3 whitepaper).
+TARGETS: Mapping[str, tuple[GPUTarget, int]] = {
+    "sm_75": (GPUTarget("cuda", 75, 32), 64 * 1024),
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_86": (GPUTarget("cuda", 86, 32), 99 * 1024),
+    "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+_DTYPES = {"h": "*bf16", "f": "*fp32", "i": "*i32", "l": "*i64"}
+
+
+@dataclass(frozen=True, slots=True)
+class Specimen:
+    """A kernel as the Llama-3.1-8B shape launches it.
+
+    ``pointers``: argument name -> h (bf16), f (fp32), i (int32) or l (int64); ``scalars`` are fp32, every other argument an int32,
+    a multiple of 16 unless ``odd``. ``has_dot``: it multiplies matrices, so it needs tensor cores (not on sm_75: Triton has none there).
+    """
+
+    name: str
+    kernel: Any
+    pointers: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int
+    scalars: Sequence[str] = ()
+    odd: Sequence[str] = ()
+    has_dot: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What one kernel takes on one target; ``problem`` says why that is too much."""
+
+    name: str
+    target: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    problem: str | None
+
+
+def specimens() -> tuple[Specimen, ...]:
+    """Every kernel of engines.native.kernels."""
+    row = {"BLOCK": 4096, "P": 64, "PAD": 64}
+    columns = {"BLOCK": 1024, "P": 64, "PAD": 64}
+    heads = {"HALF": 64, "BLOCK": 64, "HEADS": 8}
+    thin = dict.fromkeys(("x", "thin", "weight"), "h") | {"inverse": "f", "partial": "f", "arrived": "i", "gradient": "f"}
+    tile = {"BT": 128, "BN": 64, "BR": 16}
+    flat = dict.fromkeys(("master", "gradient", "first", "second", "scalars"), "f") | {"anchor": "h", "plan": "l"}
+    return (
+        Specimen(
+            "rms_norm", rms_norm._rms_norm_forward, {"x": "h", "delta": "h", "w": "h", "sums": "h", "y": "h", "inverse": "f"},
+            {**row, "HAS_DELTA": True}, 8, ("epsilon",),
+        ),
+        Specimen(
+            "rms_norm_backward", rms_norm._rms_norm_backward,
+            {"dy": "h", "x": "h", "w": "h", "inverse": "f", "residual": "h", "dx": "h"}, {**row, "HAS_RESIDUAL": True}, 8,
+        ),
+        Specimen("swiglu", swiglu._swiglu_forward, {"gate_up": "h", "h": "h"}, columns, 4),
+        Specimen("swiglu_backward", swiglu._swiglu_backward, {"dh": "h", "gate_up": "h"}, columns, 4),
+        Specimen("rotate", rotary._rotate, {"x": "h", "cosine": "f", "sine": "f"}, heads, 2, odd=("num_heads",)),
+        Specimen(
+            "rotate_back", rotary._rotate_back, {"dq": "h", "dk": "h", "dv": "h", "cosine": "f", "sine": "f", "out": "h"},
+            {**heads, "P": 64, "PAD": 64}, 2, odd=("C", "G", "query_programs", "key_programs"),
+        ),
+        Specimen(
+            "cross_entropy", cross_entropy._cross_entropy, {"logits": "h", "targets": "l", "losses": "f", "scale": "f"},
+            {"BLOCK": 8192, "LOWEST": -3.0e38}, 16,
+        ),
+        Specimen("outer", outer._outer, thin, {"SPLITS": 2, "NORMED": False, **tile}, 4, odd=("R", "rank_stride"), has_dot=True),
+        Specimen("outer_normed", outer._outer, thin, {"SPLITS": 9, "NORMED": True, **tile}, 4, odd=("R", "rank_stride"), has_dot=True),
+        Specimen(
+            "adamw", adamw._adamw, flat, {"CHUNK": 1024, "FIELDS": 5, "ALIGNED": True}, 4,
+            ("beta1", "beta2", "epsilon", "weight_decay"),
+        ),
+    )  # fmt: skip
+
+
+def compile_for(specimen: Specimen, target: str) -> Compiled:
+    """Compile one kernel. Raises what Triton raises when it cannot."""
+    gpu, most_shared = TARGETS[target]
+    names = specimen.kernel.arg_names
+    signature = {name: _type(specimen, name) for name in names}
+    constants = {(names.index(name),): value for name, value in specimen.constants.items()}
+    even = [name for name in names if signature[name] == "i32" and name not in specimen.odd or signature[name].startswith("*")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
+    options = {"num_warps": specimen.num_warps, "num_stages": 3 if gpu.backend == "cuda" else 2}
+    made = triton.compile(ASTSource(specimen.kernel, signature, constants, attributes), target=gpu, options=options)
+    registers, spilled = _usage_of_cubin(made) if gpu.backend == "cuda" else _usage_of_hsaco(made)
+    shared = int(made.metadata.shared)
+    problem = f"spills {spilled} bytes" if spilled else None
+    if shared > most_shared:
+        problem = f"needs {shared} bytes of shared memory, there are {most_shared}"
+    return Compiled(specimen.name, target, registers, spilled, shared, problem)
+
+
+def _type(specimen: Specimen, name: str) -> str:
+    if name in specimen.constants:
+        return "constexpr"
+    if name in specimen.pointers:
+        return _DTYPES[specimen.pointers[name]]
+    return "fp32" if name in specimen.scalars else "i32"
+
+
+def _usage_of_cubin(made: Any) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        said = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _usage_of_hsaco(made: Any) -> tuple[int, int]:
+    said = made.asm["amdgcn"]
+    counts = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", said)}
+    return counts["vgpr_count"], 4 * (counts["vgpr_spill_count"] + counts["sgpr_spill_count"])
+
+
+def compile_all(targets: Sequence[str]) -> Iterator[Compiled]:
+    """Every kernel for each of ``targets`` that can run it."""
+    for target in targets:
+        for specimen in specimens():
+            if not (specimen.has_dot and target == "sm_75"):
+                yield compile_for(specimen, target)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a line for each kernel and target; returns 1 when one of them spills or does not fit."""
+    parser = argparse.ArgumentParser(prog="python -m engines.native.ahead", description=__doc__)
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; all of them by default")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.targets) - set(TARGETS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(TARGETS)}")
+    failed = 0
+    for made in compile_all(options.targets or tuple(TARGETS)):
+        failed += made.problem is not None
+        print(f"{made.target:<7} {made.name:<18} {made.registers:>4} registers {made.shared_bytes:>7} bytes shared  {made.problem or 'ok'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
