@@ -1,5 +1,6 @@
 # make demo: set up, run the main job on this machine, write runs/report.html
 # make test: set up, run lint, types, import rules and tests
+# make figures: set up, measure what the harness itself costs, write docs/figures.md; wants a quiet machine
 PYTHON ?= python3
 VENV ?= .venv
 # torch comes first: it decides between a CPU and a CUDA build. TORCH='torch==2.13.0 --index-url …' chooses another source.
@@ -10,7 +11,7 @@ TRITON ?= triton==3.6.0
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml requirements/constraints.txt requirements/no-deps.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format figures clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -24,6 +25,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+figures: $(VENV)/.installed
+	$(BIN)/python -m scripts.bench_harness --write docs/figures.md
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -31,7 +31,7 @@ def blocked(candidate: Run, reference: Run) -> tuple[list[str], Light]:
     for name, run in (("", candidate), ("the reference: ", reference)):
         if why := unusable(run):
             return [name + why], Light(None, name + why)
-    if candidate.record.cell.workload.key != reference.record.cell.workload.key:
+    if candidate.record.cell.workload != reference.record.cell.workload:
         why = f"another workload: {candidate.record.cell.workload.label}, the reference is {reference.record.cell.workload.label}"
         return [why], Light(None, why)
     inputs = _inputs(measured(candidate).artifacts, measured(reference).artifacts)

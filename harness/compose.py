@@ -51,7 +51,7 @@ def compose_all(overrides: Sequence[str], *, multirun: bool) -> list[tuple[tuple
             raise ConfigError(f"{lines}: several values make a sweep; add -m")
         if multirun:
             sweeps += _from_file(root, {override.key_or_group for override in parsed})
-        return _points(fixed, sweeps)
+        return _points(fixed, sweeps) if sweeps else [((), _without_hydra(root))]
 
 
 def _from_file(root: DictConfig, given: set[str]) -> list[Override]:
@@ -64,11 +64,12 @@ def _from_file(root: DictConfig, given: set[str]) -> list[Override]:
 def _points(fixed: list[str], sweeps: list[Override]) -> list[tuple[tuple[str, ...], DictConfig]]:
     """The product. Composing takes 0.2 s, so it is done once for each choice of groups; single values are set on a copy."""
     lists = [_values(override) for override in sweeps]
+    is_value = [_is_plain_value(override) for override in sweeps]
     composed: dict[tuple[str, ...], DictConfig] = {}
     points = []
     for point in itertools.product(*lists):
-        values = tuple(line for line, override in zip(point, sweeps, strict=True) if _is_plain_value(override))
-        groups = tuple(line for line in point if line not in values)
+        values = tuple(itertools.compress(point, is_value))
+        groups = tuple(itertools.compress(point, (not one for one in is_value)))
         if groups not in composed:
             composed[groups] = _without_hydra(_compose([*fixed, *groups]))
         points.append((point, _with_values(composed[groups], values)))
@@ -183,13 +184,11 @@ def _without_hydra(config: DictConfig) -> DictConfig:
 
 def plain(config: DictConfig) -> dict[str, Any]:
     """``config`` as plain data, interpolations resolved. Raises ConfigError naming every value that is still to be given."""
-    missing = OmegaConf.missing_keys(config)
-    if missing:
-        raise ConfigError("\n".join(f"{key}: required, but not given; add {key}=…" for key in sorted(missing)))
     try:
-        container = OmegaConf.to_container(config, resolve=True)
+        container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error)) from error
+        missing = sorted(OmegaConf.missing_keys(config))
+        raise ConfigError("\n".join(f"{key}: required, but not given; add {key}=…" for key in missing) or str(error)) from error
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 

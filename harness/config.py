@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from harness.compose import compose_all, plain
+from harness.data.files import find_files
 from harness.engine import load
 from harness.errors import ConfigError, HarnessError
 from harness.places import Sources
-from harness.spec import Cell, Data, DType, EngineSpec, Method, Model, Name, Positive, Spec, Train, Workload, parse
+from harness.spec import Cell, Data, DataFile, DType, EngineSpec, Method, Model, Name, Positive, Spec, Train, Workload, parse
 from harness.weights import fingerprint, resolve_source
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -38,6 +39,8 @@ class MachineConfig(Spec):
 
     device: Literal["cpu", "cuda"]
     compute_dtype: DType
+    operations: Literal["reference", "fused"]
+    replay: bool
     memory_cap_gib: Positive | None
 
 
@@ -150,15 +153,34 @@ def request(config: Config, overrides: tuple[str, ...] = ()) -> Request:
     )
 
 
-def _data(data: Data, cache: Path) -> tuple[Data, str | None]:
-    if data.source != "jsonl" or data.path is None:
-        return data, None
-    package = data.path.startswith("package:")
-    path = _located("data.path", data.path) if package else Path(data.path).expanduser().resolve()
-    if path is None or not path.is_file():
-        raise ConfigError(f"data.path: there is no file '{data.path}'; give the path of a JSONL file")
-    name = data.path if package else path.name
-    return data.model_copy(update={"path": name, "sha256": fingerprint(path, cache)}), str(path)
+def _data(data: Data, cache: Path) -> tuple[Data, tuple[str, ...]]:
+    """``data`` with the names and content hashes of its files, and where they lie."""
+    if data.source != "jsonl":
+        return data, ()
+    files: dict[Path, DataFile] = {}
+    for entry in data.files:
+        for path in _files(entry.path):
+            if path in files:
+                raise ConfigError(f"data.path: '{path.name}' is named twice; say once how often it counts, with a weight")
+            files[path] = _named(entry, path, cache)
+    paths = tuple(map(str, files))
+    first, *others = files.values()
+    if not others and first.weight == 1:
+        return data.model_copy(update={"path": first.path, "sha256": first.sha256}), paths
+    return data.model_copy(update={"path": (first, *others), "sha256": None}), paths
+
+
+def _files(source: str) -> list[Path]:
+    package = _located("data.path", source) if source.startswith("package:") else None
+    return find_files(str(package) if package else source)
+
+
+def _named(entry: DataFile, path: Path, cache: Path) -> DataFile:
+    content = fingerprint(path, cache)
+    if entry.sha256 not in (None, content):
+        raise ConfigError(f"data.path: '{path.name}' is not the file that was asked for: its sha-256 is {content}, not {entry.sha256}")
+    name = entry.path if entry.path.startswith("package:") else path.name
+    return entry.model_copy(update={"path": name, "sha256": content})
 
 
 def _model(model: Model, cache: Path) -> tuple[Model, str | None, str | None]:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from harness.record import Artifacts, Measurement, Memory, Startup, Steps
+from pydantic import Field, TypeAdapter
+
+from harness.record import Artifacts, Measurement, Memory, Startup, Status, Steps
+from harness.spec import Spec
 
 Event = dict[str, Any]
+LOST_LOG = os.EX_IOERR  # a worker's exit code: it could not write its log, so it could not say anything else either
+
+_MOST_BYTES = 2**22  # read at once, and so the longest line; a step is a few hundred bytes
 
 
 class EventLog:
@@ -31,37 +38,104 @@ class EventLog:
 
 
 class EventReader:
-    """Reads a growing event log: complete lines only, each once."""
+    """Reads a growing event log: complete lines only, each once.
+
+    Open it before the writer starts: the file is made, and stays open, so that a log that its worker deletes is still heard.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._file = path.open("a+b", buffering=0)
         self._offset = 0
         self.garbage: str | None = None
 
+    def __enter__(self) -> EventReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
     def new(self) -> list[Event]:
-        """The events appended since the last call. A line that is no event is kept in ``garbage`` and ends the reading."""
-        if self.garbage is not None or not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            complete, newline, _ = file.read().rpartition(b"\n")
-        self._offset += len(complete) + len(newline)
-        events = []
-        for line in complete.splitlines():
-            event = _event(line)
-            if event is None:
-                self.garbage = line[:200].decode(errors="replace")
-                break
-            events.append(event)
+        """The events appended since the last call. A line that is no event is told in ``garbage`` and ends the reading."""
+        events: list[Event] = []
+        while self.garbage is None and (lines := self._complete_lines()):
+            for line in lines:
+                event = _event(line)
+                if event is None:
+                    self.garbage = f"a line that is no event: {line[:200].decode(errors='replace')}"
+                    break
+                events.append(event)
         return events
+
+    def _complete_lines(self) -> list[bytes]:
+        """The next lines, and the offset moved behind them. What has no end yet is left for the next call."""
+        size = os.fstat(self._file.fileno()).st_size
+        if size < self._offset:
+            self.garbage = f"nothing: its event log was cut from {self._offset} to {size} bytes"
+            return []
+        complete, newline, rest = os.pread(self._file.fileno(), _MOST_BYTES, self._offset).rpartition(b"\n")
+        if not newline and len(rest) == _MOST_BYTES:
+            self.garbage = f"a line of more than {_MOST_BYTES} bytes: {rest[:200].decode(errors='replace')}"
+        self._offset += len(complete) + len(newline)
+        return complete.split(b"\n") if newline else []
+
+
+class _Started(Spec):
+    event: Literal["started"]
+    process_seconds: float
+
+
+class _Ready(Spec):
+    event: Literal["ready"]
+    setup_seconds: float
+
+
+class _Step(Spec):
+    """One value of each of the record's ``Steps``, and the memory in use."""
+
+    event: Literal["step"]
+    seconds: float
+    losses: float
+    grad_norms: float | None
+    tokens_input: int
+    tokens_loss: int
+    tokens_processed: int
+    stream_sha256: str
+    rss_bytes: int | None = None
+
+
+class _Memory(Spec):
+    event: Literal["memory"]
+    memory: Memory
+
+
+class _Finished(Spec):
+    """``wall_seconds``: since the launch, by the monotonic clock."""
+
+    event: Literal["finished"]
+    adapter_sha256: str
+    wall_seconds: float
+
+
+class _Failed(Spec):
+    event: Literal["failed"]
+    status: Status
+    reason: str
+    wall_seconds: float
+
+
+_EVENT: TypeAdapter[object] = TypeAdapter(
+    Annotated[_Started | _Ready | _Step | _Memory | _Finished | _Failed, Field(discriminator="event")]
+)
 
 
 def _event(line: bytes) -> Event | None:
     try:
         event = json.loads(line)
-    except ValueError:
+        _EVENT.validate_python(event)
+    except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+    assert isinstance(event, dict)
+    return event
 
 
 def ending(events: Sequence[Event]) -> Event | None:

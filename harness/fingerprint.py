@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
+import platform
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from harness.errors import ConfigError
@@ -36,7 +39,9 @@ def engine_fingerprint(module: str, python: str | None, names: tuple[str, ...]) 
 @functools.lru_cache(maxsize=32)
 def interpreter(python: str | None, names: tuple[str, ...]) -> tuple[str, dict[str, str]]:
     """The version of the interpreter ``python`` (None: ours) and those of the installed ones of the packages ``names``."""
-    command = [python or sys.executable, "-c", _VERSIONS, *names]
+    if python is None:
+        return platform.python_version(), dict(_installed(names))
+    command = [python, "-c", _VERSIONS, *names]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
         version, packages = json.loads(done.stdout)
@@ -45,6 +50,12 @@ def interpreter(python: str | None, names: tuple[str, ...]) -> tuple[str, dict[s
             f"engine.python: '{python}' does not run ({error}); build the engine's environment or correct the path"
         ) from error
     return version, packages
+
+
+def _installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
 
 
 def _sources(module: str) -> dict[str, Path]:
@@ -63,10 +74,13 @@ def _sources(module: str) -> dict[str, Path]:
 
 
 def _path(module: str) -> Path | None:
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        return None
+    """Found without importing the packages above it, as ``find_spec`` of a dotted name does: planning must not load torch."""
+    top, *names = module.split(".")
+    spec = importlib.util.find_spec(top)
+    for name in names:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = PathFinder.find_spec(f"{spec.name}.{name}", spec.submodule_search_locations)
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 

@@ -1,146 +1,188 @@
-"""Run a cell in a fresh process group of the engine's own interpreter, watch it, stop it, and make its record."""
+"""Run a cell in a fresh process of the engine's own interpreter, watch it, stop it, and make its record."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from harness.config import Request
+from harness.endings import TREE, Ending, classify, last_lines
 from harness.engine import Machine
-from harness.errors import HarnessError
+from harness.errors import ConfigError, HarnessError, StoreError
 from harness.events import Event, EventReader, ending, measurement
 from harness.fingerprint import engine_fingerprint, interpreter
+from harness.guard import guarded
 from harness.machine import driver_version, host_id
-from harness.places import Prepared
+from harness.places import Prepared, WorkerJob
 from harness.record import Artifacts, Provenance, Record, Status
-from harness.spec import Spec
-from harness.store import commit_of
+from harness.spec import Spec, parse
+from harness.store import commit_of, write_at_once, writing
+from harness.weights import adapter_sha256
 
-TREE = Path(__file__).resolve().parent.parent
 _TICK_SECONDS = 0.2
-_LAST_LINES = 15
+_LEAVE_SECONDS = 30.0  # a worker that has said how it ended and does not go (a thread of a library, often) is sent home
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+_WORKER = {"TOKENIZERS_PARALLELISM": "false"}  # nothing is tokenised there, and a pool of threads is lost in a fork
 
 OnEvent = Callable[[Event], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How a process ended: why we stopped it (None: it ended by itself) and its exit code, negative for a signal."""
+def run_cell(
+    request: Request,
+    machine: Machine,
+    prepared: Prepared,
+    root: Path,
+    on_event: OnEvent,
+    *,
+    held: int | None = None,
+    earlier: Sequence[Record] = (),
+    sweep: str | None = None,
+) -> Record:
+    """Run ``request`` and return its record; adapters of ok cells end under ``root``/adapters. Failure is a status, never an exception.
 
-    stopped: Status | None
-    exit_code: int
-
-
-def run_cell(request: Request, machine: Machine, prepared: Prepared, root: Path, on_event: OnEvent, sweep: str | None = None) -> Record:
-    """Run ``request`` and return its record; adapters of ok cells end under ``root``/adapters. Failure is a status, never an exception."""
-    cell = request.cell
-    work = root / "work" / f"{machine.key}-{cell.key}"
-    with exclusive(root / "work" / "measuring.lock", lambda: on_event({"event": "waiting"})):
+    ``held`` is the descriptor of our turn (see ``harness.turns``; None: nobody else is here), ``earlier`` what this cell is recorded as.
+    Raises StoreError when nothing can be written under ``root``, or not as much as the trained weights will take.
+    """
+    work = _work(root, machine, request)
+    provenance = _provenance(request, sweep)
+    provenance, notes = _dated(provenance, earlier)
+    with writing(work):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        started, began = datetime.now(UTC), time.monotonic()
-        kills_before = _kernel_oom_kills()
-        process = _start(request, machine, prepared, work)
-        reader = EventReader(work / "events.jsonl")
-        events: list[Event] = []
-        try:
-            how = _watch(process, reader, events, request, on_event)
-        finally:
-            _kill_group(process)
-        wall = time.monotonic() - began
-        status, reason = _classify(how, events, reader, work, _kernel_oom_kills() - kills_before)
-    provenance = _provenance(request, started, wall, sweep)
-    record = _record(request, machine, prepared, status, reason, provenance, events)
-    if status == "ok":
-        _keep_adapter(work, root, record)
+        _check_room(work, prepared)
+    job = WorkerJob(
+        cell=request.cell,
+        machine=machine,
+        prepared=prepared.model_copy(update={"notes": (*prepared.notes, *notes)}),
+        provenance=provenance,
+        out=str(work / "adapter"),
+        events=str(work / "events.jsonl"),
+        launched_monotonic=time.monotonic(),
+    )
+    how, events = _run_worker(request, job, work, on_event, held)
+    wall = time.monotonic() - job.launched_monotonic
+    status, reason = classify(how, events, work)
+    record = _record(job, status, reason, wall, events)
+    _keep_adapter(work, root, record)
     return record
+
+
+def recovered(request: Request, machine: Machine, root: Path, known: Sequence[Record]) -> Record | None:
+    """The record that a sweep did not live to write: its worker had said how it ended. None when there is nothing of the kind.
+
+    ``known``: what this cell is recorded as. What a worker left half done is not used: the cell runs again.
+    """
+    work = _work(root, machine, request)
+    try:
+        job = parse(WorkerJob, json.loads((work / "job.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, ConfigError):
+        return None  # never started here, or by another version
+    if any(record.provenance.started_utc == job.provenance.started_utc for record in known):
+        return None
+    with writing(work), EventReader(work / "events.jsonl") as reader:
+        events = reader.new()
+    last = ending(events)
+    if last is None or reader.garbage is not None or not _has_its_adapter(last, work, root):
+        return None
+    status, reason = classify(Ending(None, 0), events, work)
+    record = _record(job, status, reason, last["wall_seconds"], events)
+    note = "recovered from the event log: the sweep was stopped before it could write this record"
+    _keep_adapter(work, root, record)
+    return record.model_copy(update={"notes": (*record.notes, note)})
 
 
 def unsupported(request: Request, machine: Machine, reason: str) -> Record:
     """The record of a cell that cannot run, made without a process."""
-    return Record(
-        cell=request.cell, machine=machine, status="unsupported", reason=reason, provenance=_provenance(request, datetime.now(UTC), 0.0)
-    )
+    return Record(cell=request.cell, machine=machine, status="unsupported", reason=reason, provenance=_provenance(request))
 
 
-def run_door(module: str, job: Spec, job_path: Path, *, network: bool = False) -> None:
+def run_door(module: str, job: Spec, job_path: Path, *, held: int, network: bool = False) -> None:
     """Run another door (prepare, score) in our interpreter on ``job``; its progress bar shows. Raises HarnessError with what it said.
 
     Only prepare may use the ``network``, to fetch a ``hub:`` source: what is measured or judged never depends on it.
     """
-    job_path.parent.mkdir(parents=True, exist_ok=True)
-    job_path.write_text(job.model_dump_json(indent=1), encoding="utf-8")
+    write_at_once(job_path, job.model_dump_json(indent=1).encode())
     command = [sys.executable, "-m", module, str(job_path)]
     errors = job_path.with_suffix(".stderr")
     environment = _environment({}) if network else _environment(_OFFLINE)
-    with errors.open("w") as stderr:
-        done = subprocess.run(command, env=environment, check=False, stderr=stderr, stdin=subprocess.DEVNULL)
-    said = errors.read_text(errors="replace").strip()
-    if done.returncode == 2:
-        raise HarnessError(said)
-    if done.returncode:
-        raise HarnessError(f"{module} failed with exit code {done.returncode}:\n{_tail(said)}")
+    with writing(errors):
+        stderr = errors.open("wb")
+    with stderr, guarded(command, held=held, env=environment, stderr=stderr) as process:
+        code = process.wait()
+    said = last_lines(errors)
+    if code == 2:
+        raise HarnessError(errors.read_text(errors="replace").strip())
+    if code:
+        raise HarnessError(f"{module} failed with exit code {code}:\n{said}")
 
 
-@contextlib.contextmanager
-def exclusive(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold a lock file: two sweeps on one store take turns, cell by cell, instead of disturbing each other's figures.
-
-    ``on_wait`` is called once when somebody else holds it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def adapter_folder(root: Path, adapter_sha256: str) -> Path:
+    """Where the weights with this hash are kept until they are scored, or for good with ``keep=adapters``."""
+    return root / "adapters" / adapter_sha256[:16]
 
 
-def _start(request: Request, machine: Machine, prepared: Prepared, work: Path) -> subprocess.Popen[bytes]:
-    job = {
-        "cell": request.cell.model_dump(mode="json"),
-        "machine": machine.model_dump(mode="json"),
-        "prepared": prepared.model_dump(mode="json"),
-        "out": str(work / "adapter"),
-        "events": str(work / "events.jsonl"),
-        "launched_monotonic": time.monotonic(),
-    }
-    (work / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
-    with (work / "log.txt").open("wb") as log:
-        return subprocess.Popen(
-            [request.python or sys.executable, "-m", "harness.worker", str(work / "job.json")],
-            cwd=work,
-            env=_environment({**_OFFLINE, **request.cell.engine.environment}),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+def drop_adapter(root: Path, adapter_sha256: str) -> None:
+    """Delete these weights; killed halfway, nothing is left that looks like weights."""
+    folder, away = adapter_folder(root, adapter_sha256), root / "work" / "dropped"
+    with writing(folder):
+        away.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(away / folder.name, ignore_errors=True)
+        folder.rename(away / folder.name)
+    shutil.rmtree(away, ignore_errors=True)
+
+
+def _work(root: Path, machine: Machine, request: Request) -> Path:
+    return root / "work" / f"{machine.key}-{request.cell.key}"
+
+
+def _check_room(work: Path, prepared: Prepared) -> None:
+    """The weights are written last: without room for them, the whole training would be for nothing."""
+    like = Path(prepared.adapter_init or prepared.base)
+    needed = sum(file.stat().st_size for file in like.rglob("*") if file.is_file())
+    free = shutil.disk_usage(work).free
+    if free < needed:
+        raise StoreError(
+            f"{work}: {free:,} bytes are free, and the trained weights will take about {needed:,}; "
+            "free some space or choose another folder with runs=…"
         )
+
+
+def _run_worker(request: Request, job: WorkerJob, work: Path, on_event: OnEvent, held: int | None) -> tuple[Ending, list[Event]]:
+    events: list[Event] = []
+    kills_before = _kernel_oom_kills()
+    write_at_once(work / "job.json", job.model_dump_json(indent=1).encode())
+    command = [request.python or sys.executable, "-m", "harness.worker", str(work / "job.json")]
+    environment = _environment({**_OFFLINE, **_WORKER, **request.cell.engine.environment})
+    with writing(work):
+        log, reader = (work / "log.txt").open("wb"), EventReader(work / "events.jsonl")
+    with log, reader:
+        with guarded(command, held=held, cwd=work, env=environment, stdout=log, stderr=subprocess.STDOUT) as process:
+            stopped, code = _watch(process, reader, events, request, on_event)
+        for event in reader.new():  # said between our last look and its end
+            events.append(event)
+            on_event(event)
+    return Ending(stopped, code, reader.garbage, _kernel_oom_kills() - kills_before), events
 
 
 def _environment(extra: dict[str, str]) -> dict[str, str]:
     path = os.pathsep.join([str(TREE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **extra}
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **extra}
 
 
-def _watch(process: subprocess.Popen[bytes], reader: EventReader, events: list[Event], request: Request, on_event: OnEvent) -> Ending:
-    """Wait without spinning; monotonic time only, so that a clock that jumps stops nothing."""
+def _watch(
+    process: subprocess.Popen[bytes], reader: EventReader, events: list[Event], request: Request, on_event: OnEvent
+) -> tuple[Status | None, int]:
+    """Wait without spinning; monotonic time only, so that a clock that jumps stops nothing. Returns why we stopped it, or its exit code."""
     began = progressed = time.monotonic()
     limits = request.limits
     descriptor = os.pidfd_open(process.pid)
@@ -153,67 +195,46 @@ def _watch(process: subprocess.Popen[bytes], reader: EventReader, events: list[E
                 on_event(event)
             now = time.monotonic()
             if ended:
-                return Ending(None, process.wait())
+                return None, process.wait()
+            if reader.garbage is not None:
+                return None, 0
+            if ending(events[-1:]) and now - progressed > min(_LEAVE_SECONDS, limits.no_progress_seconds):
+                return None, 0
             if now - began > limits.wall_seconds:
-                return Ending("timeout", 0)
+                return "timeout", 0
             if now - progressed > limits.no_progress_seconds:
-                return Ending("no_progress", 0)
+                return "no_progress", 0
     finally:
         os.close(descriptor)
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """The worker and all it forked: the group outlives its leader."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _classify(how: Ending, events: Sequence[Event], reader: EventReader, work: Path, oom_kills: int) -> tuple[Status, str | None]:
-    last = ending(events)
-    log = work / "log.txt"
-    tail = _tail(log.read_text(errors="replace")) if log.exists() else ""
-    if how.stopped:
-        return how.stopped, _scrub(f"stopped by the harness after the last of {len(events)} events; its last lines:\n{tail}", work)
-    if reader.garbage is not None:
-        return "crash", f"the worker wrote something that is no event: {reader.garbage}"
-    if last is not None and last["event"] == "failed":
-        return last["status"], _scrub(str(last["reason"]), work)
-    if last is not None and how.exit_code == 0:
-        return "ok", None
-    if how.exit_code == -signal.SIGKILL and oom_kills > 0:
-        return "oom_host", "the kernel ended the worker for lack of host memory; use a smaller model, a smaller micro-batch or more memory"
-    name = signal.Signals(-how.exit_code).name if how.exit_code < 0 else f"exit code {how.exit_code}"
-    return "crash", _scrub(f"the worker ended with {name}; its last lines:\n{tail}", work)
-
-
-def _record(
-    request: Request, machine: Machine, prepared: Prepared, status: Status, reason: str | None, provenance: Provenance, events: list[Event]
-) -> Record:
+def _record(job: WorkerJob, status: Status, reason: str | None, wall_seconds: float, events: Sequence[Event]) -> Record:
     last = ending(events) or {}
     artifacts = Artifacts(
-        tokens_sha256=Path(prepared.tokens).stem,
-        base_sha256=prepared.base_sha256,
-        adapter_init_sha256=prepared.adapter_init_sha256,
+        tokens_sha256=Path(job.prepared.tokens).stem,
+        base_sha256=job.prepared.base_sha256,
+        adapter_init_sha256=job.prepared.adapter_init_sha256,
         adapter_sha256=last.get("adapter_sha256"),
     )
     return Record(
-        cell=request.cell,
-        machine=machine,
+        cell=job.cell,
+        machine=job.machine,
         status=status,
         reason=reason,
-        provenance=provenance,
+        provenance=job.provenance.model_copy(update={"wall_seconds": wall_seconds}),
         measurement=measurement(events, artifacts),
-        notes=prepared.notes,
+        data=job.prepared.data,
+        notes=job.prepared.notes,
     )
 
 
-def _provenance(request: Request, started: datetime, wall_seconds: float, sweep: str | None = None) -> Provenance:
+def _provenance(request: Request, sweep: str | None = None) -> Provenance:
+    """As it is now, before the start: the tree may change while a cell runs."""
     commit, dirty = commit_of(TREE)
     python, packages = interpreter(request.python, request.packages)
     return Provenance(
-        started_utc=started.isoformat(timespec="milliseconds"),
-        wall_seconds=wall_seconds,
+        started_utc=_stamp(datetime.now(UTC)),
+        wall_seconds=0.0,
         commit=commit,
         dirty=dirty,
         engine_fingerprint=engine_fingerprint(request.cell.engine.module, request.python, request.packages),
@@ -225,20 +246,44 @@ def _provenance(request: Request, started: datetime, wall_seconds: float, sweep:
     )
 
 
+def _dated(provenance: Provenance, earlier: Sequence[Record]) -> tuple[Provenance, tuple[str, ...]]:
+    """Records of a cell are told apart and ordered by their start: when the clock went back, one is dated just after the one before."""
+    newest = max((record.provenance.started_utc for record in earlier), default="")
+    if provenance.started_utc > newest:
+        return provenance, ()
+    note = f"the clock said {provenance.started_utc}, before the start of the record that was made before: dated just after that one"
+    after = _stamp(datetime.fromisoformat(newest) + timedelta(milliseconds=1))
+    return provenance.model_copy(update={"started_utc": after}), (note,)
+
+
+def _stamp(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds")
+
+
+def _has_its_adapter(last: Event, work: Path, root: Path) -> bool:
+    """Whether the weights of a finished worker are there and whole."""
+    if last["event"] == "failed":
+        return True
+    made = work / "adapter"
+    if not made.is_dir():
+        return adapter_folder(root, last["adapter_sha256"]).is_dir()
+    try:
+        return adapter_sha256(made) == str(last["adapter_sha256"])
+    except HarnessError:
+        return False
+
+
 def _keep_adapter(work: Path, root: Path, record: Record) -> None:
-    """Adapters are kept by content: repeats that end in the same weights share one."""
-    assert record.measurement is not None
-    adapter_sha256 = record.measurement.artifacts.adapter_sha256
-    assert adapter_sha256 is not None
-    target = adapter_folder(root, adapter_sha256)
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (work / "adapter").rename(target)
-
-
-def adapter_folder(root: Path, adapter_sha256: str) -> Path:
-    """Where the weights with this hash are kept until they are scored, or for good with ``keep=adapters``."""
-    return root / "adapters" / adapter_sha256[:16]
+    """Adapters are kept by content: repeats that end in the same weights share one. What a failed cell left is of no use."""
+    if record.status == "ok":
+        assert record.measurement is not None
+        assert record.measurement.artifacts.adapter_sha256 is not None
+        target = adapter_folder(root, record.measurement.artifacts.adapter_sha256)
+        if (work / "adapter").exists() and not target.exists():
+            with writing(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (work / "adapter").rename(target)
+    shutil.rmtree(work / "adapter", ignore_errors=True)
 
 
 def _kernel_oom_kills() -> int:
@@ -247,15 +292,3 @@ def _kernel_oom_kills() -> int:
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
     return 0
-
-
-def _tail(text: str) -> str:
-    return "\n".join(text.strip().splitlines()[-_LAST_LINES:])
-
-
-def _scrub(text: str, work: Path) -> str:
-    """A record names no path of the machine that made it."""
-    names = {work: "<work>", TREE: "<engine-room>", Path(sys.prefix): "<python>", Path(sys.base_prefix): "<python>", Path.home(): "~"}
-    for path, name in names.items():
-        text = text.replace(str(path), name)
-    return text

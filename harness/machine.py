@@ -15,10 +15,26 @@ _GIB = 2**30
 _POWER_BUCKET_WATTS = 50  # cards of one model are sold with different limits; small differences in the setting are noise
 
 
+@contextlib.contextmanager
+def nvml() -> Iterator[Any]:
+    """The NVML module, initialised, or None where there is no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def has_cuda() -> bool:
     """Whether NVML sees an NVIDIA GPU."""
-    with _nvml() as nvml:
-        return nvml is not None and nvml.nvmlDeviceGetCount() > 0
+    with nvml() as library:
+        return library is not None and library.nvmlDeviceGetCount() > 0
 
 
 def detect(device: Literal["cpu", "cuda"], *, count: int = 1, memory_cap_gib: int | None = None) -> Machine:
@@ -28,17 +44,17 @@ def detect(device: Literal["cpu", "cuda"], *, count: int = 1, memory_cap_gib: in
     """
     if device == "cpu":
         return _cpu(memory_cap_gib)
-    with _nvml() as nvml:
-        found = nvml.nvmlDeviceGetCount() if nvml else 0
-        if nvml is None or found < count:
+    with nvml() as library:
+        found = library.nvmlDeviceGetCount() if library else 0
+        if library is None or found < count:
             raise LookupError(f"asked for {count} NVIDIA GPU(s), NVML sees {found}")
-        handle = nvml.nvmlDeviceGetHandleByIndex(0)
-        watts = nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000
+        handle = library.nvmlDeviceGetHandleByIndex(0)
+        watts = library.nvmlDeviceGetPowerManagementLimit(handle) / 1000
         return Machine(
             device="cuda",
-            name=nvml.nvmlDeviceGetName(handle),
+            name=library.nvmlDeviceGetName(handle),
             count=count,
-            memory_gib=round(nvml.nvmlDeviceGetMemoryInfo(handle).total / _GIB),
+            memory_gib=round(library.nvmlDeviceGetMemoryInfo(handle).total / _GIB),
             memory_cap_gib=memory_cap_gib,
             power_limit_watts=round(watts / _POWER_BUCKET_WATTS) * _POWER_BUCKET_WATTS,
         )
@@ -46,8 +62,8 @@ def detect(device: Literal["cpu", "cuda"], *, count: int = 1, memory_cap_gib: in
 
 def driver_version() -> str | None:
     """The NVIDIA driver's version, None without one."""
-    with _nvml() as nvml:
-        return str(nvml.nvmlSystemGetDriverVersion()) if nvml else None
+    with nvml() as library:
+        return str(library.nvmlSystemGetDriverVersion()) if library else None
 
 
 def host_id() -> str:
@@ -64,32 +80,17 @@ def _cpu(memory_cap_gib: int | None) -> Machine:
 
     return Machine(
         device="cpu",
-        name=_cpu_name(),
+        name=cpu_name(),
         count=psutil.cpu_count(logical=True) or 1,
         memory_gib=round(psutil.virtual_memory().total / _GIB),
         memory_cap_gib=memory_cap_gib,
     )
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor is called."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-@contextlib.contextmanager
-def _nvml() -> Iterator[Any]:
-    """The NVML module, initialised, or None where there is no driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield None
-        return
-    try:
-        yield pynvml
-    finally:
-        pynvml.nvmlShutdown()

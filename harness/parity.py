@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -52,13 +53,18 @@ class Verdict:
         return "; ".join(self.reasons) or self.worst
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Anchor:
     """A run to be judged against; ``variants`` are harmless variants of it, which widen the allowances."""
 
     name: str
     run: Run
     variants: tuple[Run, ...] = ()
+
+    @functools.cached_property
+    def allowed(self) -> Mapping[str, float]:
+        """Allowances by test, in floors; found once, however many runs are judged against this one."""
+        return _allowances(self.run, self.variants if len(self.variants) >= NUM_VARIANTS else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +124,7 @@ def verdict(candidate: Run, against: Sequence[Anchor]) -> Verdict:
         why = useless or "there is no reference: run engine=hf on this workload"
         return Verdict("not comparable", None, why, (why,), Light(None, why), not useless)
     truth = [anchor for anchor in against if _in_fp32(candidate) and _in_fp32(anchor.run)]
-    verdicts = [judge(candidate, anchor.run, anchor.variants, anchor.name) for anchor in truth or against]
+    verdicts = [_judge(candidate, anchor) for anchor in truth or against]
     order: tuple[Kind, ...] = ("same", "not comparable", "different")  # an open question with one anchor leaves the whole open
     alike = {anchor.name for anchor in against if _dtype(anchor.run) == _dtype(candidate)}
     best = min(verdicts, key=lambda one: (order.index(one.kind), one.kind != "same" and one.anchor not in alike))
@@ -131,19 +137,23 @@ def verdict(candidate: Run, against: Sequence[Anchor]) -> Verdict:
 
 def judge(candidate: Run, reference: Run, variants: Sequence[Run] = (), anchor: str = "reference") -> Verdict:
     """Judge ``candidate`` against one ``reference``; ``variants`` are harmless variants of the reference."""
-    obstacles, light = blocked(candidate, reference)
+    return _judge(candidate, Anchor(anchor, reference, tuple(variants)))
+
+
+def _judge(candidate: Run, anchor: Anchor) -> Verdict:
+    obstacles, light = blocked(candidate, anchor.run)
     if obstacles:
-        return Verdict("not comparable", anchor, obstacles[0], tuple(obstacles), light, light.passed is not False)
+        return Verdict("not comparable", anchor.name, obstacles[0], tuple(obstacles), light, light.passed is not False)
     if broken := not_finite(candidate):
-        return Verdict("different", anchor, broken[0], tuple(broken), Light(False, broken[0]), False)
-    light = _light(candidate, reference)
-    if absent := missing(candidate, reference):
-        return Verdict("not comparable", anchor, absent[0], tuple(absent), light, light.passed is not False)
-    return _tested(candidate, reference, variants, anchor, light)
+        return Verdict("different", anchor.name, broken[0], tuple(broken), Light(False, broken[0]), False)
+    light = _light(candidate, anchor.run)
+    if absent := missing(candidate, anchor.run):
+        return Verdict("not comparable", anchor.name, absent[0], tuple(absent), light, light.passed is not False)
+    return _tested(candidate, anchor, light)
 
 
-def _tested(candidate: Run, reference: Run, variants: Sequence[Run], anchor: str, light: Light) -> Verdict:
-    allowed = _allowances(reference, variants if len(variants) >= NUM_VARIANTS else ())
+def _tested(candidate: Run, anchor: Anchor, light: Light) -> Verdict:
+    reference, variants, allowed = anchor.run, anchor.variants, anchor.allowed
     tests = _tests(candidate, reference)
     worst = max(tests, key=lambda test: test.excess / allowed[test.name])
     failed = tuple(test.text(allowed[test.name]) for test in tests if test.excess > allowed[test.name])
@@ -152,14 +162,14 @@ def _tested(candidate: Run, reference: Run, variants: Sequence[Run], anchor: str
     text = worst.text(allowed[worst.name])
     if not gain >= needed:
         why = f"no power: training lowered the reference's held-out loss by {gain:.4f}, a verdict needs {needed:.4f}; train for longer"
-        return Verdict("not comparable", anchor, text, (why, *failed), light, not failed)
+        return Verdict("not comparable", anchor.name, text, (why, *failed), light, not failed)
     if failed and len(variants) < NUM_VARIANTS and not (_in_fp32(candidate) and _in_fp32(reference)):
         why = (
             f"outside the floor, but how far harmless variants stray is known from {len(variants)} of {NUM_VARIANTS}: "
             f"run engine=hf with other attention, micro_batch and recompute"
         )
-        return Verdict("not comparable", anchor, text, (why, *failed), light, light.passed is not False)
-    return Verdict("different" if failed else "same", anchor, text, failed, light, not failed)
+        return Verdict("not comparable", anchor.name, text, (why, *failed), light, light.passed is not False)
+    return Verdict("different" if failed else "same", anchor.name, text, failed, light, not failed)
 
 
 def _allowances(reference: Run, variants: Sequence[Run]) -> dict[str, float]:

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from harness.spec import Spec, Workload
+from harness.data.counts import DataCounts
+from harness.engine import Machine
+from harness.record import Provenance
+from harness.spec import Cell, Spec, Workload
 
 
 class Sources(Spec):
-    """Absolute paths of the sources a workload names by content; null where the source is not a file here."""
+    """Absolute paths of the sources a workload names by content; null where the source is not a file here.
 
-    data: str | None = None
+    ``data``: the files of ``workload.data.files``, in their order.
+    """
+
+    data: tuple[str, ...] = ()
     weights: str | None = None
     tokenizer: str | None = None
 
 
 class Prepared(Spec):
-    """What prepare made in the cache (absolute paths), and its content hashes. ``notes`` are facts worth a line in the record."""
+    """What prepare made in the cache (absolute paths), and its content hashes.
+
+    ``data`` counts what became of the rows; ``notes`` are facts worth a line in the record.
+    """
 
     tokens: str
     base: str
     adapter_init: str | None
     base_sha256: str
     adapter_init_sha256: str | None
+    data: DataCounts | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -48,3 +58,19 @@ class ScoreRequest(Spec):
     prepared: Prepared
     items: tuple[ScoreItem, ...]
     device: str
+
+
+class WorkerJob(Spec):
+    """``python -m harness.worker JOB.json``: train ``cell``, leave weights in ``out`` and the event log at ``events``.
+
+    ``launched_monotonic`` is launch's clock, shared by all processes of a host. ``provenance`` is as it was at the launch: with it the
+    record can still be made when launch did not live to do so.
+    """
+
+    cell: Cell
+    machine: Machine
+    prepared: Prepared
+    provenance: Provenance
+    out: str
+    events: str
+    launched_monotonic: float

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,7 @@ from harness.engine import Machine, load
 from harness.fingerprint import engine_fingerprint
 from harness.machine import detect
 from harness.record import Record, Status
-from harness.spec import DType, Full, Lora, parse
+from harness.spec import Cell, DType, Full, Lora, parse
 
 Rerun = Literal["missing", "stale", "all"]
 RETRIED: frozenset[Status] = frozenset({"timeout", "no_progress", "crash", "contended", "unsteady"})  # accidents; the others are answers
@@ -33,10 +34,28 @@ class Planned:
     seconds: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What a plan looks up for every cell, read once a plan: an engine edited while a plan is made counts from the next one.
+
+    ``latest``: by machine and cell. ``timed``: the latest that ended ok, by machine, engine, model and method.
+    """
+
+    latest: Mapping[tuple[str, str], Record]
+    timed: Mapping[tuple[str, str, str, str], Record]
+    machine: Callable[[Literal["cpu", "cuda"], int, int | None], tuple[Machine, str | None]]
+    fingerprint: Callable[[str, str | None, tuple[str, ...]], str]
+
+
 def plan(requests: Sequence[Request], records: Sequence[Record], rerun: Rerun) -> list[Planned]:
     """Decide on every request, in the order they are to be run: blocks of one repeat, their order reversed in the next."""
-    latest = {(record.machine.key, record.cell.key): record for record in records}
-    return [_decide(request, records, latest, rerun) for request in _interleaved(_distinct(requests))]
+    known = _Known(
+        latest={(record.machine.key, record.cell.key): record for record in records},
+        timed={_kind(record.machine, record.cell): record for record in records if record.status == "ok" and record.measurement},
+        machine=functools.cache(_machine),
+        fingerprint=functools.cache(engine_fingerprint),
+    )
+    return [_decide(request, known, rerun) for request in _interleaved(_distinct(requests))]
 
 
 def _distinct(requests: Sequence[Request]) -> list[Request]:
@@ -45,63 +64,63 @@ def _distinct(requests: Sequence[Request]) -> list[Request]:
 
 def _interleaved(requests: Sequence[Request]) -> list[Request]:
     """ABBA: every variant of a workload once, then once more in reverse, so that drift favours none of them."""
-    blocks: dict[tuple[str, int], list[Request]] = defaultdict(list)
-    order: dict[str, None] = {}
+    blocks: dict[str, dict[int, list[Request]]] = defaultdict(lambda: defaultdict(list))
     for request in requests:
-        workload = request.cell.workload.key
-        order[workload] = None
-        blocks[workload, request.cell.repeat].append(request)
+        blocks[request.cell.workload.key][request.cell.repeat].append(request)
     ordered = []
-    for workload in order:
-        for place, repeat in enumerate(sorted(repeat for key, repeat in blocks if key == workload)):
-            block = blocks[workload, repeat]
+    for repeats in blocks.values():
+        for place, repeat in enumerate(sorted(repeats)):
+            block = repeats[repeat]
             ordered += block if place % 2 == 0 else block[::-1]
     return ordered
 
 
-def _decide(request: Request, records: Sequence[Record], latest: Mapping[tuple[str, str], Record], rerun: Rerun) -> Planned:
-    cell = request.cell
+def _machine(device: Literal["cpu", "cuda"], count: int, memory_cap_gib: int | None) -> tuple[Machine, str | None]:
+    """The machine for such a cell, or the host's CPU and why there is none."""
     try:
-        machine = detect(request.machine.device, count=cell.engine.processes, memory_cap_gib=request.machine.memory_cap_gib)
+        return detect(device, count=count, memory_cap_gib=memory_cap_gib), None
     except LookupError as error:
-        here = detect("cpu")
-        return Planned(request, here, "unsupported", f"{error}; choose machine=cpu or another machine", None)
+        return detect("cpu"), f"{error}; choose machine=cpu or another machine"
+
+
+def _decide(request: Request, known: _Known, rerun: Rerun) -> Planned:
+    cell = request.cell
+    machine, absent = known.machine(request.machine.device, cell.engine.processes, request.machine.memory_cap_gib)
+    if absent:
+        return Planned(request, machine, "unsupported", absent, None)
     engine = load(cell.engine)
     knobs = parse(engine.Knobs, cell.engine.knobs, at="engine.knobs")
     if reason := engine.unsupported(cell.workload, knobs, machine):
         return Planned(request, machine, "unsupported", reason, None)
-    known = latest.get((machine.key, cell.key))
-    seconds = _predicted_seconds(request, machine, records)
-    if known is not None and not _needs_rerun(known, request, rerun):
-        return Planned(request, machine, "done", known.status if known.status != "ok" else None, seconds)
+    record = known.latest.get((machine.key, cell.key))
+    seconds = _predicted_seconds(cell, known.timed.get(_kind(machine, cell)))
+    if record is not None and not _needs_rerun(record, request, known, rerun):
+        return Planned(request, machine, "done", record.status if record.status != "ok" else None, seconds)
     return Planned(request, machine, "run", None, seconds)
 
 
-def _needs_rerun(known: Record, request: Request, rerun: Rerun) -> bool:
-    if rerun == "all" or known.status in RETRIED:
+def _needs_rerun(record: Record, request: Request, known: _Known, rerun: Rerun) -> bool:
+    if rerun == "all" or record.status in RETRIED:
         return True
-    current = engine_fingerprint(request.cell.engine.module, request.python, request.packages)
-    return rerun == "stale" and known.provenance.engine_fingerprint != current
+    if rerun == "missing":
+        return False
+    return record.provenance.engine_fingerprint != known.fingerprint(request.cell.engine.module, request.python, request.packages)
 
 
-def _predicted_seconds(request: Request, machine: Machine, records: Sequence[Record]) -> float | None:
-    """Start-up and seconds a step of the latest comparable record, scaled to this many steps."""
-    cell = request.cell
-    for record in reversed(records):
-        other = record.cell
-        same = (
-            record.machine.key == machine.key
-            and other.engine.name == cell.engine.name
-            and other.workload.model.name == cell.workload.model.name
-            and other.workload.method.name == cell.workload.method.name
-        )
-        if same and record.status == "ok" and record.measurement:
-            steps = record.measurement.steps
-            processed = sum(steps.seconds) / max(1, sum(steps.tokens_input))
-            samples = len(steps.seconds) * other.workload.train.samples_per_step
-            tokens = sum(steps.tokens_input) / max(1, samples) * cell.workload.train.samples_per_step * cell.workload.train.steps
-            return record.provenance.wall_seconds - sum(steps.seconds) + processed * tokens
-    return None
+def _kind(machine: Machine, cell: Cell) -> tuple[str, str, str, str]:
+    """Cells whose times predict each other."""
+    return machine.key, cell.engine.name, cell.workload.model.name, cell.workload.method.name
+
+
+def _predicted_seconds(cell: Cell, record: Record | None) -> float | None:
+    """Start-up and seconds a token of ``record``, scaled to the steps of ``cell``."""
+    if record is None or record.measurement is None:
+        return None
+    steps = record.measurement.steps
+    processed = sum(steps.seconds) / max(1, sum(steps.tokens_input))
+    samples = len(steps.seconds) * record.cell.workload.train.samples_per_step
+    tokens = sum(steps.tokens_input) / max(1, samples) * cell.workload.train.samples_per_step * cell.workload.train.steps
+    return record.provenance.wall_seconds - sum(steps.seconds) + processed * tokens
 
 
 def num_parameters(config: Mapping[str, object]) -> int | None:

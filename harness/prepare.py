@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from harness.data.build import build_dense, build_jsonl, one_by_one
-from harness.data.rows import Row
+from harness.data.build import Built, build_dense, build_jsonl, unwatched
+from harness.data.counts import DataCounts
 from harness.data.tokenise import VERSION
 from harness.data.tokens import TokenFile
-from harness.errors import ConfigError, DataError, HarnessError
+from harness.errors import ConfigError, DataError, HarnessError, StoreError
 from harness.places import Prepared, PrepareRequest
-from harness.spec import Data, Workload, parse
+from harness.spec import Data, Model, Workload, parse
 from harness.weights.adapter import prepare_adapter
 from harness.weights.base_model import Base, prepare_base
 from harness.weights.sources import fingerprint, resolve_source, write_atomically
+
+SHOWN = 3  # reasons of skipped rows
+T = TypeVar("T")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,34 +53,44 @@ def prepare(request: PrepareRequest) -> Prepared:
     base = prepare_base(workload.model, request.sources, cache)
     adapter = prepare_adapter(workload, base, cache)
     tokens = _tokens(workload, request.sources.data, base, cache)
+    counts = parse(DataCounts, TokenFile.open(tokens).metadata["counts"])
+    said = f"data ({_layouts(workload.data, counts)}): {counts.sentence()}"
+    print(said, flush=True)
     return Prepared(
         tokens=str(tokens),
         base=str(base.path),
         adapter_init=str(adapter.path) if adapter else None,
         base_sha256=base.sha256,
         adapter_init_sha256=adapter.sha256 if adapter else None,
-        notes=(f"base weights: {base.description}", _data_note(TokenFile.open(tokens).metadata)),
+        data=counts,
+        notes=(f"base weights: {base.description}", *_tokenizer_note(workload.model), said),
     )
 
 
-def _data_note(metadata: dict[str, Any]) -> str:
-    """What became of the rows, in a line of the record."""
-    counts = ("rows", "train", "held_out", "held_out_unused", "samples_truncated", "tokens_truncated", "samples_dropped")
-    words = [f"{metadata[name]:,} {name.replace('_', ' ')}" for name in counts if name in metadata]
-    return f"data ({metadata.get('layout', metadata['source'])}): {', '.join(words)}"
+def _layouts(data: Data, counts: DataCounts) -> str:
+    """What the rows were read as, and who said so."""
+    found = data.source == "jsonl" and data.layout == "auto" and data.fields is None
+    return f"{counts.layouts}, found by itself" if found else counts.layouts
 
 
-def _tokens(workload: Workload, source: str | None, base: Base, cache: Path) -> Path:
+def _tokenizer_note(model: Model) -> tuple[str, ...]:
+    if model.tokenizer == model.weights:
+        return ()
+    return (f"tokenizer: {model.tokenizer}, not the weights' own",)
+
+
+def _tokens(workload: Workload, sources: Sequence[str], base: Base, cache: Path) -> Path:
     data = workload.data
-    path = _data_path(data, source) if data.source == "jsonl" else None
-    content = fingerprint(path, cache) if path else None
-    if content is not None and data.sha256 not in (None, content):
-        raise DataError(f"{data.path}: the file changed since the run was planned; run again")
+    paths = _data_paths(data, sources)
+    contents = [fingerprint(path, cache) for path in paths]
+    for file, content in zip(data.files, contents, strict=True):
+        if file.sha256 not in (None, content):
+            raise DataError(f"{file.path}: the file changed since the run was planned; run again")
     key = {
         "version": VERSION,
-        "content": content,
+        "content": [(content, file.weight) for content, file in zip(contents, data.files, strict=True)],
         "data": data.model_dump(mode="json", exclude={"name", "path", "sha256"}),
-        "tokenizer": base.tokenizer_sha256 if path else None,
+        "tokenizer": base.tokenizer_sha256 if paths else None,
         "vocab_size": base.vocab_size,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -87,33 +101,46 @@ def _tokens(workload: Workload, source: str | None, base: Base, cache: Path) -> 
             return found
     except (OSError, ValueError, KeyError):
         pass  # not made yet, or only half an entry: make it
-    made = build_dense(data, base.vocab_size, folder) if path is None else _tokenise(data, path, base, folder)
+    made = _build(data, paths, base, folder)
     write_atomically(entry, json.dumps({"sha256": made.stem}))
     return made
 
 
-def _tokenise(data: Data, path: Path, base: Base, folder: Path) -> Path:
+def _build(data: Data, paths: Sequence[Path], base: Base, folder: Path) -> Path:
+    try:
+        built = _tokenise(data, paths, base, folder) if paths else build_dense(data, base.vocab_size, folder)
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot write the token file ({error.strerror}); free space there or choose another cache=…") from error
+    if built.problems:
+        print("bad rows are skipped (data.on_bad_row=skip), the first of them:", *built.problems[:SHOWN], sep="\n  ", flush=True)
+    return built.path
+
+
+def _tokenise(data: Data, paths: Sequence[Path], base: Base, folder: Path) -> Built:
     from harness.weights.tokenizer_files import load_tokenizer
 
-    watch = _bar if sys.stdout.isatty() else one_by_one
-    return build_jsonl(data, path, load_tokenizer(base.path, "the model's tokenizer"), folder, watch)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # launch turns it off for workers, which fork; this process does not
+    watch = _bar if sys.stdout.isatty() else unwatched
+    return build_jsonl(data, paths, load_tokenizer(base.path, "the model's tokenizer"), folder, watch)
 
 
-def _data_path(data: Data, source: str | None) -> Path:
-    text = source or data.path or ""
-    path = resolve_source(text) if text.startswith("package:") else Path(text).expanduser()
-    if path is None or not path.is_file():
-        raise DataError(f"data.path: there is no file '{text}'; give the path of a JSONL file")
-    return path
+def _data_paths(data: Data, sources: Sequence[str]) -> list[Path]:
+    """Where the files of ``data`` lie: as ``sources`` say, else as their names do."""
+    texts = sources or [entry.path for entry in data.files]
+    paths = [resolve_source(text) if text.startswith("package:") else Path(text).expanduser() for text in texts]
+    missing = [text for text, path in zip(texts, paths, strict=True) if path is None or not path.is_file()]
+    if missing:
+        raise DataError("\n".join(f"data.path: there is no file '{text}'; give the path of a JSONL file" for text in missing))
+    return [path for path in paths if path is not None]
 
 
-def _bar(rows: Iterable[Row], total: int) -> Iterator[Row]:
-    """Rows as they are, with a progress bar on stdout: whoever launched this process keeps stderr for the reason of a failure."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _bar(items: Iterable[T], doing: str, total: int | None) -> Iterator[T]:
+    """Items as they are, with a progress bar on stdout: whoever launched this process keeps stderr for the reason of a failure."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("tokenising"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as progress:
-        yield from progress.track(rows, total=total)
+        yield from progress.track(items, total=total)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class SweepProgress:
         self._cell: TaskID | None = None
         self._tokens = 0
         self._seconds = 0.0
+        self._steps = 0
 
     def begin(self, cell: Planned) -> None:
         """A cell is about to start."""
@@ -34,7 +35,7 @@ class SweepProgress:
         self._progress.update(self._sweep, detail=f"next: {label(following)}" if following else "the last one")
         steps = cell.request.cell.workload.train.steps
         self._cell = self._progress.add_task(label(cell), total=steps, detail="starting")
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens, self._seconds, self._steps = 0, 0.0, 0
         if not self._console.is_terminal:
             self._console.print(f"[{self._done + 1}/{len(self._cells)}] {label(cell)} …", markup=False)
 
@@ -50,6 +51,7 @@ class SweepProgress:
         if event["event"] == "ready":
             self._progress.update(self._cell, detail=f"ready after {event['setup_seconds']:.1f} s")
             return
+        self._steps += 1
         self._tokens += event["tokens_input"]
         self._seconds += event["seconds"]
         memory = event.get("rss_bytes")
@@ -57,8 +59,13 @@ class SweepProgress:
         parts += [f"RSS {memory / _GIB:.2f} GiB"] if memory else []
         self._progress.update(self._cell, advance=1, detail=", ".join(filter(None, parts)))
 
-    def end(self, record: Record) -> None:
-        """The cell has its record."""
+    def discard(self, cell: Planned) -> None:
+        """The cell was interrupted: it gets no record, because nothing is known of it but that somebody wanted to stop."""
+        steps = f"{self._steps} of {cell.request.cell.workload.train.steps} steps"
+        self._say(f"  {'discarded':<12} {label(cell)}: interrupted after {steps}; it will run again")
+
+    def end(self, record: Record, how: str | None = None) -> None:
+        """The cell has its record; ``how``, when it is not from running it here and now."""
         self._done += 1
         if self._cell is not None:
             self._progress.remove_task(self._cell)
@@ -67,9 +74,10 @@ class SweepProgress:
         name = f"{record.cell.engine.name}, repeat {record.cell.repeat}"
         rate = f"{self._tokens / self._seconds:,.0f} tokens/s" if self._seconds else "no step"
         reason = f": {record.reason.strip().splitlines()[-1]}" if record.reason else ""
-        self._console.print(
-            f"  {record.status:<12} {name:<24} {rate}, {record.provenance.wall_seconds:.1f} s{reason}", markup=False, highlight=False
-        )
+        self._say(f"  {record.status:<12} {name:<24} {how or rate}, {record.provenance.wall_seconds:.1f} s{reason}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def label(cell: Planned) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.errors import HarnessError, StoreError
 from harness.record import Record
-from harness.store import Stored, load, save_score
+from harness.store import Stored, load, save_score, write_at_once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,11 +60,7 @@ def _copy(runs: Path, to: Path, stored: Stored) -> Path:
     content = (runs / stored.path).read_bytes()
     if target.exists() and target.read_bytes() != content:
         raise StoreError(f"{target}: there already, with other content; evidence is never overwritten")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-    except OSError as error:
-        raise StoreError(f"{target}: cannot write ({error.strerror})") from error
+    write_at_once(target, content)
     for score in filter(None, (stored.score, stored.base_score)):
         save_score(score, to)
     return target

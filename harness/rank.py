@@ -188,7 +188,9 @@ def failure_text(record: Record) -> str:
 
 def labels(engines: Sequence[EngineSpec]) -> tuple[str, ...]:
     """A name for each engine: its own, plus whatever differs between the variants of that engine."""
-    return tuple(_label(engine, [other for other in engines if other.name == engine.name]) for engine in engines)
+    names = {engine.name for engine in engines}
+    differ = {name: _differing([_settings(engine) for engine in engines if engine.name == name]) for name in names}
+    return tuple(_label(engine, differ[engine.name]) for engine in engines)
 
 
 def _group(entries: Sequence[Entry]) -> Group:
@@ -260,10 +262,14 @@ def _outcome(variants: Sequence[Variant]) -> Outcome:
     return Outcome(first, rival, compare_variants(first[0], rival) if first and rival else None, barred)
 
 
-def _label(engine: EngineSpec, family: Sequence[EngineSpec]) -> str:
-    mine, others = _settings(engine), [_settings(other) for other in family]
-    keys = sorted({key for one in others for key in one})
-    differ = [key for key in keys if len({_canonical(one.get(key, "unset")) for one in others}) > 1]
+def _differing(family: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings that are not the same in all of ``family``."""
+    keys = sorted({key for one in family for key in one})
+    return [key for key in keys if len({_canonical(one.get(key, "unset")) for one in family}) > 1]
+
+
+def _label(engine: EngineSpec, differ: Sequence[str]) -> str:
+    mine = _settings(engine)
     return " ".join([engine.name, *(f"{key}={_plain(mine.get(key, 'unset'))}" for key in differ)])
 
 

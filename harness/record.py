@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from harness.data.counts import DataCounts
 from harness.engine import Machine
 from harness.errors import ConfigError, RecordError
 from harness.spec import Cell, Spec, parse
 
-SCHEMA: Literal[1] = 1
+SCHEMA: Literal[2] = 2
+SCORE_SCHEMA: Literal[1] = 1
 
 Status = Literal["ok", "oom", "oom_host", "timeout", "no_progress", "crash", "unsupported", "unsteady", "contended"]
 
@@ -85,15 +87,19 @@ class Provenance(Spec):
 
 
 class Record(Spec):
-    """What one cell did on one machine. Immutable: later knowledge (scores, verdicts) is stored elsewhere or derived."""
+    """What one cell did on one machine. Immutable: later knowledge (scores, verdicts) is stored elsewhere or derived.
 
-    schema_version: Literal[1] = SCHEMA
+    ``data``: what became of the rows; null in a record of schema 1, and of a cell that never had its data prepared.
+    """
+
+    schema_version: Literal[2] = SCHEMA
     cell: Cell
     machine: Machine
     status: Status
     reason: str | None = None
     provenance: Provenance
     measurement: Measurement | None = None
+    data: DataCounts | None = None
     notes: tuple[str, ...] = Field(default=())
 
 
@@ -103,7 +109,7 @@ class Score(Spec):
     ``update_norm`` is the L2 norm of trained minus initial weights (of the adapter, where one is trained), null for the base itself.
     """
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = SCORE_SCHEMA
     adapter_sha256: str | None
     tokens_sha256: str
     base_sha256: str
@@ -143,4 +149,15 @@ def loads_score(text: str, source: str) -> Score:
         raise RecordError(f"{source}: not a valid score; delete it and run the sweep again: {error}") from error
 
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+def _from_1(raw: dict[str, Any]) -> dict[str, Any]:
+    """``data.mask_prompt`` became ``data.supervise``; the counts of the data were words in the notes."""
+    try:
+        workload = raw["cell"]["workload"]
+        data = dict(workload["data"])
+        data["supervise"] = "answers" if data.pop("mask_prompt") else "everything"
+        return {**raw, "schema_version": 2, "cell": {**raw["cell"], "workload": {**workload, "data": data}}}
+    except (KeyError, TypeError):
+        return {**raw, "schema_version": 2}  # not what schema 1 wrote: reading it as schema 2 says what is wrong
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
 
 from harness.errors import ConfigError, nearest
 
@@ -55,33 +55,76 @@ class Fields(Spec):
     completion: str
 
 
-class Data(Spec):
-    """The samples. ``jsonl``: rows of a file through the chat template; ``dense``: seeded random tokens, all supervised.
+class DataFile(Spec):
+    """One entry of a list of files; a name alone is an entry of weight 1.
 
-    ``sequence_length`` is the most tokens a sample may have (``jsonl``: longer ones are truncated and counted;
-    ``dense``: every sample has exactly that many). ``fields`` maps two keys of a row to prompt and completion; null
-    detects chat ``messages`` or ``prompt``/``completion``. ``held_out_fraction`` of the rows, chosen by a hash of their
-    content, is never trained on; at most ``held_out_samples`` of them are scored. ``sha256`` is the hash of the file,
-    filled in when the cell is made.
+    ``weight``: how often a training row of the file comes in an epoch; a broken number repeats a share of the rows, chosen by hash.
+    ``sha256``: hash of the file, filled in when the cell is made; given, it must be the file's.
+    """
+
+    path: str
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    sha256: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_name_alone(cls, raw: Any) -> Any:
+        return {"path": raw} if isinstance(raw, str) else raw
+
+
+DataPath = Annotated[
+    Annotated[str, Tag("one")] | Annotated[tuple[DataFile, ...], Tag("several")],
+    Discriminator(
+        lambda value: "one" if isinstance(value, str) else "several" if isinstance(value, list | tuple) else None,
+        custom_error_type="path_type",
+        custom_error_message="expected a file, a folder, a glob, or a list of these with weights",
+    ),
+]
+Layout = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+Supervise = Literal["answers", "last_answer", "everything"]
+
+
+class Data(Spec):
+    """The samples. ``jsonl``: rows of files through the chat template (docs/data.md); ``dense``: seeded random tokens, all supervised.
+
+    ``sequence_length`` is the most tokens a sample may have (``jsonl``: longer ones are truncated and counted; ``dense``: exactly
+    that many). ``layout``: which keys of a row hold its turns, ``auto`` finds it out file by file; ``fields`` maps two other keys to
+    prompt and completion. ``system_prompt`` is put before rows that bring none. ``held_out_fraction`` of the rows, chosen by a hash
+    of their content, is never trained on; at most ``held_out_samples`` of them are scored. ``on_bad_row``: ``error`` names them,
+    ``skip`` counts them. ``sha256`` is the hash of a single file, filled in when the cell is made.
     """
 
     name: Name
     source: Literal["jsonl", "dense"]
     sequence_length: Positive
-    path: str | None = None
+    path: DataPath | None = None
+    layout: Layout = "auto"
     fields: Fields | None = None
-    mask_prompt: bool = True
+    supervise: Supervise = "answers"
+    system_prompt: Annotated[str, Field(pattern=r"\S")] | None = None
+    on_bad_row: Literal["error", "skip"] = "error"
     num_samples: Positive | None = None
     held_out_fraction: Fraction = 0.0
     held_out_samples: Positive = 64
     sha256: str | None = None
 
+    @property
+    def files(self) -> tuple[DataFile, ...]:
+        """``path`` as entries: none for dense data, one for a single file."""
+        if isinstance(self.path, str):
+            return (DataFile(path=self.path, sha256=self.sha256),)
+        return self.path or ()
+
     @model_validator(mode="after")
-    def _source_has_what_it_needs(self) -> Data:
+    def _its_values_agree(self) -> Data:
         if self.source == "jsonl" and not self.path:
             raise ValueError("source=jsonl needs data.path: the JSONL file to train on")
         if self.source == "dense" and self.num_samples is None:
             raise ValueError("source=dense needs data.num_samples: how many distinct samples to draw")
+        if self.fields is not None and self.layout != "auto":
+            raise ValueError(f"data.fields maps keys of your own, data.layout={self.layout} names known ones; set one to null or auto")
+        if self.layout == "text" and self.system_prompt is not None:
+            raise ValueError("data.system_prompt has no place in plain text, which is no conversation; set it to null")
         return self
 
 
@@ -183,8 +226,10 @@ class Cell(Spec):
 
 
 def content_key(spec: Spec) -> str:
-    """The first 12 hex digits of the sha-256 of ``spec`` as canonical JSON."""
-    canonical = json.dumps(spec.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    """The first 12 hex digits of the sha-256 of ``spec`` as canonical JSON, without defaults: a field added later, whose default means
+    what was always done, leaves the keys of recorded cells as they are. The price: a default may never change (the YAML files say all).
+    """
+    canonical = json.dumps(spec.model_dump(mode="json", exclude_defaults=True), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
@@ -217,13 +262,15 @@ def _problem(spec: type[BaseModel], raw: Mapping[str, Any], at: str, item: dict[
 
 
 def _is_union_tag(part: Any, raw: Mapping[str, Any], item: dict[str, Any]) -> bool:
-    """Pydantic puts a union's tag into the location (method.lora.rank); the user never typed it."""
+    """Pydantic puts a union's tag into the location (method.lora.rank, data.path.several.0.weight); the user never typed it."""
     position = item["loc"].index(part)
     parent: Any = raw
     for step in item["loc"][:position]:
-        if isinstance(parent, Mapping) and step in parent:
+        if (isinstance(parent, Mapping) and step in parent) or (isinstance(parent, list) and isinstance(step, int)):
             parent = parent[step]
-    return isinstance(parent, Mapping) and part not in parent and parent.get("name") == part
+    if isinstance(parent, Mapping):
+        return part not in parent and parent.get("name") == part
+    return isinstance(part, str)  # below a list or a plain value stands no key that anyone typed
 
 
 def _known_keys(spec: type[BaseModel], raw: Mapping[str, Any], path: list[Any]) -> list[str]:

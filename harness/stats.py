@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy.special import stdtrit
-
 from harness.record import Steps
 
 CONFIDENCE = 0.98  # with 8 pairs, 1 % run noise and 3 % drift: 0.5 % false alarms (tests/test_stats.py simulates it)
@@ -77,8 +75,7 @@ def paired_log_ratio(a: Sequence[float], b: Sequence[float], confidence: float =
     mean = statistics.fmean(logs)
     if len(logs) == 1:
         return Interval(_exp(mean), 0.0, math.inf, 1)
-    quantile = float(stdtrit(len(logs) - 1, 0.5 + confidence / 2))
-    half = quantile * statistics.stdev(logs) / math.sqrt(len(logs))
+    half = _quantile(len(logs) - 1, 0.5 + confidence / 2) * statistics.stdev(logs) / math.sqrt(len(logs))
     return Interval(_exp(mean), _exp(mean - half), _exp(mean + half), len(logs))
 
 
@@ -104,6 +101,12 @@ def _answer(interval: Interval) -> Answer:
     if interval.low > 1 / (1 + SAME) and interval.high < 1 + SAME:
         return "same"
     return "inconclusive"
+
+
+def _quantile(degrees_of_freedom: int, probability: float) -> float:
+    from scipy.special import stdtrit  # takes 0.15 s to import, and a single run needs no interval
+
+    return float(stdtrit(degrees_of_freedom, probability))
 
 
 def _exp(x: float) -> float:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from harness.engine import Machine
 from harness.errors import RecordError, StoreError
 from harness.record import Record, Score, dumps, loads, loads_score
+from harness.spec import Cell
 
 SCORES = "scores"  # <root>/scores/<base>-<tokens>/<adapter or base>.json
 INTERNAL = ("work", "adapters", SCORES)  # folders of a root that hold no records
@@ -36,21 +39,65 @@ class Results:
 
 def save(record: Record, root: Path) -> Path:
     """Write ``record`` to its place under ``root``. Raises StoreError when that cannot be done."""
-    folder = root / record.machine.key / record.cell.workload.label / f"{record.cell.engine.name}-{record.cell.key}"
+    folder = _folder(root, record.machine, record.cell)
     started = datetime.fromisoformat(record.provenance.started_utc)
     name = f"{started:%Y%m%dT%H%M%S}.{started.microsecond // 1000:03d}Z-{record.provenance.commit[:8]}"
-    return _write(folder / f"{name}.json", dumps(record))
+    return write_at_once(folder / f"{name}.json", dumps(record).encode())
 
 
 def save_score(score: Score, root: Path) -> Path:
     """Write ``score`` to its place under ``root``. Raises StoreError when that cannot be done."""
-    return _write(score_path(root, score.base_sha256, score.tokens_sha256, score.adapter_sha256), dumps(score))
+    return write_at_once(score_path(root, score.base_sha256, score.tokens_sha256, score.adapter_sha256), dumps(score).encode())
 
 
 def score_path(root: Path, base_sha256: str, tokens_sha256: str, adapter_sha256: str | None) -> Path:
     """Where the score of these weights on these held-out rows lies; ``adapter_sha256`` None: of the base itself."""
     name = adapter_sha256[:16] if adapter_sha256 else "base"
     return root / SCORES / f"{base_sha256[:12]}-{tokens_sha256[:12]}" / f"{name}.json"
+
+
+def recorded(root: Path, machine: Machine, cell: Cell) -> list[Record]:
+    """The records of one cell on one machine, oldest first, without reading any other; :func:`load` names the unreadable ones."""
+    records = []
+    for path in _json_files(_folder(root, machine, cell), "*.json"):
+        with contextlib.suppress(RecordError):
+            records.append(_read_record(path, path.name))
+    return sorted(records, key=lambda record: record.provenance.started_utc)
+
+
+def check_writable(root: Path) -> None:
+    """Raises StoreError when nothing can be written under ``root``: better before a long run than after it."""
+    probe = root / "work" / f".{os.getpid()}.writable"
+    write_at_once(probe, b"yes\n")
+    with writing(probe.parent):
+        probe.unlink()
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """What the operating system refuses inside the block becomes a StoreError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{place}: cannot write ({error.strerror}); free some space or choose another folder with runs=…") from error
+
+
+def write_at_once(path: Path, content: bytes) -> Path:
+    """Write ``path`` so that it appears complete or not at all, whatever is killed or full. Raises StoreError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path.parent):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+    return path
 
 
 def load(*roots: Path) -> Results:
@@ -61,8 +108,8 @@ def load(*roots: Path) -> Results:
         for path in _record_files(root):
             relative = path.relative_to(root).as_posix()
             try:
-                record = loads(path.read_text(encoding="utf-8"), f"{root.name}/{relative}")
-            except (RecordError, OSError, UnicodeDecodeError) as error:
+                record = _read_record(path, f"{root.name}/{relative}")
+            except RecordError as error:
                 problems.append(str(error))
                 continue
             stored.append(_join(record, relative, scores))
@@ -87,25 +134,33 @@ def _git(tree: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _write(path: Path, text: str) -> Path:
-    """Appear at once under a name that was not there before, or raise."""
+def _folder(root: Path, machine: Machine, cell: Cell) -> Path:
+    return root / machine.key / cell.workload.label / f"{cell.engine.name}-{cell.key}"
+
+
+def _read_record(path: Path, source: str) -> Record:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise StoreError(f"{path.parent}: cannot write ({error.strerror}); free some space or choose another folder with runs=…") from error
-    return path
+        return loads(path.read_text(encoding="utf-8"), source)
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise RecordError(f"{source}: cannot be read: {error}; delete it or restore it from git") from error
+
+
+def _read_score(path: Path, source: str) -> Score:
+    try:
+        return loads_score(path.read_text(encoding="utf-8"), source)
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise RecordError(f"{source}: cannot be read: {error}; delete it and run the sweep again") from error
+
+
+def _json_files(folder: Path, pattern: str) -> list[Path]:
+    """What is hidden is a file that somebody was writing."""
+    return [path for path in sorted(folder.glob(pattern)) if not path.name.startswith(".")]
 
 
 def _record_files(root: Path) -> Iterable[Path]:
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
         if folder.is_dir() and folder.name not in INTERNAL and not folder.name.startswith("."):
-            yield from (path for path in sorted(folder.glob("*/*/*.json")) if not path.name.startswith("."))
+            yield from _json_files(folder, "*/*/*.json")
 
 
 ScoreKey = tuple[str, str, str | None]
@@ -115,12 +170,10 @@ def _scores(roots: Iterable[Path]) -> tuple[dict[ScoreKey, Score], list[str]]:
     scores: dict[ScoreKey, Score] = {}
     problems = []
     for root in roots:
-        for path in sorted((root / SCORES).glob("*/*.json")):
-            if path.name.startswith("."):
-                continue
+        for path in _json_files(root / SCORES, "*/*.json"):
             try:
-                score = loads_score(path.read_text(encoding="utf-8"), f"{root.name}/{path.relative_to(root).as_posix()}")
-            except (RecordError, OSError, UnicodeDecodeError) as error:
+                score = _read_score(path, f"{root.name}/{path.relative_to(root).as_posix()}")
+            except RecordError as error:
                 problems.append(str(error))
                 continue
             scores[score.base_sha256, score.tokens_sha256, score.adapter_sha256] = score

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
@@ -15,13 +18,15 @@ from rich.console import Console
 from harness import report
 from harness.config import Request, Settings
 from harness.data.tokens import TokenFile
-from harness.launch import adapter_folder, run_cell, run_door, unsupported
+from harness.errors import HarnessError, StoreError
+from harness.launch import adapter_folder, drop_adapter, recovered, run_cell, run_door, unsupported
 from harness.places import Prepared, PrepareRequest, ScoreItem, ScoreRequest
 from harness.plan import Planned, least_memory_bytes, plan, weights_bytes
-from harness.progress import label, sweep_progress
+from harness.progress import SweepProgress, label, sweep_progress
 from harness.record import Record, loads_score
 from harness.spec import parse
-from harness.store import Results, load, save, save_score, score_path
+from harness.store import Results, check_writable, load, recorded, save, save_score, score_path, writing
+from harness.turns import turn
 
 _GIB = 2**30
 
@@ -38,108 +43,207 @@ class Exit(IntEnum):
 
 
 def run(settings: Settings, requests: Sequence[Request], console: Console) -> Exit:
-    """Run what needs running; the result tells scripts whether every cell has an answer."""
+    """Run what needs running; the result tells scripts whether every cell has an answer.
+
+    Raises KeyboardInterrupt on SIGINT and SIGTERM, StoreError when results cannot be written: either way every cell that ended is
+    recorded, or will be when the same requests run again.
+    """
     root = Path(settings.runs).expanduser().resolve()
-    cache = Path(settings.cache).expanduser().resolve()
     earlier = [stored.record for stored in load(root).stored]
     planned = plan(requests, earlier, settings.rerun)
     if settings.plan == "only":
         _show(planned, console)
         return Exit.OK
-    prepared = _prepare(planned, cache, root, console)
-    records = _run_cells(planned, prepared, earlier, root, console)
-    _score(planned, prepared, [*earlier, *records], root, settings, console)
-    return _finish(planned, records, earlier, root, console)
+    check_writable(root)
+    with _terminated_is_interrupted(console):
+        sweep = Sweep(root, settings, console, planned, earlier)
+        prepared = _prepare(sweep)
+        records = _run_cells(sweep, prepared)
+        scored = _score(sweep, prepared, [*earlier, *records])
+        return _finish(sweep, records, scored)
 
 
-def _prepare(planned: Sequence[Planned], cache: Path, root: Path, console: Console) -> dict[str, Prepared]:
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What the stages of a sweep share. ``earlier``: the records found at its start, oldest first."""
+
+    root: Path
+    settings: Settings
+    console: Console
+    planned: Sequence[Planned]
+    earlier: Sequence[Record]
+
+    def say(self, line: str) -> None:
+        """Print a line as it is."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def turn(self) -> AbstractContextManager[int]:
+        """This sweep's turn on the store, for anything but a cell."""
+        return turn(self.root, lambda: self.say("waiting: another sweep is measuring here"))
+
+
+@contextmanager
+def _terminated_is_interrupted(console: Console) -> Iterator[None]:
+    """A polite kill stops a sweep as Ctrl-C does; either may have caught a door that had hidden the cursor for its progress bar."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        console.show_cursor()
+
+
+def _prepare(sweep: Sweep) -> dict[str, Prepared]:
     """Make tokens, base and adapter of every workload before anything is measured: bad data ends a sweep at its start."""
     prepared: dict[str, Prepared] = {}
-    for cell in planned:
+    problems: dict[str, None] = {}
+    unscored = {record.cell.workload.key for record in sweep.earlier if _kept(sweep.root, record)}
+    tried: set[str] = set()
+    for cell in sweep.planned:
         workload = cell.request.cell.workload
-        if cell.action == "unsupported" or workload.key in prepared:
+        if workload.key in tried or (cell.action != "run" and workload.key not in unscored):
             continue
-        if not console.is_terminal or cell.action == "run":
-            console.print(f"preparing {workload.label}", markup=False, highlight=False)
-        job = root / "work" / "prepare" / f"{workload.key}.json"
-        out = job.with_suffix(".prepared.json")
-        request = PrepareRequest(workload=workload, sources=cell.request.sources, cache=str(cache), out=str(out))
-        run_door("harness.prepare", request, job, network=True)
-        prepared[workload.key] = parse(Prepared, json.loads(out.read_text(encoding="utf-8")))
+        tried.add(workload.key)
+        sweep.say(f"preparing {workload.label}")
+        try:
+            prepared[workload.key] = _prepare_workload(cell, sweep)
+        except StoreError:
+            raise
+        except HarnessError as error:
+            problems[str(error)] = None
+    if problems:
+        raise HarnessError("\n".join(problems))
     return prepared
 
 
-def _run_cells(
-    planned: Sequence[Planned], prepared: dict[str, Prepared], earlier: Sequence[Record], root: Path, console: Console
-) -> list[Record]:
-    recorded = {(record.machine.key, record.cell.key, record.status) for record in earlier}
-    records: list[Record] = []
-    for cell in planned:
-        key = (cell.machine.key, cell.request.cell.key, "unsupported")
-        if cell.action == "unsupported" and key not in recorded:
-            record = unsupported(cell.request, cell.machine, str(cell.reason))
-            save(record, root)
-            console.print(f"  {'unsupported':<12} {label(cell)}: {cell.reason}", markup=False, highlight=False)
-    waiting = [cell for cell in planned if cell.action == "run"]
+def _prepare_workload(cell: Planned, sweep: Sweep) -> Prepared:
+    workload = cell.request.cell.workload
+    job = sweep.root / "work" / "prepare" / f"{workload.key}.json"
+    out = job.with_suffix(".prepared.json")
+    request = PrepareRequest(
+        workload=workload, sources=cell.request.sources, cache=str(Path(sweep.settings.cache).expanduser().resolve()), out=str(out)
+    )
+    with sweep.turn() as held:
+        run_door("harness.prepare", request, job, held=held, network=True)
+        return parse(Prepared, json.loads(out.read_text(encoding="utf-8")))
+
+
+def _run_cells(sweep: Sweep, prepared: dict[str, Prepared]) -> list[Record]:
+    impossible = [cell for cell in sweep.planned if cell.action == "unsupported"]
+    known = {(record.machine.key, record.cell.key) for record in sweep.earlier if record.status == "unsupported"}
+    for cell in impossible:
+        if (cell.machine.key, cell.request.cell.key) not in known:
+            save(unsupported(cell.request, cell.machine, str(cell.reason)), sweep.root)
+            sweep.say(f"  {'unsupported':<12} {label(cell)}: {cell.reason}")
+    waiting = [cell for cell in sweep.planned if cell.action == "run"]
     if not waiting:
-        return records
+        return []
     sitting = secrets.token_hex(4)
-    with sweep_progress(console, waiting) as progress:
+    records: list[Record] = []
+    with sweep_progress(sweep.console, waiting) as progress:
         for cell in waiting:
             progress.begin(cell)
-            place = prepared[cell.request.cell.workload.key]
-            record = run_cell(cell.request, cell.machine, place, root, progress.event, sitting)
-            save(record, root)
-            progress.end(record)
-            records.append(record)
+            try:
+                records.append(_run_cell(cell, prepared[cell.request.cell.workload.key], sweep, progress, sitting))
+            except KeyboardInterrupt:
+                progress.discard(cell)
+                raise
     return records
 
 
-def _score(
-    planned: Sequence[Planned], prepared: dict[str, Prepared], known: Sequence[Record], root: Path, settings: Settings, console: Console
-) -> None:
-    """Score every kept adapter of these workloads that has no score yet, and the base itself; then drop what is not to be kept."""
+def _run_cell(cell: Planned, place: Prepared, sweep: Sweep, progress: SweepProgress, sitting: str) -> Record:
+    """Look at the store again before running: another sweep may have recorded the cell since the plan, or left it to be recorded."""
+    root, request, machine = sweep.root, cell.request, cell.machine
+    with turn(root, lambda: progress.event({"event": "waiting"})) as held:
+        known = recorded(root, machine, request.cell)
+        left = recovered(request, machine, root, known)
+        if left is not None:
+            save(left, root)
+            known = [*known, left]
+        if plan([request], known, sweep.settings.rerun)[0].action == "done":
+            progress.end(known[-1], "recovered from a stopped sweep" if left else "recorded by another sweep meanwhile")
+            return known[-1]
+        record = run_cell(request, machine, place, root, progress.event, held=held, earlier=known, sweep=sitting)
+        try:
+            save(record, root)
+        except StoreError as error:
+            raise StoreError(f"{error}\n{label(cell)} has ended; its record is made by the same command, from {root / 'work'}") from error
+    progress.end(record)
+    return record
+
+
+def _score(sweep: Sweep, prepared: dict[str, Prepared], known: Sequence[Record]) -> bool:
+    """Score every kept adapter of these workloads that has no score yet, and the base itself; then drop what is not to be kept.
+
+    Returns whether all have a score. An adapter that cannot be scored is named, kept, and tried again by the next sweep.
+    """
+    complete = True
     for workload_key, place in prepared.items():
-        request = next(cell for cell in planned if cell.request.cell.workload.key == workload_key)
+        cell = next(cell for cell in sweep.planned if cell.request.cell.workload.key == workload_key)
         mine = [record for record in known if record.cell.workload.key == workload_key]
-        adapters = {_adapter(record) for record in mine} - {None}
-        folders = {sha: adapter_folder(root, sha) for sha in adapters if sha and adapter_folder(root, sha).exists()}
-        if folders and len(TokenFile.open(Path(place.tokens)).held_out):
-            _score_workload(request, place, folders, root, console)
-        if settings.keep == "none":
-            for folder in folders.values():
-                shutil.rmtree(folder, ignore_errors=True)
+        if not any(_kept(sweep.root, record) for record in mine):
+            continue
+        with sweep.turn() as held:  # another sweep may have scored and dropped them while we waited
+            kept = sorted({sha for record in mine if (sha := _kept(sweep.root, record))})
+            failed: set[str | None] = set()
+            if kept and len(TokenFile.open(Path(place.tokens)).held_out):
+                failed = _score_workload(cell, place, kept, sweep, held)
+            for sha in kept if sweep.settings.keep == "none" else []:
+                if sha not in failed:
+                    drop_adapter(sweep.root, sha)
+        complete = complete and not failed
+    return complete
 
 
-def _adapter(record: Record) -> str | None:
-    return record.measurement.artifacts.adapter_sha256 if record.measurement else None
+def _kept(root: Path, record: Record) -> str | None:
+    """The hash of the weights that this record left and that are still there."""
+    sha = record.measurement.artifacts.adapter_sha256 if record.measurement else None
+    return sha if sha and adapter_folder(root, sha).exists() else None
 
 
-def _score_workload(cell: Planned, place: Prepared, folders: dict[str, Path], root: Path, console: Console) -> None:
+def _score_workload(cell: Planned, place: Prepared, adapters: Sequence[str], sweep: Sweep, held: int) -> set[str | None]:
+    """Score the base and ``adapters``; returns those (None: the base) that cannot be scored, each named with the reason."""
+    root, workload = sweep.root, cell.request.cell.workload
     tokens_sha256 = Path(place.tokens).stem
-    wanted: list[tuple[str | None, Path | None]] = [(None, None), *folders.items()]
     work = root / "work" / "score"
     items = [
-        ScoreItem(adapter=str(folder) if folder else None, adapter_sha256=sha, out=str(work / f"{sha or 'base'}.json"))
-        for sha, folder in wanted
+        ScoreItem(adapter=str(adapter_folder(root, sha)) if sha else None, adapter_sha256=sha, out=str(work / f"{sha or 'base'}.json"))
+        for sha in (None, *adapters)
         if not score_path(root, place.base_sha256, tokens_sha256, sha).exists()
     ]
-    if not items:
-        return
-    console.print(
-        f"scoring {len(items)} set(s) of weights of {cell.request.cell.workload.label} on held-out rows", markup=False, highlight=False
-    )
-    request = ScoreRequest(workload=cell.request.cell.workload, prepared=place, items=tuple(items), device=cell.machine.device)
-    run_door("harness.score", request, work / f"{cell.request.cell.workload.key}.json")
-    for item in items:
-        save_score(loads_score(Path(item.out).read_text(encoding="utf-8"), item.out), root)
-        Path(item.out).unlink()
+    failed: set[str | None] = set()
+    if items:
+        sweep.say(f"scoring {len(items)} set(s) of weights of {workload.label} on held-out rows")
+        shutil.rmtree(work, ignore_errors=True)
+    while items:
+        request = ScoreRequest(workload=workload, prepared=place, items=tuple(items), device=cell.machine.device)
+        reason = "no score was written"
+        try:
+            run_door("harness.score", request, work / f"{workload.key}.json", held=held)
+        except StoreError:
+            raise
+        except HarnessError as error:
+            reason = str(error)
+        made = [item for item in items if Path(item.out).exists()]
+        for item in made:
+            save_score(loads_score(Path(item.out).read_text(encoding="utf-8"), item.out), root)
+            Path(item.out).unlink()
+        items = [item for item in items if item not in made]
+        if items:  # they are scored in this order: the first one without a score is the one that failed
+            sweep.say(f"  not scored   {(items[0].adapter_sha256 or 'the base')[:16]}: {reason}")
+            failed.add(items.pop(0).adapter_sha256)
+    return failed
 
 
-def _finish(planned: Sequence[Planned], records: Sequence[Record], earlier: Sequence[Record], root: Path, console: Console) -> Exit:
+def _finish(sweep: Sweep, records: Sequence[Record], scored: bool) -> Exit:
+    planned, root = sweep.planned, sweep.root
     keys = {(cell.machine.key, cell.request.cell.key) for cell in planned}
     latest: dict[tuple[str, str], Record] = {}
-    for record in [*earlier, *records]:
+    for record in [*sweep.earlier, *records]:
         key = (record.machine.key, record.cell.key)
         if key in keys:
             latest[key] = record
@@ -147,16 +251,17 @@ def _finish(planned: Sequence[Planned], records: Sequence[Record], earlier: Sequ
     ok = statuses.count("ok")
     results = load(root)
     if results.stored:
-        path = report.write(results, root)
+        with writing(root):
+            path = report.write(results, root)
         workloads = {cell.request.cell.workload.key for cell in planned}
         mine = tuple(stored for stored in results.stored if stored.record.cell.workload.key in workloads)
-        console.print(report.table(Results(mine, results.problems)), markup=False, highlight=False)
-        console.print(f"report: {path}", markup=False, highlight=False)
+        sweep.say(report.table(Results(mine, results.problems)))
+        sweep.say(f"report: {path}")
     if ok == 0:
-        console.print("nothing was measured: no cell ended ok", markup=False)
+        sweep.say("nothing was measured: no cell ended ok")
         return Exit.NOTHING_RAN
     failed = [status for status in statuses if status not in ("ok", "unsupported")]
-    return Exit.CELLS_FAILED if failed else Exit.OK
+    return Exit.CELLS_FAILED if failed or not scored else Exit.OK
 
 
 def _show(planned: Sequence[Planned], console: Console) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -13,25 +14,14 @@ import traceback
 from pathlib import Path
 
 from harness.data.tokens import TokenFile
-from harness.engine import Job, Machine, load
+from harness.engine import Job, load
 from harness.errors import HarnessError, UnsupportedError
-from harness.events import EventLog
-from harness.places import Prepared
+from harness.events import LOST_LOG, EventLog
+from harness.places import WorkerJob
 from harness.probe import StepProbe
 from harness.record import Status
-from harness.spec import Cell, Spec, parse
+from harness.spec import parse
 from harness.weights import adapter_sha256
-
-
-class WorkerJob(Spec):
-    """What launch hands to a worker. Paths are absolute; ``launched_monotonic`` is launch's clock, shared by all processes of a host."""
-
-    cell: Cell
-    machine: Machine
-    prepared: Prepared
-    out: str
-    events: str
-    launched_monotonic: float
 
 
 def main(path: str) -> None:
@@ -39,17 +29,26 @@ def main(path: str) -> None:
     began = time.monotonic()
     _die_with_parent()
     job = parse(WorkerJob, json.loads(Path(path).read_text(encoding="utf-8")))
-    with EventLog(Path(job.events)) as log:
-        log.write("started", {"process_seconds": began - job.launched_monotonic})
-        try:
-            _train(job, log)
-        except BaseException as error:  # the one broad except of the house: whatever an engine raises is a result
-            log.write("failed", {"status": _classify(error), "reason": _reason(error)})
-            if isinstance(error, KeyboardInterrupt):
-                raise
+    try:
+        with EventLog(Path(job.events)) as log:
+            log.write("started", {"process_seconds": began - job.launched_monotonic})
+            try:
+                adapter = _train(job, log)
+                log.write("finished", {"adapter_sha256": adapter, **_wall(job)})
+            except BaseException as error:  # the one broad except of the house: whatever an engine raises is a result
+                log.write("failed", {"status": _classify(error), "reason": _reason(error), **_wall(job)})
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+    except OSError as error:
+        print(f"{job.events}: cannot write the event log: {error}", file=sys.stderr)
+        sys.exit(LOST_LOG)
 
 
-def _train(job: WorkerJob, log: EventLog) -> None:
+def _wall(job: WorkerJob) -> dict[str, float]:
+    return {"wall_seconds": time.monotonic() - job.launched_monotonic}
+
+
+def _train(job: WorkerJob, log: EventLog) -> str:
     cell = job.cell
     engine = load(cell.engine)
     knobs = parse(engine.Knobs, cell.engine.knobs, at="engine.knobs")
@@ -74,7 +73,7 @@ def _train(job: WorkerJob, log: EventLog) -> None:
     probe.finish()
     if probe.num_steps != num_steps:
         raise RuntimeError(f"the engine reported {probe.num_steps} of {num_steps} steps")
-    log.write("finished", {"adapter_sha256": adapter_sha256(out)})
+    return adapter_sha256(out)
 
 
 def _classify(error: BaseException) -> Status:
@@ -91,8 +90,9 @@ def _classify(error: BaseException) -> Status:
 def _reason(error: BaseException) -> str:
     if isinstance(error, HarnessError):
         return str(error)
-    lines = traceback.format_exception(error, limit=-8)
-    return "".join(lines).strip()
+    said = "".join(traceback.format_exception(error, limit=-8)).strip()
+    full = any(os.strerror(number) in said for number in (errno.ENOSPC, errno.EDQUOT))  # not every writer raises OSError
+    return f"{said}\nthe disk is full: free some space, or choose another folder with runs=…" if full else said
 
 
 def _die_with_parent() -> None:

@@ -33,5 +33,5 @@ def workload(*, data: dict[str, Any] | None = None, method: dict[str, Any] | Non
     return parse(Workload, raw)
 
 
-def request(work: Workload, cache: Path, out: Path, **sources: str) -> PrepareRequest:
+def request(work: Workload, cache: Path, out: Path, **sources: Any) -> PrepareRequest:
     return PrepareRequest(workload=work, sources=Sources(**sources), cache=str(cache), out=str(out))

@@ -123,7 +123,7 @@ def test_the_content_decides_not_the_place(cache: Path, tmp_path: Path) -> None:
         _, (request,) = ask(cache, "data=jsonl", f"data.path={tmp_path / folder / 'rows.jsonl'}")
         keys.append(request.cell.key)
         assert str(tmp_path) not in request.cell.model_dump_json()
-        assert request.sources.data == str(tmp_path / folder / "rows.jsonl")
+        assert request.sources.data == (str(tmp_path / folder / "rows.jsonl"),)
     (tmp_path / "b" / "rows.jsonl").write_text('{"prompt": "a", "completion": "c"}\n')
     _, (changed,) = ask(cache, "data=jsonl", f"data.path={tmp_path / 'b' / 'rows.jsonl'}")
     assert keys[0] == keys[1] != changed.cell.key

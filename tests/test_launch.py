@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
-import time
+import itertools
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 
 import psutil
@@ -12,10 +12,11 @@ import pytest
 from harness.config import Limits
 from harness.launch import adapter_folder, run_cell
 from harness.record import Record, dumps, loads
+from harness.store import load, recorded, save
 from tests import workloads
 from tests.workloads import Made
 
-IMPATIENT = Limits(wall_seconds=60.0, no_progress_seconds=4.0)
+IMPATIENT = Limits(wall_seconds=60.0, no_progress_seconds=3.0)
 
 
 def run(made: Made, root: Path, *, limits: Limits | None = None, **knobs: object) -> Record:
@@ -54,6 +55,13 @@ def test_an_ok_cell_keeps_everything_it_measured(prepared: Made, tmp_path: Path)
         ("few_steps", "crash", "3 of 4 steps"),
         ("no_adapter", "crash", "adapter"),
         ("refuse", "unsupported", "wrong kind"),
+        ("address_space", "oom_host", "Unable to allocate"),
+        ("wrong_event", "crash", "quick"),
+        ("endless_line", "crash", "a line of more than"),
+        ("cut_log", "crash", "event log was cut"),
+        ("full_log", "crash", "is the disk full"),
+        ("full_disk", "crash", "the disk is full: free some space"),
+        ("shout", "crash", "hoarse"),
     ],
 )
 def test_every_ending_has_its_status(prepared: Made, tmp_path: Path, behaviour: str, status: str, says: str) -> None:
@@ -78,15 +86,62 @@ def test_no_progress_and_timeout_are_told_apart(prepared: Made, tmp_path: Path) 
     assert len(slow.measurement.steps.losses) >= 1
 
 
-def test_the_whole_group_is_killed(prepared: Made, tmp_path: Path) -> None:
-    record = run(prepared, tmp_path, behaviour="fork", limits=IMPATIENT)
-    assert record.status == "no_progress"
-    (pid_file,) = tmp_path.glob("work/*/child.pid")
-    pid = int(pid_file.read_text())
-    deadline = time.monotonic() + 5
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+@pytest.mark.parametrize(("behaviour", "status"), [("fork", "no_progress"), ("escape", "ok")])
+def test_nothing_that_a_worker_started_outlives_its_cell(prepared: Made, tmp_path: Path, behaviour: str, status: str) -> None:
+    assert run(prepared, tmp_path, behaviour=behaviour, limits=IMPATIENT).status == status
+    (child,) = (line for line in (tmp_path / "work" / "diary.txt").read_text().splitlines() if line.startswith("child"))
+    assert not psutil.pid_exists(int(child.split()[2]))
+
+
+def test_a_log_that_is_deleted_is_still_heard(prepared: Made, tmp_path: Path) -> None:
+    record = run(prepared, tmp_path, behaviour="delete_log")
+    assert record.status == "ok"
+    assert record.measurement is not None
+    assert len(record.measurement.steps.losses) == 4
+
+
+def test_a_worker_that_has_said_how_it_ended_and_does_not_go_is_sent_home(prepared: Made, tmp_path: Path) -> None:
+    assert run(prepared, tmp_path, behaviour="linger", limits=IMPATIENT).status == "ok"
+
+
+def test_the_kernel_that_ends_a_worker_for_memory_is_told_from_a_person(
+    monkeypatch: pytest.MonkeyPatch, prepared: Made, tmp_path: Path
+) -> None:
+    kills = itertools.count()
+    monkeypatch.setattr("harness.launch._kernel_oom_kills", lambda: next(kills))
+    record = run(prepared, tmp_path, behaviour="kill")
+    assert record.status == "oom_host"
+    assert record.reason is not None
+    assert "smaller micro-batch" in record.reason
+
+
+def test_a_clock_that_goes_back_changes_no_duration_and_no_order(monkeypatch: pytest.MonkeyPatch, prepared: Made, tmp_path: Path) -> None:
+    """Every look at the wall clock finds it a day earlier, or two days later."""
+    now = [datetime(2030, 1, 10, tzinfo=UTC)]
+
+    class Jumping(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            now[0] += timedelta(days=2) if now[0].day % 5 == 0 else timedelta(days=-1)
+            return now[0]
+
+    def jumping_time() -> float:
+        return Jumping.now().timestamp()
+
+    monkeypatch.setattr("harness.launch.datetime", Jumping)
+    monkeypatch.setattr("time.time", jumping_time)
+    made: list[Record] = []
+    for _ in range(4):
+        request = workloads.request(prepared.workload)
+        record = run_cell(request, workloads.MACHINE, prepared.prepared, tmp_path, lambda event: None, earlier=made)
+        assert record.status == "ok"
+        assert 0 < record.provenance.wall_seconds < 30
+        save(record, tmp_path)
+        made.append(record)
+    assert recorded(tmp_path, workloads.MACHINE, made[0].cell) == made, "four files, in the order of their making"
+    assert [stored.record for stored in load(tmp_path).stored] == made
+    notes = [any("the clock said" in note for note in record.notes) for record in made]
+    assert notes == [False, True, True, True], "a date that was not the clock's says so"
 
 
 def test_a_loss_that_is_not_a_number_survives_the_record(prepared: Made, tmp_path: Path) -> None:
@@ -103,21 +158,6 @@ def test_a_record_names_no_path_of_this_machine(prepared: Made, tmp_path: Path) 
     assert str(Path.home()) + "/" not in text
     assert str(Path(__file__).resolve().parent.parent) not in text
     assert str(tmp_path) not in text
-
-
-def test_two_sweeps_on_one_store_take_turns_and_say_so(prepared: Made, tmp_path: Path) -> None:
-    said: list[str] = []
-    (tmp_path / "work").mkdir()
-    with (tmp_path / "work" / "measuring.lock").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-
-        def hear(event: dict[str, object]) -> None:
-            said.append(str(event["event"]))
-            if event["event"] == "waiting":
-                fcntl.flock(other, fcntl.LOCK_UN)
-
-        assert run_cell(workloads.request(prepared.workload), workloads.MACHINE, prepared.prepared, tmp_path, hear).status == "ok"
-    assert said[:2] == ["waiting", "started"]
 
 
 def test_repeats_with_equal_weights_share_one_adapter(prepared: Made, tmp_path: Path) -> None:

@@ -8,28 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from harness import machine
-
-
-class NVMLError(Exception):
-    pass
-
-
-def nvml(count: int, *, fails: bool = False) -> SimpleNamespace:
-    def init() -> None:
-        if fails:
-            raise NVMLError("no driver")
-
-    return SimpleNamespace(
-        NVMLError=NVMLError,
-        nvmlInit=init,
-        nvmlShutdown=lambda: None,
-        nvmlDeviceGetCount=lambda: count,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetName=lambda handle: "NVIDIA H100 80GB HBM3",
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=81559 * 2**20),
-        nvmlDeviceGetPowerManagementLimit=lambda handle: 699_800,
-        nvmlSystemGetDriverVersion=lambda: "580.159.04",
-    )
+from tests.fakes_nvml import nvml
 
 
 def test_a_gpu_is_keyed_by_what_makes_figures_incomparable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from harness.launch import run_cell, unsupported
 from harness.machine import detect
 from harness.plan import num_parameters, plan
 from harness.record import Record
-from tests import workloads
+from tests import records, workloads
 from tests.workloads import Made
 
 HERE = detect("cpu")
@@ -49,6 +50,23 @@ def test_a_stale_record_is_run_again_only_under_stale(prepared: Made, tmp_path: 
     old = record.model_copy(update={"provenance": record.provenance.model_copy(update={"engine_fingerprint": "other"})})
     assert plan([request], [old], "missing")[0].action == "done"
     assert plan([request], [old], "stale")[0].action == "run"
+
+
+def test_an_engine_is_read_once_a_plan_and_again_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr("harness.plan.engine_fingerprint", lambda module, python, packages: read.append(module) or "f" * 12)
+    work = workloads.workload()
+    both = [workloads.request(work, engine=name, repeat=repeat) for name in ("faulty", "trivial") for repeat in range(5)]
+    both = [one if one.cell.engine.name == "faulty" else with_knobs(one, {"micro_batch": 2}) for one in both]
+    known = [records.record(one.cell.engine, work=work, machine=HERE, repeat=one.cell.repeat) for one in both]
+    for plans in (1, 2):
+        assert {cell.action for cell in plan(both, known, "stale")} == {"done"}
+        assert sorted(read) == ["tests.fakes.faulty"] * plans + ["tests.fakes.trivial"] * plans
+
+
+def with_knobs(request: Request, knobs: dict[str, Any]) -> Request:
+    engine = request.cell.engine.model_copy(update={"knobs": knobs})
+    return request.model_copy(update={"cell": request.cell.model_copy(update={"engine": engine})})
 
 
 @pytest.mark.parametrize(("behaviour", "action"), [("raise", "run"), ("oom", "done")])

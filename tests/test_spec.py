@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from harness.errors import ConfigError
-from harness.spec import Train, Workload, parse
+from harness.spec import Data, Train, Workload, parse
 from tests import workloads
 
 
@@ -58,6 +58,35 @@ def test_the_key_follows_the_content_and_nothing_else() -> None:
     assert workloads.workload().key != workloads.workload(seed=1).key
     shuffled = {name: raw()[name] for name in reversed(list(raw()))}
     assert parse(Workload, shuffled).key == workloads.workload().key
+
+
+def test_the_key_of_a_cell_stays_what_it_was() -> None:
+    """Evidence is stored under these keys. Never edit the expected value: give a new field a default that means what was always done."""
+    assert workloads.workload().key == "f0677a35073c"
+    said = raw()
+    said["data"] |= {"layout": "auto", "supervise": "answers", "on_bad_row": "error", "system_prompt": None}
+    assert parse(Workload, said).key == workloads.workload().key
+    assert parse(Workload, raw() | {"data": said["data"] | {"supervise": "everything"}}).key != workloads.workload().key
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"layout": "alpca"}, "'alpaca'"),
+        ({"layout": "alpaca", "fields": {"prompt": "q", "completion": "a"}}, "set one to null or auto"),
+        ({"layout": "text", "system_prompt": "Be brief."}, "data.system_prompt has no place in plain text"),
+        ({"system_prompt": " "}, "should match pattern"),
+        ({"supervise": "last"}, "'last_answer'"),
+        ({"path": {"a": 1}}, "expected a file, a folder, a glob, or a list of these with weights"),
+        ({"path": ["a", {"path": "b", "weight": -1}]}, "path.1.weight: got -1"),
+    ],
+)
+def test_values_of_data_that_do_not_agree_are_refused(change: dict[str, Any], says: str) -> None:
+    given = {"name": "mine", "source": "jsonl", "sequence_length": 8, "path": "a", **change}
+    with pytest.raises(ConfigError) as caught:
+        parse(Data, given, at="data")
+    assert says in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

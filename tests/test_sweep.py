@@ -13,19 +13,15 @@ from pathlib import Path
 import pytest
 
 from harness.store import load
-
-TREE = Path(__file__).resolve().parent.parent
-FAKES = TREE / "tests" / "fakes" / "conf"
-SMALL = ("model=tiny_llama", "data=dense", "data.sequence_length=16", "data.num_samples=8", "train.steps=4", "train.samples_per_step=2")
+from tests.sweeps import FAKES, TREE, overrides
 
 
-def command(cache: Path, runs: Path, *overrides: str) -> list[str]:
-    own = ("--config-dir", str(FAKES), "engine=faulty", "machine=cpu", *SMALL, f"cache={cache}", f"runs={runs}")
-    return [sys.executable, "-m", "harness", *own, *overrides]
+def command(cache: Path, runs: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "harness", "--config-dir", str(FAKES), *overrides(cache, runs, *more)]
 
 
-def harness(cache: Path, runs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(cache, runs, *overrides), cwd=TREE, capture_output=True, text=True, check=False, timeout=300)
+def harness(cache: Path, runs: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(cache, runs, *more), cwd=TREE, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_a_sweep_records_reports_and_resumes(cache: Path, tmp_path: Path) -> None:
@@ -74,21 +70,28 @@ def test_a_mistake_is_exit_code_2_without_a_traceback(cache: Path, tmp_path: Pat
     assert "Traceback" not in done.stderr
 
 
-def test_ctrl_c_stops_promptly_and_says_how_to_go_on(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_stops_promptly_and_says_how_to_go_on(cache: Path, tmp_path: Path, how: str) -> None:
     runs = tmp_path / "runs"
     arguments = command(cache, runs, "-m", "engine.knobs.step_seconds=0.5", "repeat=range(50)")
     process = subprocess.Popen(arguments, cwd=TREE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
-    while not list(runs.glob("work/*/events.jsonl")) and time.monotonic() < deadline:
+    while not any('"step"' in log.read_text() for log in runs.glob("work/*/events.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.kill(process.pid, signal.SIGINT)
     began = time.monotonic()
-    _, errors = process.communicate(timeout=30)
-    assert time.monotonic() - began < 10
+    if how == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)  # a terminal tells its whole foreground group
+    else:
+        os.kill(process.pid, signal.SIGTERM)
+    said, errors = process.communicate(timeout=30)
+    assert time.monotonic() - began < 3
     assert process.returncode == 130
     assert "the same command goes on" in errors
+    assert "Traceback" not in errors
+    assert "of 4 steps; it will run again" in said
     workers = subprocess.run(["pgrep", "-f", str(runs)], capture_output=True, text=True, check=False)
     assert workers.stdout == ""
+    assert load(runs).stored == (), "what was interrupted is no result"
 
 
 @pytest.mark.parametrize("form", ["json", "md", "html"])

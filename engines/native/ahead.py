@@ -1,4 +1,4 @@
-"""``python -m engines.native.ahead``: compile every kernel for every kind of GPU, without one, and refuse spills and too much shared memory."""
+"""``python -m engines.native.ahead``: compile every kernel for every kind of GPU, without one; refuse spills and too much shared memory."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def compile_for(specimen: Specimen, target: str) -> Compiled:
     names = specimen.kernel.arg_names
     signature = {name: _type(specimen, name) for name in names}
     constants = {(names.index(name),): value for name, value in specimen.constants.items()}
-    even = [name for name in names if signature[name] == "i32" and name not in specimen.odd or signature[name].startswith("*")]
+    even = [name for name in names if (signature[name] == "i32" and name not in specimen.odd) or signature[name].startswith("*")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
     options = {"num_warps": specimen.num_warps, "num_stages": 3 if gpu.backend == "cuda" else 2}
     made = triton.compile(ASTSource(specimen.kernel, signature, constants, attributes), target=gpu, options=options)

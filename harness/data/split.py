@@ -1,21 +1,12 @@
-"""Which rows are trained on and which are held out, decided by each row's content alone."""
+"""Which rows are trained on, how often, and which are held out: decided by each row's content alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import hashlib
+import heapq
+import math
 
-from harness.data.tokenise import Tokenised
 from harness.data.tokens import Sample
-
-
-@dataclass(frozen=True, slots=True)
-class SplitSamples:
-    """``train`` in the order of the file, ``held_out`` in the order of the rows' hashes, and the ``counts`` of what went where."""
-
-    train: list[Sample]
-    held_out: list[Sample]
-    counts: dict[str, int]
 
 
 def is_held_out(digest: bytes, fraction: float) -> bool:
@@ -23,25 +14,37 @@ def is_held_out(digest: bytes, fraction: float) -> bool:
     return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
-def split_samples(tokenised: Iterable[Tokenised], *, fraction: float, most_held_out: int) -> SplitSamples:
-    """Drop samples without a supervised label, hold out ``fraction`` of the rest by hash, keep the first ``most_held_out`` of these.
+def times(digest: bytes, weight: float) -> int:
+    """How often a training row with this sha-256 comes in an epoch: floor(weight), and once more for the share of rows that is left.
 
-    Held-out rows beyond that number are neither trained on nor scored.
+    The share is chosen by another hash of the digest, so that it has nothing to do with what is held out.
     """
-    train: list[Sample] = []
-    held_out: list[tuple[bytes, Sample]] = []
-    counts = {"rows": 0, "samples_truncated": 0, "tokens_truncated": 0, "samples_dropped": 0}
-    for item in tokenised:
-        counts["rows"] += 1
-        counts["samples_truncated"] += item.tokens_truncated > 0
-        counts["tokens_truncated"] += item.tokens_truncated
-        digest = item.row.digest()
-        if item.sample.num_labels == 0:
-            counts["samples_dropped"] += 1
-        elif is_held_out(digest, fraction):
-            held_out.append((digest, item.sample))
-        else:
-            train.append(item.sample)
-    held_out.sort(key=lambda pair: pair[0])
-    counts |= {"train": len(train), "held_out": min(len(held_out), most_held_out), "held_out_unused": max(0, len(held_out) - most_held_out)}
-    return SplitSamples(train, [sample for _, sample in held_out[:most_held_out]], counts)
+    whole = math.floor(weight)
+    if whole == weight:
+        return whole
+    return whole + is_held_out(hashlib.sha256(b"again" + digest).digest(), weight - whole)
+
+
+class HeldOut:
+    """The samples with the lowest digests among those added, ``most`` of them; equal digests in the order of the rows."""
+
+    def __init__(self, most: int) -> None:
+        self.num_unused = 0
+        self._most = most
+        self._heap: list[tuple[int, int, Sample]] = []  # the highest digest on top, of equal ones the latest
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def add(self, digest: bytes, sample: Sample) -> None:
+        """Keep ``sample``, in a copy of its own, or count one that is not used."""
+        number = len(self._heap) + self.num_unused
+        copied = Sample(sample.input_ids.copy(), sample.labels.copy())
+        heapq.heappush(self._heap, (-int.from_bytes(digest), -number, copied))
+        if len(self._heap) > self._most:
+            heapq.heappop(self._heap)
+            self.num_unused += 1
+
+    def samples(self) -> list[Sample]:
+        """What was kept, in the order of the digests."""
+        return [sample for _, _, sample in sorted(self._heap, key=lambda entry: entry[:2], reverse=True)]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette without yellow (too pale on white), told apart with any common colour blindness.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))  # matplotlib's, and as text
+MOST_DRAWN = 40  # more nobody can tell apart; the table has them all
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -70,15 +72,18 @@ def looks(groups: Iterable[Group]) -> dict[str, Look]:
 
 
 def plots(group: Group, look: Mapping[str, Look]) -> list[Plot]:
-    """What can be drawn of ``group``: nothing when nothing ran."""
+    """What can be drawn of ``group``: nothing when nothing ran, and of very many variants the first in the ranking."""
     ran = [variant for variant in group.variants if variant.runs]
     if not ran:
         return []
-    drawn = [_throughput(ran, look), _losses(ran, look)]
-    placed = [variant for variant in ran if memory_bytes(variant, group) is not None]
+    shown = ran[:MOST_DRAWN]
+    drawn = [_throughput(shown, look), _losses(shown, look)]
+    placed = [variant for variant in shown if memory_bytes(variant, group) is not None]
     if placed:
         drawn.insert(1, _memory(placed, group, look))
-    return drawn
+    if len(shown) == len(ran):
+        return drawn
+    return [replace(plot, title=f"{plot.title} (the first {len(shown)} of {len(ran)} variants)") for plot in drawn]
 
 
 def _throughput(ran: Sequence[Variant], look: Mapping[str, Look]) -> Plot:
@@ -165,7 +170,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})  # type: ignore[no-untyped-call]  # savefig draws twice
     return buffer.getvalue()
 
 

@@ -119,7 +119,7 @@ def _build(model: Model, weights: Path | None, tokenizer: Path, folder: Path) ->
     size = "" if weights is None else f" from {weights.name}"
     print(f"preparing {model.name}: base weights{size} in {model.dtype} ...", flush=True)
     if weights is None:
-        config, description = _from_config(model, folder)
+        config, description = _from_config(model, tokenizer, folder)
     elif weights.suffix == ".gguf":
         config, description = _from_gguf(model, weights, folder)
     else:
@@ -146,11 +146,13 @@ def fingerprint_of_tokenizer(folder: Path) -> str:
     return _hash({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
 
 
-def _from_config(model: Model, folder: Path) -> tuple[dict[str, Any], str]:
+def _from_config(model: Model, tokenizer: Path, folder: Path) -> tuple[dict[str, Any], str]:
     from harness.weights.structure import read_config, structure
 
     parsed = read_config(model.config or {}, "model.config")
     found = structure(parsed)
+    (folder / "config.json").write_text(json.dumps(parsed.to_dict()))
+    write_tokenizer(tokenizer, folder, vocab_size=parsed.to_dict().get("vocab_size"))  # one that does not fit: before gigabytes are drawn
     write_model(folder, found.shapes, model.dtype, random_values(found.kinds, model.seed, found.initializer_range))
     return {**parsed.to_dict(), "architectures": [found.architecture]}, f"random, seed {model.seed}"
 

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import collections
+import copy
 import hashlib
 import json
+import math
 import re
 import runpy
 import statistics
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.data.build import build_dense, build_jsonl, one_by_one
+from harness.data.build import Built, build_dense, build_jsonl, unwatched
+from harness.data.counts import DataCounts
 from harness.data.dense import dense_samples
-from harness.data.rows import Message, Row
-from harness.data.split import SplitSamples, is_held_out, split_samples
-from harness.data.tokenise import Tokenised
-from harness.data.tokens import IGNORE, Sample, TokenFile
+from harness.data.split import HeldOut, is_held_out, times
+from harness.data.tokens import Sample, Split, TokenFile
 from harness.errors import DataError
-from harness.spec import Data
+from harness.spec import Data, parse
 from tests.real_files import ROOT, SAMPLE, TOKENIZER
+
+quick = settings(max_examples=40, deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -34,37 +39,23 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(TOKENIZER)
 
 
-def item(text: str, *, labels: int = 1, truncated: int = 0) -> Tokenised:
-    ids = np.frombuffer(f"{text:8}".encode(), dtype=np.uint8).astype(np.int32)
-    targets = np.full_like(ids, IGNORE)
-    targets[len(ids) - labels :] = 1
-    return Tokenised(Row(1, (Message("user", text), Message("assistant", "x"))), Sample(ids, targets), truncated)
+def data(**changes: Any) -> Data:
+    return parse(Data, {"name": "d", "source": "jsonl", "sequence_length": 64, "path": "x", "held_out_fraction": 0.1, **changes})
 
 
-def texts(samples: list[Sample]) -> list[str]:
-    return ["".join(chr(token) for token in sample.input_ids).rstrip() for sample in samples]
+def write(path: Path, numbers: Iterable[object]) -> Path:
+    path.write_text("".join(json.dumps({"prompt": str(number), "completion": "x"}) + "\n" for number in numbers))
+    return path
 
 
-@given(st.lists(st.integers(0, 40).map(str)), st.floats(0, 0.99), st.integers(1, 5))
-def test_duplicates_land_on_one_side_and_nothing_is_lost(numbers: list[str], fraction: float, most: int) -> None:
-    split = split_samples([item(number) for number in numbers], fraction=fraction, most_held_out=most)
-    train, held_out = texts(split.train), texts(split.held_out)
-    assert not set(train) & set(held_out)
-    assert len(train) + len(held_out) + split.counts["held_out_unused"] == len(numbers) == split.counts["rows"]
-    assert len(held_out) <= most
-    assert train == [number for number in numbers if number in set(train)]
-    hashes = [item(text).row.digest() for text in held_out]
-    assert hashes == sorted(hashes)
-    whole = collections.Counter(numbers)
-    assert all(train.count(text) == whole[text] for text in set(train))
+def build(folder: Path, tokenizer: Any, paths: dict[Path, float], **changes: Any) -> Built:
+    entries = [{"path": path.name, "weight": weight} for path, weight in paths.items()]
+    return build_jsonl(data(path=entries, **changes), list(paths), tokenizer, folder, unwatched)
 
 
-def test_the_side_of_a_row_does_not_depend_on_the_others() -> None:
-    def held(numbers: range) -> set[str]:
-        return set(texts(split_samples([item(str(n)) for n in numbers], fraction=0.3, most_held_out=1000).held_out))
-
-    assert held(range(200)) == held(range(400)) & {str(n) for n in range(200)}
-    assert 80 < len(held(range(400))) < 160
+def texts(tokenizer: Any, split: Split | list[Sample]) -> list[str]:
+    """The prompts of samples, in their order."""
+    return [tokenizer.decode(sample.input_ids).split("<|im_end|>")[0].rpartition("\n")[2] for sample in split]
 
 
 @pytest.mark.parametrize(("digest", "fraction", "held"), [(bytes(32), 0.0, False), (bytes(32), 0.001, True), (b"\xff" * 32, 0.999, False)])
@@ -72,52 +63,162 @@ def test_the_fraction_is_a_bound_on_the_hash(digest: bytes, fraction: float, hel
     assert is_held_out(digest, fraction) is held
 
 
-def test_samples_without_a_label_are_dropped_and_counted() -> None:
-    split: SplitSamples = split_samples(
-        [item("a"), item("b", labels=0, truncated=3), item("c", truncated=2)], fraction=0.0, most_held_out=1
-    )
-    assert texts(split.train) == ["a", "c"]
-    expected = {
-        "rows": 3,
-        "samples_truncated": 2,
-        "tokens_truncated": 5,
-        "samples_dropped": 1,
-        "train": 2,
-        "held_out": 0,
-        "held_out_unused": 0,
-    }
-    assert split.counts == expected
+@quick
+@given(st.lists(st.integers(0, 40)), st.lists(st.integers(0, 40), max_size=9), st.floats(0, 0.99), st.integers(1, 5), st.floats(0.05, 3.3))
+def test_every_row_is_in_one_place_and_duplicates_on_one_side(
+    tokenizer: Any, first: list[int], second: list[int], fraction: float, most: int, weight: float
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = {write(folder / "a", [-1, *first]): 1.0, write(folder / "b", [-2, *second]): weight}
+        try:
+            built = build(folder, tokenizer, paths, held_out_fraction=fraction, held_out_samples=most, layout="prompt_completion")
+        except DataError as error:
+            assert "no sample is left to train on" in str(error)  # noqa: PT017  # all were drawn to the other side
+            return
+        made = TokenFile.open(built.path)
+        train, held_out = texts(tokenizer, made.train), texts(tokenizer, made.held_out)
+    counts = DataCounts(**{**made.metadata["counts"], "files": ()})
+    assert not set(train) & set(held_out)
+    assert len(held_out) == counts.samples_held_out <= most
+    assert len(train) == counts.samples_train
+    rows = [*map(str, [-1, *first]), *map(str, [-2, *second])]
+    placed = counts.samples_held_out + counts.samples_unused + counts.samples_left_out + counts.samples_train - counts.samples_repeated
+    assert counts.rows == len(rows) == placed
+    once = train[: made.metadata["counts"]["files"][0]["samples_train"]]
+    assert once == [row for row in rows[: len(first) + 1] if row in set(once)]
+    for row in set(train):
+        assert train.count(row) - once.count(row) in {
+            rows[len(first) + 1 :].count(row) * n for n in (math.floor(weight), math.ceil(weight))
+        }
 
 
-def data(**changes: Any) -> Data:
-    return Data(**{"name": "d", "source": "jsonl", "sequence_length": 64, "path": "x", "held_out_fraction": 0.1, **changes})
+def test_the_side_of_a_row_does_not_depend_on_the_others(tmp_path: Path, tokenizer: Any) -> None:
+    def held(count: int) -> set[str]:
+        paths = {write(tmp_path / "a", range(count)): 1.0}
+        return set(
+            texts(tokenizer, TokenFile.open(build(tmp_path, tokenizer, paths, held_out_fraction=0.3, held_out_samples=999).path).held_out)
+        )
+
+    assert held(200) == held(400) & {str(n) for n in range(200)}
+    assert 80 < len(held(400)) < 160
+
+
+def test_a_broken_weight_takes_its_share_of_the_rows_always_the_same(tmp_path: Path, tokenizer: Any) -> None:
+    def trained(count: int, weight: float) -> Counter[str]:
+        paths = {write(tmp_path / "a", range(count)): weight}
+        return Counter(texts(tokenizer, TokenFile.open(build(tmp_path, tokenizer, paths, held_out_fraction=0.0).path).train))
+
+    quarter, more = trained(400, 0.25), trained(400, 2.25)
+    assert 70 < quarter.total() < 130
+    assert more == {str(n): 2 + quarter[str(n)] for n in range(400)}
+    assert trained(200, 0.25) == {row: 1 for row in quarter if int(row) < 200}
+    held_out = {n for n in range(10**4) if is_held_out(hashlib.sha256(str(n).encode()).digest(), 0.5)}
+    again = {n for n in range(10**4) if times(hashlib.sha256(str(n).encode()).digest(), 0.5)}
+    assert 2300 < len(held_out & again) < 2700, "the two choices have nothing to do with each other"
+
+
+def test_a_row_held_out_is_trained_on_from_no_file(tmp_path: Path, tokenizer: Any) -> None:
+    paths = {write(tmp_path / "a", range(100)): 1.0, write(tmp_path / "b", range(50, 150)): 3.0}
+    made = TokenFile.open(build(tmp_path, tokenizer, paths, held_out_fraction=0.3, held_out_samples=99).path)
+    train, held_out = texts(tokenizer, made.train), Counter(texts(tokenizer, made.held_out))
+    assert not set(train) & set(held_out)
+    assert {number for number, count in held_out.items() if count == 2} <= {str(n) for n in range(50, 100)}
+    assert max(held_out.values()) == 2, "held-out rows are not repeated by weights"
+    assert max(Counter(train).values()) == 4
+
+
+def test_the_lowest_digests_are_kept_in_their_order() -> None:
+    kept = HeldOut(3)
+    for place, digest in enumerate([b"\x09", b"\x03", b"\x05", b"\x03", b"\x07"]):
+        kept.add(digest * 32, Sample(np.array([place], np.int32), np.array([place], np.int32)))
+    assert [sample.input_ids[0] for sample in kept.samples()] == [1, 3, 2]
+    assert (len(kept), kept.num_unused) == (3, 2)
 
 
 def test_a_jsonl_file_becomes_a_token_file_with_its_counts(tmp_path: Path, tokenizer: Any) -> None:
-    made = TokenFile.open(build_jsonl(data(sequence_length=40, held_out_samples=16), SAMPLE, tokenizer, tmp_path, one_by_one))
-    facts = made.metadata
-    assert facts["layout"] == "prompt/completion"
-    assert facts["chat_template"] is True
+    made = TokenFile.open(build(tmp_path, tokenizer, {SAMPLE: 1.0}, sequence_length=40, held_out_samples=16).path)
+    counts = made.metadata["counts"]
+    assert [file["layout"] for file in counts["files"]] == ["prompt_completion"]
+    assert made.metadata["chat_template"] is True
     rows = len(SAMPLE.read_text().splitlines())
-    assert facts["train"] + facts["held_out"] + facts["held_out_unused"] + facts["samples_dropped"] == facts["rows"] == rows
-    assert (len(made.train), len(made.held_out)) == (facts["train"], 16)
-    assert facts["longest"] == 40
-    assert facts["samples_truncated"] > 0
-    assert facts["tokens_input"] == sum(len(sample) for sample in made.train)
-    assert facts["tokens_loss"] == sum(sample.num_labels for sample in made.train)
+    assert (
+        counts["samples_train"] + counts["samples_held_out"] + counts["samples_unused"] + counts["samples_dropped"]
+        == counts["rows"]
+        == rows
+    )
+    assert (len(made.train), len(made.held_out)) == (counts["samples_train"], 16)
+    assert made.metadata["longest"] == 40
+    assert counts["samples_truncated"] > 0
+    assert counts["tokens_truncated"] > counts["samples_truncated"]
+    assert counts["tokens_input"] == sum(len(sample) for sample in made.train)
+    assert counts["tokens_loss"] == sum(sample.num_labels for sample in made.train)
     assert min(sample.num_labels for sample in made.train) > 0
 
 
 def test_the_same_rows_make_the_same_file_wherever_they_lie(tmp_path: Path, tokenizer: Any) -> None:
     copied = tmp_path / "other name.jsonl"
     copied.write_bytes(SAMPLE.read_bytes())
-    first = build_jsonl(data(), SAMPLE, tokenizer, tmp_path / "a", one_by_one)
-    assert build_jsonl(data(name="e", path="y"), copied, tokenizer, tmp_path / "b", one_by_one).name == first.name
+    first = build(tmp_path / "a", tokenizer, {SAMPLE: 1.0}).path
+    assert build(tmp_path / "b", tokenizer, {copied: 1.0}, name="e").path.name == first.name
+
+
+def test_files_of_several_layouts_are_read_together(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "chat").write_text('{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "x"}]}\n')
+    (tmp_path / "talk").write_text('{"conversations": [{"from": "human", "value": "2"}, {"from": "gpt", "value": "x"}]}\n')
+    paths = {tmp_path / "chat": 1.0, tmp_path / "talk": 2.0, write(tmp_path / "pair", "3"): 1.0}
+    made = TokenFile.open(build(tmp_path, tokenizer, paths, held_out_fraction=0.0).path)
+    assert texts(tokenizer, made.train) == ["1", "2", "2", "3"]
+    assert [file["layout"] for file in made.metadata["counts"]["files"]] == ["messages", "sharegpt", "prompt_completion"]
+    with pytest.raises(DataError, match=r"^talk:1: no field 'messages' \(found conversations\).*\npair:1: no field 'messages'"):
+        build(tmp_path, tokenizer, paths, layout="messages")
+
+
+GOOD, BAD, UNMARKABLE = ({"prompt": a, "completion": b} for a, b in (("1", "b"), ("1", ""), ("ret", "urn")))
+
+
+def test_all_problems_of_all_files_come_at_once_up_to_twenty(tmp_path: Path, tokenizer: Any) -> None:
+    for name, rows in (("a", [GOOD, BAD]), ("b", [BAD, GOOD] * 30)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError) as caught:
+        build(tmp_path, tokenizer, {tmp_path / "a": 1.0, tmp_path / "b": 1.0})
+    lines = str(caught.value).splitlines()
+    assert [line.partition(": ")[0] for line in lines[:3]] == ["a:2", "b:1", "b:3"]
+    assert len(lines) == 21
+    assert lines[20] == "(the first 20 problems; there are more)"
+
+
+def test_skipped_rows_are_counted_and_the_first_reasons_kept(tmp_path: Path, tokenizer: Any) -> None:
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"  # 'return' is one token
+    for name, rows in (("a", [GOOD, BAD, UNMARKABLE, GOOD]), ("b", [GOOD])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = {tmp_path / "a": 1.0, tmp_path / "b": 1.0}
+    built = build(tmp_path, bare, paths, on_bad_row="skip", held_out_fraction=0.0)
+    made = TokenFile.open(built.path)
+    assert len(made.train) == 3
+    assert [(file["rows"], file["rows_bad"]) for file in made.metadata["counts"]["files"]] == [(4, 2), (1, 0)]
+    assert [problem[:20] for problem in built.problems] == ["a:2: 'completion' is", "a:3: the end of the "]
+    with pytest.raises(DataError, match=r"^a:2: 'completion' is empty; expected text$"):
+        build(tmp_path, bare, paths, on_bad_row="error")
+    (tmp_path / "a").write_text(json.dumps(UNMARKABLE) + "\n")
+    with pytest.raises(DataError, match=r"^a:1: the end of the prompt"):
+        build(tmp_path, bare, paths, on_bad_row="error")
+    with pytest.raises(DataError, match=r"^a: none of its 1 rows can be used; the first: a:1: the end of the prompt"):
+        build(tmp_path, bare, paths, on_bad_row="skip")
+
+
+@pytest.mark.parametrize("layout", ["auto", "text"])
+def test_an_empty_file_among_others_is_named(tmp_path: Path, tokenizer: Any, layout: str) -> None:
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "a").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match=r"^empty: the file is empty; expected one JSON object a line$"):
+        build(tmp_path, tokenizer, {tmp_path / "a": 1.0, tmp_path / "empty": 1.0}, layout=layout, on_bad_row="skip")
 
 
 def test_nothing_left_to_train_on_is_an_error_with_the_counts(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"python_docs.jsonl: no sample is left to train on, of [\d]+ rows \(.*samples dropped"):
-        build_jsonl(data(sequence_length=4), SAMPLE, tokenizer, tmp_path, one_by_one)
+    with pytest.raises(DataError, match=r"python_docs.jsonl: no sample is left to train on \(2,724 rows.*2,724 samples dropped"):
+        build(tmp_path, tokenizer, {SAMPLE: 1.0}, sequence_length=4)
 
 
 def test_dense_samples_are_exact_seeded_and_below_the_vocabulary() -> None:
@@ -139,9 +240,11 @@ def test_more_dense_samples_begin_with_the_fewer() -> None:
 
 def test_a_dense_token_file_may_hold_rows_out(tmp_path: Path) -> None:
     spec = data(source="dense", path=None, num_samples=60, held_out_fraction=0.5, held_out_samples=5)
-    made = TokenFile.open(build_dense(spec, 64, tmp_path))
-    assert len(made.held_out) == made.metadata["held_out"] == 5
-    assert 10 < len(made.train) == made.metadata["train"] < 50
+    made = TokenFile.open(build_dense(spec, 64, tmp_path).path)
+    counts = made.metadata["counts"]
+    assert len(made.held_out) == counts["samples_held_out"] == 5
+    assert 10 < len(made.train) == counts["samples_train"] < 50
+    assert counts["samples_train"] + counts["samples_held_out"] + counts["samples_unused"] == 60
     assert made.metadata["loss_fraction"] == pytest.approx(63 / 64, abs=1e-4)
 
 

@@ -1,17 +1,19 @@
-"""Rows: every accepted layout, and every way a line can be wrong, with its number."""
+"""Lines to rows: what is tolerated, and every way a line can be wrong, with its number."""
 
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.data.rows import Message, Row, open_rows
+from harness.data import rows as reading
+from harness.data.layouts import Message
+from harness.data.rows import BadRow, Row, open_rows
 from harness.errors import DataError
-from harness.spec import Fields
 
 GOOD = {"prompt": "Why?", "completion": "Because."}
 CHAT = {
@@ -26,36 +28,15 @@ def write(folder: Path, *lines: object, end: str = "\n", bom: bool = False) -> P
     return path
 
 
-def problems(path: Path, fields: Fields | None = None) -> str:
-    with pytest.raises(DataError) as caught:
-        list(open_rows(path, fields))
-    return str(caught.value)
-
-
-def test_prompt_and_completion_are_detected(tmp_path: Path) -> None:
-    rows = open_rows(write(tmp_path, GOOD, {**GOOD, "prompt": "How?"}), None)
-    assert rows.layout == "prompt/completion"
-    assert [row.line for row in rows] == [1, 2]
-    assert next(iter(rows)).messages == (Message("user", "Why?"), Message("assistant", "Because."))
-
-
-def test_messages_are_detected(tmp_path: Path) -> None:
-    rows = open_rows(write(tmp_path, CHAT), None)
-    assert rows.layout == "messages"
-    assert [message.role for message in next(iter(rows)).messages] == ["system", "user", "assistant"]
-
-
-def test_any_two_fields_can_be_mapped(tmp_path: Path) -> None:
-    rows = open_rows(write(tmp_path, {"q": "1+1?", "a": "2", "id": 7}), Fields(prompt="q", completion="a"))
-    assert rows.layout == "q/a"
-    assert next(iter(rows)).messages[1].content == "2"
+def bad(path: Path) -> list[BadRow]:
+    return [row for row in open_rows(path) if isinstance(row, BadRow)]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
 @pytest.mark.parametrize("bom", [False, True])
 def test_byte_order_mark_crlf_and_blank_lines_are_tolerated(tmp_path: Path, end: str, bom: bool) -> None:
-    rows = list(open_rows(write(tmp_path, GOOD, GOOD, "", end=end, bom=bom), None))
-    assert len(rows) == 2
+    rows = list(open_rows(write(tmp_path, GOOD, GOOD, "", end=end, bom=bom)))
+    assert [type(row) for row in rows] == [Row, Row]
     assert rows[1].line == (3 if end == "\n\n" else 2)
 
 
@@ -75,59 +56,69 @@ def test_byte_order_mark_crlf_and_blank_lines_are_tolerated(tmp_path: Path, end:
         (b'{"prompt": "\xff", "completion": "x"}', "not UTF-8 (byte 0xff at column 13)"),
         (r'{"prompt": "\ud800", "completion": "x"}', "half a surrogate pair"),
         ("[" * 100_000, "nested too deeply"),
+        ('{"prompt": ' + "1" * 5000 + ', "completion": "x"}', "broken JSON (Exceeds the limit"),
+        (
+            {"pr\nompt\ud800": "x" * 99, **{f"k{n}": 1 for n in range(20)}},
+            "(found k0, k1, k10, k11, k12, k13, k14, k15, k16, k17 and 11 more)",
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: object, said: str) -> None:
-    text = problems(write(tmp_path, GOOD, line, GOOD))
-    assert text.startswith("rows.jsonl:2: ")
-    assert said in text
+    (problem,) = bad(write(tmp_path, GOOD, line, GOOD))
+    assert problem.line == 2
+    assert said in problem.problem
+    assert len(problem.problem.splitlines()) == 1
+    assert len(problem.problem) < 300
 
 
-@pytest.mark.parametrize(
-    ("messages", "said"),
-    [
-        ("hello", "'messages' is text; expected a list"),
-        ([], "'messages' is an empty list"),
-        (["hi"], "messages[0] is text; expected an object"),
-        ([{"role": "tool", "content": "x"}], 'messages[0].role is "tool"; expected one of system, user, assistant'),
-        ([{"content": "x"}], "messages[0].role is null"),
-        ([{"role": "user"}], "no field 'messages[0].content' (found role)"),
-        ([{"role": "user", "content": None}], "'messages[0].content' is null; expected text"),
-        ([{"role": "user", "content": "x"}], "the last message is the user's"),
-        ([{"role": "user", "content": "x"}, {"role": "system", "content": "x"}], "messages[1] is a system message"),
-    ],
-)
-def test_a_bad_conversation_is_named(tmp_path: Path, messages: object, said: str) -> None:
-    assert said in problems(write(tmp_path, CHAT, {"messages": messages}))
+def test_a_line_that_is_too_long_is_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 2**20)
+    path = write(tmp_path, GOOD, {"prompt": "x" * (40 * 2**20), "completion": "y"}, GOOD)
+    tracemalloc.start()
+    try:
+        rows = list(open_rows(path))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [row.line for row in rows] == [1, 2, 3]
+    assert isinstance(rows[1], BadRow)
+    assert rows[1].problem.startswith("longer than 1 MiB; expected one JSON object a line")
+    assert peak < 8 * 2**20
 
 
-def test_a_row_without_messages_among_conversations_is_named(tmp_path: Path) -> None:
-    assert "rows.jsonl:2: no field 'messages' (found completion, prompt)" in problems(write(tmp_path, CHAT, GOOD))
+def test_the_layout_is_that_of_the_first_row_that_has_one(tmp_path: Path) -> None:
+    path = write(tmp_path, "broken", {"id": 3}, CHAT, GOOD)
+    assert open_rows(path).layout == "messages"
+    assert [row.line for row in bad(path)] == [1, 2, 4]
 
 
-def test_all_problems_come_at_once_up_to_twenty(tmp_path: Path) -> None:
-    assert [line.partition(": ")[0] for line in problems(write(tmp_path, "x", GOOD, "y")).splitlines()] == ["rows.jsonl:1", "rows.jsonl:3"]
-    lines = problems(write(tmp_path, *["x"] * 50)).splitlines()
-    assert len(lines) == 21
-    assert lines[19].startswith("rows.jsonl:20: ")
-    assert "first 20 problems" in lines[20]
+def test_without_any_layout_the_keys_are_named_once_beside_what_cannot_be_read(tmp_path: Path) -> None:
+    rows = [{"question": "x", "answer": "y"}] * 30
+    with pytest.raises(DataError) as caught:
+        open_rows(write(tmp_path, "broken", *rows))
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("rows.jsonl:1: broken JSON")
+    assert second.startswith("rows.jsonl:2: found the keys answer, question; expected")
+    assert "data.fields=" in second
 
 
-def test_unknown_keys_ask_for_a_mapping(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"rows.jsonl:1: found the keys answer, question; .*data.fields="):
-        open_rows(write(tmp_path, {"question": "x", "answer": "y"}), None)
+def test_problems_that_hide_the_layout_are_named_up_to_twenty(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        open_rows(write(tmp_path, *["x"] * 50))
+    assert len(str(caught.value).splitlines()) == 20
 
 
 @pytest.mark.parametrize("content", [b"", b"\n  \n", b"\xef\xbb\xbf"])
 def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    assert "rows.jsonl: the file is empty" in problems(path)
+    with pytest.raises(DataError, match=r"rows.jsonl: the file is empty"):
+        open_rows(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows.jsonl: cannot be read \(No such file"):
-        open_rows(tmp_path / "rows.jsonl", None)
+        open_rows(tmp_path / "rows.jsonl")
 
 
 @given(st.text(min_size=1), st.text(min_size=1), st.integers(), st.integers())

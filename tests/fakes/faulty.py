@@ -1,9 +1,11 @@
 """An engine that trains nothing and ends in every way a real one might."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Literal
@@ -32,6 +34,16 @@ Behaviour = Literal[
     "refuse",
     "unsupported",
     "nan",
+    "linger",
+    "address_space",
+    "escape",
+    "wrong_event",
+    "endless_line",
+    "shout",
+    "delete_log",
+    "cut_log",
+    "full_disk",
+    "full_log",
 ]
 
 
@@ -39,6 +51,7 @@ class Knobs(Spec):
     behaviour: Behaviour
     at_step: int
     step_seconds: float
+    shift: float
 
 
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
@@ -46,6 +59,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
 
 
 def train(job: Job, knobs: Knobs, probe: Probe) -> None:
+    _diary(job, "begin")
     probe.ready()
     steps = job.workload.train.steps - (1 if knobs.behaviour == "few_steps" else 0)
     for index in range(steps):
@@ -55,7 +69,14 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
         loss = float("nan") if knobs.behaviour == "nan" else 5.0 / (index + 1)
         probe.step(loss=loss, grad_norm=1.0, tokens=StepTokens.expected(job.tokens.step(job.workload.train, index)))
     if knobs.behaviour != "no_adapter":
-        _save(job)
+        _save(job, knobs.shift)
+    _diary(job, "end")
+
+
+def _diary(job: Job, what: str, more: object = "") -> None:
+    """A witness that is no part of the harness: one line of at most a few bytes is appended whole or not at all."""
+    with (job.out.parent.parent / "diary.txt").open("a") as file:
+        file.write(f"{what} {job.out.parent.name} {more}\n")
 
 
 def _misbehave(behaviour: Behaviour, job: Job) -> None:
@@ -65,33 +86,77 @@ def _misbehave(behaviour: Behaviour, job: Job) -> None:
         raise UnsupportedError("its weights turned out to be of the wrong kind")
     if behaviour == "exit":
         os._exit(7)
-    if behaviour == "segfault":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if behaviour == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour in ("segfault", "kill"):
+        os.kill(os.getpid(), signal.SIGSEGV if behaviour == "segfault" else signal.SIGKILL)
     if behaviour == "hang":
         time.sleep(3600)
-    if behaviour in ("host_oom", "oom"):
+    if behaviour == "linger":
+        threading.Thread(target=time.sleep, args=(3600,)).start()
+    if behaviour in ("host_oom", "address_space", "oom"):
         _run_out_of_memory(behaviour)
+    if behaviour in ("fork", "escape"):
+        _leave_a_child(behaviour, job)
+    _harm_the_disk(behaviour, job)
+
+
+def _harm_the_disk(behaviour: Behaviour, job: Job) -> None:
+    log = job.out.parent / "events.jsonl"
     if behaviour == "garbage":
-        with (job.out.parent / "events.jsonl").open("ab") as file:
+        with log.open("ab") as file:
             file.write(b"\x00\xff not json\n")
+    if behaviour == "wrong_event":
+        with log.open("ab") as file:
+            file.write(b'{"event": "step", "seconds": "quick"}\n')
+    if behaviour == "endless_line":
+        with log.open("ab") as file:
+            file.write(b"x" * 2**23)
+    if behaviour == "shout":
+        sys.stdout.write("y" * 2**26 + "the last word\n")
+        raise RuntimeError("hoarse")
+    if behaviour == "delete_log":
+        log.unlink()
+    if behaviour == "cut_log":
+        time.sleep(1)  # what is cut must have been read
+        os.truncate(log, 10)
+        time.sleep(1)
+    if behaviour == "full_disk":
+        with Path("/dev/full").open("wb", buffering=0) as file:
+            file.write(b"no space for this")
+    if behaviour == "full_log":
+        (descriptor,) = (int(link.name) for link in Path("/proc/self/fd").iterdir() if link.exists() and link.resolve() == log.resolve())
+        os.dup2(os.open("/dev/full", os.O_WRONLY), descriptor)
+
+
+def _leave_a_child(behaviour: Behaviour, job: Job) -> None:
+    """``fork``: a plain child, and we hang. ``escape``: one that has left the session and its parent, and we go on."""
     if behaviour == "fork":
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
-        (Path(job.out).parent / "child.pid").write_text(str(child.pid))
+        _diary(job, "child", child.pid)
         time.sleep(3600)
+    between = os.fork()
+    if between == 0:
+        os.setsid()
+        if os.fork() == 0:
+            _diary(job, "child", os.getpid())
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(3600)
+        os._exit(0)
+    os.waitpid(between, 0)
 
 
 def _run_out_of_memory(behaviour: Behaviour) -> None:
     if behaviour == "host_oom":
         raise MemoryError("no more")
+    if behaviour == "address_space":
+        resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+        np.ones(2**33)
     import torch
 
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def _save(job: Job) -> None:
+def _save(job: Job, shift: float) -> None:
     assert job.adapter_init is not None
     tensors = load_file(job.adapter_init / "adapter_model.safetensors")
-    save_file({name: np.asarray(value + 0.01) for name, value in tensors.items()}, job.out / "adapter_model.safetensors")
+    save_file({name: np.asarray(value + 0.01 + shift) for name, value in tensors.items()}, job.out / "adapter_model.safetensors")
     (job.out / "adapter_config.json").write_text((job.adapter_init / "adapter_config.json").read_text())

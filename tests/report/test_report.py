@@ -17,7 +17,7 @@ from harness.errors import StoreError
 from harness.record import Record
 from harness.report.judged import judged
 from harness.report.page import html as page
-from harness.report.plots import COLOURS, looks, plots
+from harness.report.plots import COLOURS, MOST_DRAWN, looks, plots
 from harness.report.sentence import sentences
 from harness.store import Results
 from tests import records
@@ -225,6 +225,15 @@ def test_plots_survive_nan_hostile_labels_one_step_and_missing_memory() -> None:
     for entries, count in ((odd, 3), (bare, 2)):
         (group,) = judged(results(entries))
         assert len(plots(group, looks([group]))) == count
+
+
+def test_of_very_many_variants_the_first_are_drawn_and_all_are_listed() -> None:
+    many = [one for place in range(MOST_DRAWN + 2) for one in repeats(engine("fused", micro_batch=place + 1), [1000.0 - place])]
+    (group,) = judged(results(many))
+    drawn = plots(group, looks([group]))
+    assert all(plot.title.endswith(f"(the first {MOST_DRAWN} of {MOST_DRAWN + 2} variants)") for plot in drawn)
+    assert f"micro_batch={MOST_DRAWN + 2}" not in drawn[0].alt
+    assert f"micro_batch={MOST_DRAWN + 2}" in page(results(many))
 
 
 def test_a_variant_looks_the_same_in_every_group_and_no_two_look_alike() -> None:

@@ -78,7 +78,7 @@ def test_every_model_and_method_comes_back(model: str, method: str) -> None:
 def test_values_that_differ_are_overridden() -> None:
     cell = of_options(engine="hf", model="tiny_llama", data="python_docs", method="lora", train="short")
     cell = changed(cell, "train", steps=77, learning_rate=3.5e-5, max_grad_norm=None, schedule="linear")
-    cell = changed(cell, "data", mask_prompt=False, fields=Fields(prompt="a question", completion="it's"), held_out_samples=5)
+    cell = changed(cell, "data", supervise="everything", fields=Fields(prompt="a question", completion="it's"), held_out_samples=5)
     cell = changed(cell, "method", targets=("q_proj",), alpha=7.0)
     cell = changed(cell, "model", config={**(cell.workload.model.config or {}), "hidden_size": 128, "extra": {"a": [1, "b c"]}})
     knobs = {**cell.engine.knobs, "micro_batch": 16}

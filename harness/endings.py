@@ -1,0 +1,75 @@
+"""What the end of a worker means: its status, and a reason that helps."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.events import LOST_LOG, Event, ending
+from harness.record import Status
+
+TREE = Path(__file__).resolve().parent.parent
+_LAST_LINES = 15
+_LAST_BYTES = 2**16  # a worker may have printed gigabytes
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a process ended: why we stopped it (None: it ended by itself) and its exit code, negative for a signal.
+
+    ``garbage``: what it wrote into its event log that is no event. ``oom_kills``: processes the kernel ended meanwhile for lack of memory.
+    """
+
+    stopped: Status | None
+    exit_code: int
+    garbage: str | None = None
+    oom_kills: int = 0
+
+
+def classify(how: Ending, events: Sequence[Event], work: Path) -> tuple[Status, str | None]:
+    """Status and reason of a cell whose worker ended like this; ``work`` is its folder. ``ok`` needs its word and its exit code."""
+    last = ending(events)
+    if how.garbage is not None:
+        return "crash", _scrub(f"the worker wrote {how.garbage}", work)
+    if how.stopped:
+        said = f"stopped by the harness after the last of {len(events)} events; its last lines:\n{last_lines(work / 'log.txt')}"
+        return how.stopped, _scrub(said, work)
+    if last is not None and last["event"] == "failed":
+        return last["status"], _scrub(last["reason"], work)
+    if last is not None and how.exit_code == 0 and events[0]["event"] == "started":
+        return "ok", None
+    if how.exit_code == -signal.SIGKILL and how.oom_kills > 0:
+        return "oom_host", "the kernel ended the worker for lack of host memory; use a smaller model, a smaller micro-batch or more memory"
+    if how.exit_code == LOST_LOG:
+        said = "the worker could not write its event log: is the disk full, or did the engine close or replace its files?"
+        return "crash", _scrub(f"{said} Its last lines:\n{last_lines(work / 'log.txt')}", work)
+    return "crash", _scrub(f"the worker ended with {_name(how.exit_code)}; its last lines:\n{last_lines(work / 'log.txt')}", work)
+
+
+def last_lines(path: Path) -> str:
+    """The end of what a process printed to ``path``; nothing when there is no such file."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LAST_BYTES))
+        text = file.read().replace(b"\0", b"").decode(errors="replace")
+    return "\n".join(text.strip().splitlines()[-_LAST_LINES:])
+
+
+def _name(exit_code: int) -> str:
+    """SIGSEGV or exit code 7; real-time signals have no name."""
+    try:
+        return signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
+    except ValueError:
+        return f"signal {-exit_code}"
+
+
+def _scrub(text: str, work: Path) -> str:
+    """A record names no path of the machine that made it."""
+    names = {work: "<work>", TREE: "<engine-room>", Path(sys.prefix): "<python>", Path(sys.base_prefix): "<python>", Path.home(): "~"}
+    for path, name in names.items():
+        text = text.replace(str(path), name)
+    return text

@@ -1,0 +1,76 @@
+"""The fused operations inside whole training runs on a GPU: every family near the truth, replay and plan without influence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import engines.fused
+from harness.data.tokens import IGNORE, Sample, TokenFile
+from harness.data.write import write_token_file
+from harness.engine import Job
+from harness.spec import parse
+from tests.engines.tiny import FAMILIES, LORA, VOCABULARY, RecordingProbe, make_job, with_train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
+KNOBS: dict[str, Any] = {
+    "micro_batch": 4, "recompute": "none", "compute_dtype": "bfloat16", "operations": "fused", "replay": True, "loss_chunk": 7,
+}  # fmt: skip
+EXACT = {"compute_dtype": "float32", "operations": "reference", "replay": False}
+SUBSET = {**LORA, "targets": ("v_proj", "down_proj", "q_proj")}
+
+
+def run(job: Job, name: str, **knobs: Any) -> RecordingProbe:
+    probe = RecordingProbe()
+    out = replace(with_train(job, name), device="cuda")
+    engines.fused.train(out, parse(engines.fused.Knobs, {**KNOBS, **knobs}), probe)
+    return probe
+
+
+def distance(found: RecordingProbe, truth: RecordingProbe) -> float:
+    return float(np.sqrt(np.mean((np.array(found.losses) - np.array(truth.losses)) ** 2)))
+
+
+@pytest.mark.parametrize("method", [LORA, SUBSET], ids=["lora", "lora_subset"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_uneven_documents_of_every_family(tmp_path: Path, family: str, method: dict[str, Any]) -> None:
+    """No further from float32 than twice the reference operations in bfloat16 are."""
+    job = make_job(tmp_path, family, method, steps=6)
+    truth, plain = run(job, "truth", **EXACT), run(job, "plain", operations="reference", replay=False)
+    fused = run(job, "fused")
+    assert distance(fused, truth) <= 2 * distance(plain, truth) + 1e-3
+    assert fused.grad_norms == pytest.approx(truth.grad_norms, rel=5e-2)
+    assert truth.losses[0] - truth.losses[-1] > 1e-2, "nothing was learnt: the comparison is too weak"
+
+
+@pytest.fixture
+def even(tmp_path: Path) -> Job:
+    """Every sample has 16 tokens, so that every step has the same shape and is captured."""
+    random = np.random.default_rng(1)
+    samples = []
+    for _ in range(12):
+        ids = random.integers(0, VOCABULARY, size=16).astype(np.int32)
+        labels = ids.copy()
+        labels[:3] = IGNORE
+        samples.append(Sample(ids, labels))
+    job = make_job(tmp_path, steps=8, samples_per_step=4)
+    return replace(job, tokens=TokenFile.open(write_token_file(tmp_path / "even", samples, [], {})))
+
+
+def test_a_replayed_step_reads_its_own_tokens_and_schedule(even: Job) -> None:
+    launched, replayed, truth = run(even, "launched", replay=False), run(even, "replayed"), run(even, "truth", **EXACT)
+    assert len(set(truth.losses)) == len(truth.losses)
+    assert replayed.losses == pytest.approx(launched.losses, rel=2e-3)
+    assert replayed.losses == pytest.approx(truth.losses, rel=5e-3)
+    assert replayed.tokens == launched.tokens
+
+
+def test_accumulation_and_recomputation_change_little(even: Job) -> None:
+    whole, split, again = run(even, "whole"), run(even, "split", micro_batch=2), run(even, "again", recompute="full")
+    assert split.losses == pytest.approx(whole.losses, rel=2e-3)
+    assert again.losses == pytest.approx(whole.losses, rel=2e-3)
