@@ -52,7 +52,7 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     session = _Session(job, knobs)
     probe.ready()
-    for index in range(schedule.steps):
+    for index in range(schedule.num_steps):
         loss, grad_norm, tokens = session.step(job.tokens.step(schedule, index), index)
         probe.step(loss=loss, grad_norm=grad_norm, tokens=tokens)
     session.save()

@@ -47,7 +47,7 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     optimizer = _adamw(parameters, schedule, job.device)
     forward = torch.compile(model) if knobs.compile else model
     probe.ready()
-    for index in range(schedule.steps):
+    for index in range(schedule.num_steps):
         batches = [pad(samples) for samples in chunks(job.tokens.step(schedule, index), knobs.micro_batch)]
         tokens = StepTokens.of(batches)
         loss = _accumulate(forward, batches, tokens.loss, knobs, job.device)
