@@ -4,9 +4,9 @@ H100, bf16, causal, 4 x 2,048 tokens, 32 query and 8 key-value heads of 128, for
 0.51 and 1.56 ms; both take fewer key-value heads and survive graph capture (2026-11-24).
 
 torch caches cuDNN's plans by the strides of q, k and v, but not by those of the output and its gradient, and a plan used with other
-strides reads elsewhere: one process must keep to one layout, and does, because it trains one job (seen 2026-11-24 in a test that trained with
-o_proj adapted and then without). The backward pass adds up dq in no fixed order (cuDNN, and FlashAttention 2 as well): two runs of the
-same step agree to rounding, not to the bit; everything else does.
+strides reads elsewhere: one process must keep to one layout, and does, because it trains one job (seen 2026-11-24 in a test that
+trained with o_proj adapted and then without). The backward pass adds up dq in no fixed order (cuDNN, and FlashAttention 2 as well):
+two runs of the same step agree to rounding, not to the bit; everything else does.
 
 Legend: T tokens of B documents of S tokens, C query heads, G key-value heads, D head dimension.
 """
