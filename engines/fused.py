@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.data.tokens import Sample, StepTokens, chunks, pack
@@ -64,12 +65,14 @@ class _Session:
     def __init__(self, job: Job, knobs: Knobs) -> None:
         import torch
 
+        from engines.native.buckets import FILLER
         from engines.native.packed import Angles
         from engines.native.steps import ReplayedSteps, Steps
 
         self._job, self._knobs = job, knobs
         self._config, self._adapter, self._decoder = _load(job, knobs)
-        angles = Angles.of(self._decoder.shape, job.workload.data.sequence_length, torch.device(job.device))
+        num_positions = max(job.workload.data.sequence_length, FILLER)
+        angles = Angles.of(self._decoder.shape, num_positions, torch.device(job.device))
         steps = Steps(self._decoder, angles, _optimizer(self._decoder, job.workload.train, knobs), job.workload.train.max_grad_norm)
         self._steps: Steps | ReplayedSteps = ReplayedSteps(steps) if knobs.replay else steps
 
@@ -79,8 +82,8 @@ class _Session:
 
         batches = [pack(group) for group in chunks(samples, self._knobs.micro_batch)]
         tokens = StepTokens.of(batches)
-        outcome = self._steps.run(batches, step_scalars(self._job.workload.train, index, tokens.loss))
-        return outcome.loss, outcome.grad_norm, tokens
+        ran = self._steps.run(batches, step_scalars(self._job.workload.train, index, tokens.loss))
+        return ran.outcome.loss, ran.outcome.grad_norm, replace(tokens, processed=ran.processed)
 
     def save(self) -> None:
         """Leave the adapter, or the full weights, in the job's folder."""

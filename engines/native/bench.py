@@ -143,7 +143,7 @@ def _time(name: str, decoder: Decoder, documents: int, tokens: int, options: arg
     losses = []
 
     def step(index: int) -> None:
-        losses.append(steps.run(batches, step_scalars(_SCHEDULE, index, documents * (tokens - 1))).loss.clone())
+        losses.append(steps.run(batches, step_scalars(_SCHEDULE, index, documents * (tokens - 1))).outcome.loss.clone())
 
     step(0)
     torch.cuda.synchronize()

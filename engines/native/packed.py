@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engines.native.buckets import Sizes, filled
 from engines.native.shape import LlamaShape, Rope
 from harness.data.tokens import IGNORE, Batch
 
@@ -21,7 +22,8 @@ class Packed:
     """What one forward pass sees. Attention stays inside a document; ``lengths`` live on the host, so nothing waits for them.
 
     ``cosine``, ``sine``: [T, D/2], float32, of each token's position in its own document. ``cumulative``: int32, where documents
-    start, and T. ``rows``: [L], unique and rising.
+    start, and T, repeated for documents without tokens. ``longest``: no document has more tokens. ``rows``: [L], rising; ``targets``: [L],
+    IGNORE for rows that only fill up.
     """
 
     tokens: Tensor
@@ -29,6 +31,7 @@ class Packed:
     sine: Tensor
     lengths: tuple[int, ...]
     cumulative: Tensor
+    longest: int
     rows: Tensor
     targets: Tensor
 
@@ -38,14 +41,18 @@ class Packed:
         return self.tokens, self.cosine, self.sine, self.cumulative, self.rows, self.targets
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest document."""
-        return max(self.lengths)
+    def is_even(self) -> bool:
+        """Whether all documents are as long as the longest."""
+        return min(self.lengths) == self.longest
 
     @property
-    def is_even(self) -> bool:
-        """Whether all documents are equally long."""
-        return min(self.lengths) == self.longest
+    def key(self) -> Key:
+        """What two rows share when one launch sequence serves both."""
+        evenly = self.longest if self.is_even else 0
+        return len(self.tokens), len(self.cumulative), self.longest, len(self.rows), evenly
+
+
+Key = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +69,25 @@ class Angles:
         angles_PD = torch.arange(num_positions, device=device, dtype=torch.float32)[:, None] * frequencies_D
         return cls(angles_PD.cos(), angles_PD.sin())
 
-    def pack(self, batch: Batch) -> Packed:
-        """One packed row on the device, the angles of its positions looked up.
+    def pack(self, batch: Batch, sizes: Sizes | None = None) -> Packed:
+        """One packed row on the device, the angles of its positions looked up; filled up to ``sizes`` where they are given.
 
         The row that predicts a label stands one before it; a document's first label is IGNORE, so rows stay inside documents.
         """
+        lengths = batch.lengths[0]
+        if sizes is None:
+            sizes = Sizes(sum(lengths), len(lengths), max(lengths), int((batch.labels[0] != IGNORE).sum()))
+        batch = filled(batch, sizes)
         labelled = np.flatnonzero(batch.labels[0] != IGNORE)
-        cumulative = np.cumsum((0, *batch.lengths[0]), dtype=np.int32)
-        arrays = (batch.input_ids[0], batch.position_ids[0], cumulative, labelled - 1, batch.labels[0, labelled])
-        tokens, positions, starts, rows, targets = (to_device(torch.from_numpy(array), self.cosine.device) for array in arrays)
-        return Packed(tokens, self.cosine[positions], self.sine[positions], batch.lengths[0], starts, rows, targets)
+        spare = sizes.num_rows - len(labelled)
+        starts = np.cumsum((0, *batch.lengths[0]), dtype=np.int32)
+        starts = np.pad(starts, (0, sizes.num_documents + 1 - len(starts)), mode="edge")
+        rows = np.pad(labelled - 1, (0, spare), constant_values=sizes.num_tokens - 1)
+        targets = np.pad(batch.labels[0, labelled], (0, spare), constant_values=IGNORE)
+        arrays = (batch.input_ids[0], batch.position_ids[0], starts, rows, targets)
+        tokens, positions, cumulative, predicting, expected = (to_device(torch.from_numpy(array), self.cosine.device) for array in arrays)
+        cosine, sine = self.cosine[positions], self.sine[positions]
+        return Packed(tokens, cosine, sine, batch.lengths[0], cumulative, sizes.longest, predicting, expected)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -166,16 +166,18 @@ def swiglu_backward(d_h_TK: Tensor, gate_up_TN: Tensor, padded_rank: int) -> tup
 def cross_entropy(hidden_LH: Tensor, head: Weight, targets_L: Tensor, scale: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """Losses [L] in float32 and ``scale`` times their gradient by ``hidden``, ``chunk`` rows of logits at a time.
 
-    The gradient, softmax - onehot, is made in the forward pass, where the logits are.
+    The gradient, softmax - onehot, is made in the forward pass, where the logits are. A row whose target is negative counts nothing.
     """
     d_hidden_LH = torch.empty_like(hidden_LH)
     losses = []
     for start in range(0, len(hidden_LH), chunk):
         rows = slice(start, start + chunk)
-        hidden, targets = hidden_LH[rows], targets_L[rows].unsqueeze(1)
+        hidden, targets = hidden_LH[rows], targets_L[rows].clamp_min(0).unsqueeze(1)
         log_p = _wide(hidden @ head.value.t()).log_softmax(-1)
-        losses.append(-log_p.gather(1, targets).squeeze(1))
-        d_logits = log_p.exp_().scatter_add_(1, targets, -torch.ones_like(targets, dtype=log_p.dtype)).mul_(scale).to(hidden.dtype)
+        counts = (targets_L[rows] >= 0).to(log_p.dtype)
+        losses.append(-log_p.gather(1, targets).squeeze(1) * counts)
+        d_logits = log_p.exp_().scatter_add_(1, targets, -torch.ones_like(targets, dtype=log_p.dtype))
+        d_logits = d_logits.mul_(counts.unsqueeze(1) * scale).to(hidden.dtype)
         torch.mm(d_logits, head.value, out=d_hidden_LH[rows])
         if head.gradient is not None:
             add_product_(head.gradient, d_logits, hidden)

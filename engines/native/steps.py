@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engines.native.buckets import shared_sizes
 from engines.native.decoder import Decoder
 from engines.native.optimizer import LOSS_SCALE, Optimizer, clip_
-from engines.native.packed import Angles, Packed, to_device
+from engines.native.packed import Angles, Key, Packed, to_device
 from engines.native.weights import Arena
 from harness.data.tokens import Batch
 
@@ -27,6 +28,14 @@ class Outcome:
     grad_norm: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """An outcome, and the positions that the kernels worked on."""
+
+    outcome: Outcome
+    processed: int
+
+
 class Steps:
     """Runs optimizer steps one after the other, each from its batches and its scalars."""
 
@@ -35,14 +44,16 @@ class Steps:
         self._decoder, self._angles, self._optimizer, self._max_grad_norm = decoder, angles, optimizer, max_grad_norm
         self._arena: Arena = decoder.weights.arena
 
-    def run(self, batches: Sequence[Batch], scalars: Sequence[float]) -> Outcome:
+    def run(self, batches: Sequence[Batch], scalars: Sequence[float]) -> Ran:
         """One optimizer step over ``batches``, their losses weighted by tokens."""
-        return self.compute(*self.place(batches, scalars))
+        packed, values = self.place(batches, scalars)
+        return Ran(self.compute(packed, values), _positions(packed))
 
-    def place(self, batches: Sequence[Batch], scalars: Sequence[float]) -> tuple[list[Packed], Tensor]:
-        """The inputs of ``compute``, on the device."""
+    def place(self, batches: Sequence[Batch], scalars: Sequence[float], *, shared: bool = False) -> tuple[list[Packed], Tensor]:
+        """The inputs of ``compute``, on the device; ``shared``: uneven documents filled up to sizes that many steps share."""
         values = to_device(torch.tensor(scalars, dtype=torch.float32), self._arena.masters.device)
-        return [self._angles.pack(batch) for batch in batches], values
+        sizes = [shared_sizes(batch) if shared and len(set(batch.lengths[0])) > 1 else None for batch in batches]
+        return [self._angles.pack(batch, size) for batch, size in zip(batches, sizes, strict=True)], values
 
     @torch.no_grad()
     def compute(self, micro_batches: Sequence[Packed], scalars: Tensor) -> Outcome:
@@ -66,29 +77,26 @@ class ReplayedSteps:
         """Nothing is captured yet."""
         self._steps = steps
         self._pool = torch.cuda.graph_pool_handle()
-        self._launched: set[Key] = set()
-        self._captured: dict[Key, _Captured] = {}
+        self._launched: set[tuple[Key, ...]] = set()
+        self._captured: dict[tuple[Key, ...], _Captured] = {}
 
-    def run(self, batches: Sequence[Batch], scalars: Sequence[float]) -> Outcome:
+    def run(self, batches: Sequence[Batch], scalars: Sequence[float]) -> Ran:
         """As ``Steps.run``."""
-        packed, values = self._steps.place(batches, scalars)
-        key = tuple((each.lengths, len(each.rows)) for each in packed)
+        packed, values = self._steps.place(batches, scalars, shared=True)
+        key = tuple(each.key for each in packed)
         if key not in self._launched:
             self._launched.add(key)
-            return self._steps.compute(packed, values)
+            return Ran(self._steps.compute(packed, values), _positions(packed))
         if key not in self._captured:
             torch.cuda.empty_cache()  # what the launched step left cached is of no use to the graph's own pool
             self._captured[key] = self._capture(packed, values)
-        return self._captured[key].replay(packed, values)
+        return Ran(self._captured[key].replay(packed, values), _positions(packed))
 
     def _capture(self, packed: Sequence[Packed], scalars: Tensor) -> _Captured:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             outcome = self._steps.compute(packed, scalars)
         return _Captured(graph, tuple(packed), scalars, outcome)
-
-
-Key = tuple[tuple[tuple[int, ...], int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +113,7 @@ class _Captured:
         self.scalars.copy_(scalars)
         self.graph.replay()
         return self.outcome
+
+
+def _positions(packed: Sequence[Packed]) -> int:
+    return sum(len(each.tokens) for each in packed)

@@ -19,7 +19,19 @@ from harness.data.tokens import IGNORE, Split, StepTokens
 from harness.engine import Job
 from harness.errors import DataError, UnsupportedError
 from harness.spec import parse
-from tests.engines.tiny import CPU, FULL, LORA, RecordingProbe, make_job, make_workload, plain_loss, plain_model, plain_training, with_train
+from tests.engines.tiny import (
+    CPU,
+    FULL,
+    LORA,
+    VOCABULARY,
+    RecordingProbe,
+    make_job,
+    make_workload,
+    plain_loss,
+    plain_model,
+    plain_training,
+    with_train,
+)
 
 SAME = 2e-6  # relative: float32 rounding in another order
 
@@ -120,6 +132,26 @@ class EngineConformance:
         assert rounded.losses == pytest.approx(exact.losses, rel=2e-2)
         assert {tensor.dtype for tensor in load_file(job.out / "adapter_model.safetensors").values()} == {torch.float32}
 
+    def test_a_document_does_not_see_its_neighbour_in_a_batch(self, job: Job) -> None:
+        """One supervised document beside one that is not: whatever the other says, loss and gradient stay, however they are laid out."""
+        told = [
+            self.run(with_train(_two_documents(job, seed), f"neighbour {seed}", steps=2, warmup_steps=1), micro_batch=2) for seed in (1, 2)
+        ]
+        assert told[0].tokens[0].sha256 != told[1].tokens[0].sha256
+        assert told[1].losses == pytest.approx(told[0].losses, rel=SAME)
+        assert told[1].grad_norms == pytest.approx(told[0].grad_norms, rel=2e-5)
+
+    def test_stops_where_it_is_told_on_the_schedule_of_all_steps(self, job: Job) -> None:
+        whole, first = self.run(with_train(job, "whole")), self.run(with_train(job, "first", stop_after=1))
+        assert first.losses == whole.losses[:1]
+        assert job.adapter_init is not None
+        before, after = (load_file(path / "adapter_model.safetensors") for path in (job.adapter_init, job.out.parent / "first"))
+        train = job.workload.train
+        moved = max(
+            float((after[name] - before[name] * (1 - train.learning_rate_at(0) * train.weight_decay)).abs().max()) for name in before
+        )
+        assert moved == pytest.approx(train.learning_rate_at(0), rel=1e-3), "AdamW's first update is the rate, wherever there is a gradient"
+
     def test_a_step_without_a_label_is_an_error_not_a_nan(self, job: Job) -> None:
         split = Split(np.arange(4, dtype=np.int32), np.full(4, IGNORE, np.int32), np.array([0, 4], np.int64))
         with pytest.raises(DataError, match="supervised"):
@@ -147,3 +179,13 @@ class EngineConformance:
         assert "float16" in self.engine.unsupported(half, knobs, CPU)
         rounded = make_workload(job.workload.model.config or {}, {**LORA, "dtype": "bfloat16"})
         assert "bfloat16" in self.engine.unsupported(rounded, knobs, CPU)
+
+
+def _two_documents(job: Job, seed: int) -> Job:
+    """Every step: the same supervised document of 11 tokens, and one of 7 without labels, drawn with ``seed``."""
+    right, other = np.random.default_rng(0).integers(0, VOCABULARY, 11), np.random.default_rng(seed).integers(0, VOCABULARY, 7)
+    ids = np.concatenate([other, right]).astype(np.int32)
+    labels = np.concatenate([np.full(8, IGNORE), right[1:]]).astype(np.int32)
+    raw = job.workload.model_dump(mode="json")
+    workload = parse(type(job.workload), {**raw, "train": {**raw["train"], "samples_per_step": 2}})
+    return replace(job, workload=workload, tokens=replace(job.tokens, train=Split(ids, labels, np.array([0, 7, 18], np.int64))))

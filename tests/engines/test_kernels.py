@@ -18,6 +18,7 @@ from engines.native.ops import Heads
 from engines.native.optimizer import AdamW, clip_, step_scalars
 from engines.native.packed import Packed
 from engines.native.weights import Arena, Linear, Weight
+from harness.data.tokens import IGNORE
 from harness.spec import Train
 from tests.engines.oracle import DEVICE, EPSILON, INTERPRETED, judged, random
 
@@ -87,7 +88,7 @@ def packed(lengths: Sequence[int], half: int) -> Packed:
     angles = positions[:, None] * torch.rand(half, device=DEVICE)
     nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE)
-    return Packed(nothing, angles.cos(), angles.sin(), tuple(lengths), starts, nothing, nothing)
+    return Packed(nothing, angles.cos(), angles.sin(), tuple(lengths), starts, max(lengths), nothing, nothing)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 1, 6), (9, 3, 64), (16, 8, 16)])
@@ -125,6 +126,10 @@ def test_cross_entropy(vocabulary: int, dtype: torch.dtype) -> None:
     cross_entropy_(logits, targets, losses, scale)
     torch.testing.assert_close(losses.double(), right, rtol=1e-6, atol=1e-6)
     judged(logits, expected.to(dtype), expected)
+    ignored = random(1, vocabulary, dtype=dtype)
+    cross_entropy_(ignored, torch.tensor([IGNORE], device=DEVICE), losses[:1], scale)
+    assert losses[0] == 0
+    assert not ignored.any()
 
 
 @pytest.mark.parametrize(("tokens", "columns", "ranks"), [(1, 3, 2), (300, 70, 16), (140, 130, 48)])

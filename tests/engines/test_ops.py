@@ -46,7 +46,7 @@ def whole(weights: Weight, bias: Weight | None = None) -> Linear:
 
 def packed(angles: Tensor) -> Packed:
     nothing = torch.empty(0, dtype=torch.int64)
-    return Packed(nothing, angles.cos(), angles.sin(), LENGTHS, nothing, nothing, nothing)
+    return Packed(nothing, angles.cos(), angles.sin(), LENGTHS, nothing, max(LENGTHS), nothing, nothing)
 
 
 def autograd(function: Callable[..., Tensor], dy: Tensor, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -195,6 +195,7 @@ def test_a_group_of_three_linears_two_of_them_adapted() -> None:
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_cross_entropy(chunk: int) -> None:
     hidden, head, targets = random(TOKENS, 6), weight(11, 6), torch.randint(0, 11, (TOKENS,))
+    targets[2] = -100
     expected = F.cross_entropy(hidden @ head.value.t(), targets, reduction="none")
     summed = 0.25 * torch.ones((), dtype=torch.float64)
     _, (dx, dw) = autograd(lambda x, w: F.cross_entropy(x @ w.t(), targets, reduction="sum"), summed, hidden, head.value)

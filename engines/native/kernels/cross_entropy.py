@@ -34,8 +34,10 @@ def _cross_entropy(logits, targets, losses, scale, V, stride, BLOCK: tl.constexp
     top = tl.max(highest, axis=0)
     above_all = tl.sum(total * tl.exp(highest - top), axis=0)  # lanes that saw no column weigh exp(LOWEST - top) = 0
     target = tl.load(targets + row)
-    tl.store(losses + row, tl.log(above_all) + (top - tl.load(start + target).to(tl.float32)))
-    factor = tl.load(scale)
+    counts = target >= 0
+    loss = tl.log(above_all) + (top - tl.load(start + tl.maximum(target, 0)).to(tl.float32))
+    tl.store(losses + row, tl.where(counts, loss, 0.0))
+    factor = tl.where(counts, tl.load(scale), 0.0)
     for first in range(0, V, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         z = tl.load(start + columns, mask=columns < V, other=LOWEST).to(tl.float32)
@@ -44,7 +46,10 @@ def _cross_entropy(logits, targets, losses, scale, V, stride, BLOCK: tl.constexp
 
 
 def cross_entropy_(logits_LV: Tensor, targets_L: Tensor, losses_L: Tensor, scale: Tensor) -> None:
-    """Write float32 ``losses`` and leave ``scale`` (one float32 on the device) times the gradient in ``logits``."""
+    """Write float32 ``losses`` and leave ``scale`` (one float32 on the device) times the gradient in ``logits``.
+
+    A row whose target is negative counts nothing: loss and gradient are zero.
+    """
     rows, vocabulary = logits_LV.shape
     check_rows("logits", logits_LV, rows, vocabulary)
     if targets_L.shape != (rows,) or losses_L.shape != (rows,):
