@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from harness.data.tokens import Sample, StepTokens, chunks, pack
 from harness.engine import Job, Machine, Probe
@@ -15,20 +17,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from engines.native.decoder import Decoder
+    from engines.native.layer import Plan
     from engines.native.lora import Adapter
     from engines.native.ops import Ops
     from engines.native.optimizer import Optimizer
+    from engines.native.shape import LlamaShape
     from engines.native.steps import ReplayedSteps, Steps
+    from engines.native.weights import DecoderWeights
 
 _RANK_MULTIPLE = 64  # see Placement
+_USABLE = 0.95  # of the free memory
 _TARGETS = frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+
+
+loss_norm = "token_global"
 
 
 class Knobs(Spec):
     """How the decoder does it; conf/engine/fused.yaml says what each knob means and holds the values."""
 
     micro_batch: Positive
-    recompute: Literal["none", "full"]
+    recompute: Literal["fit", "none", "full"]
+    memory_gib: Annotated[float, Field(gt=0)] | None
     compute_dtype: Literal["float32", "bfloat16"]
     operations: Literal["reference", "fused"]
     replay: bool
@@ -114,6 +124,8 @@ def _fused_reasons(workload: Workload, knobs: Knobs, machine: Machine) -> list[s
     reasons = []
     if knobs.replay and machine.device != "cuda":
         reasons.append("replay=true captures a CUDA graph; on a CPU use replay=false")
+    if knobs.memory_gib is not None and knobs.recompute != "fit":
+        reasons.append(f"memory_gib={knobs.memory_gib:g} is a budget for recompute=fit, not for recompute={knobs.recompute}")
     if knobs.operations == "fused":
         if machine.device != "cuda" or knobs.compute_dtype != "bfloat16":
             reasons.append("operations=fused needs an NVIDIA GPU and compute_dtype=bfloat16; use operations=reference")
@@ -139,7 +151,6 @@ def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decod
 
     from engines.native.checkpoint import Placement, load_weights, read_config
     from engines.native.decoder import Decoder
-    from engines.native.layer import KEEP_INPUT, KEEP_PRODUCTS
     from engines.native.lora import read_adapter
     from engines.native.shape import read_shape
 
@@ -152,8 +163,32 @@ def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decod
     weights = load_weights(job.base, shape, placement, adapter)
     if adapter is not None:
         adapter.check_nothing_is_left(weights)
-    plan = {"none": KEEP_PRODUCTS, "full": KEEP_INPUT}[knobs.recompute]
-    return config, adapter, Decoder(shape=shape, weights=weights, ops=_operations(knobs), plan=plan, loss_chunk=knobs.loss_chunk)
+    plans = _plans(job, knobs, shape, weights)
+    return config, adapter, Decoder(shape=shape, weights=weights, ops=_operations(knobs), plans=plans, loss_chunk=knobs.loss_chunk)
+
+
+def _plans(job: Job, knobs: Knobs, shape: LlamaShape, weights: DecoderWeights) -> tuple[Plan, ...]:
+    """What each layer keeps. On a CPU without ``memory_gib`` all of it: the host's memory is not ours alone to plan with."""
+    from engines.native.layer import KEEP_ALL, KEEP_INPUT
+    from engines.native.planner import MemoryModel, largest_load, plans_within
+
+    if knobs.recompute != "fit" or (job.device == "cpu" and knobs.memory_gib is None):
+        return (KEEP_INPUT if knobs.recompute == "full" else KEEP_ALL,) * shape.num_layers
+    train = job.workload.train
+    steps = (job.tokens.step(train, index) for index in range(train.steps))
+    batches = (pack(group) for samples in steps for group in chunks(samples, knobs.micro_batch))
+    load = largest_load(batches, knobs.loss_chunk, shared=knobs.replay)
+    budget = knobs.memory_gib * 2**30 if knobs.memory_gib is not None else _free_bytes()
+    return plans_within(MemoryModel.of(shape, weights, load), budget)
+
+
+def _free_bytes() -> float:
+    """What this process may have allocated at one time, some of the free memory left for contexts, workspaces and fragments."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    allowed = torch.cuda.get_per_process_memory_fraction() * total
+    return min(_USABLE * free + torch.cuda.memory_allocated(), _USABLE * allowed)
 
 
 def _operations(knobs: Knobs) -> Ops:

@@ -21,10 +21,11 @@ from engines.native.checkpoint import Placement, build_weights
 from engines.native.decoder import Decoder
 from engines.native.fused_ops import FUSED
 from engines.native.kernels.adamw import FlatAdamW
-from engines.native.layer import KEEP_INPUT, KEEP_PRODUCTS
+from engines.native.layer import KEEP_ALL
 from engines.native.lora import Adapter
 from engines.native.optimizer import step_scalars
 from engines.native.packed import Angles
+from engines.native.planner import Load, MemoryModel, plans_within
 from engines.native.shape import LlamaShape, read_shape
 from engines.native.steps import ReplayedSteps, Steps
 from engines.native.weights import trained_weights
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", nargs="+", default=["llama3_1b"], help="names of conf/model")
     parser.add_argument("--layers", type=int, help="cut the model to so many layers")
     parser.add_argument("--batch", nargs="+", default=["4x2048"], help="documents x tokens of each")
-    parser.add_argument("--plan", choices=["products", "input"], default="products", help="what each layer keeps")
+    parser.add_argument("--memory-gib", type=float, nargs="+", default=[None], help="budgets; without one everything is kept")
     parser.add_argument("--chunk", type=int, default=2048, help="rows of logits at one time")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--eager", action="store_true", help="launch every step instead of replaying a graph")
@@ -76,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         decoder = random_decoder(shape, options)
         for batch in options.batch:
             documents, tokens = (int(part) for part in batch.split("x"))
-            _time(name, decoder, documents, tokens, options)
+            for budget in options.memory_gib:
+                _time(name, decoder, (documents, tokens), budget, options)
         del decoder
         torch.cuda.empty_cache()
 
@@ -101,8 +103,7 @@ def random_decoder(shape: LlamaShape, options: argparse.Namespace) -> Decoder:
     file = RandomFile(sizes)
     placement = Placement(torch.device("cuda"), torch.bfloat16, torch.float32, 64)
     weights = build_weights(dict.fromkeys(sizes, file), shape, placement, adapter)
-    plan = {"products": KEEP_PRODUCTS, "input": KEEP_INPUT}[options.plan]
-    return Decoder(shape=shape, weights=weights, ops=FUSED, plan=plan, loss_chunk=options.chunk)
+    return Decoder(shape=shape, weights=weights, ops=FUSED, plans=(KEEP_ALL,) * shape.num_layers, loss_chunk=options.chunk)
 
 
 def _sizes(shape: LlamaShape) -> list[tuple[str, tuple[int, ...]]]:
@@ -127,7 +128,11 @@ def _sizes(shape: LlamaShape) -> list[tuple[str, tuple[int, ...]]]:
     return sizes
 
 
-def _time(name: str, decoder: Decoder, documents: int, tokens: int, options: argparse.Namespace) -> None:
+def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | None, options: argparse.Namespace) -> None:
+    documents, tokens = size
+    model = MemoryModel.of(decoder.shape, decoder.weights, Load(documents * tokens, tokens, documents * (tokens - 1), options.chunk))
+    if budget is not None:
+        decoder = replace(decoder, plans=plans_within(model, budget * 2**30))
     arena = decoder.weights.arena
     values = [weight.value for weight in trained_weights(decoder.weights)]
     optimizer = FlatAdamW(arena.masters, values, (0.9, 0.999), 1e-8, 0.01)
@@ -160,13 +165,20 @@ def _time(name: str, decoder: Decoder, documents: int, tokens: int, options: arg
     milliseconds = statistics.median(before.elapsed_time(after) for before, after in itertools.pairwise(events))
     count = documents * tokens
     print(
-        f"{name} layers {decoder.shape.num_layers} {documents}x{tokens} {options.plan}: {milliseconds:.2f} ms, "
-        f"{count / milliseconds * 1000:,.0f} tokens/s, peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated, "
+        f"{name} layers {decoder.shape.num_layers} {documents}x{tokens} {_kept(decoder)}: {milliseconds:.2f} ms, "
+        f"{count / milliseconds * 1000:,.0f} tokens/s, peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated "
+        f"({model.peak(decoder.plans) / 2**30:.2f} predicted), "
         f"first step {first:.1f} s, second {second:.1f} s, losses {losses[0]:.4f} {losses[1]:.4f} {losses[-1]:.4f}",
         flush=True,
     )
     if options.breakdown:
         _breakdown(lambda: step(100))
+
+
+def _kept(decoder: Decoder) -> str:
+    """How many layers make which tensors again."""
+    dropped = {name: sum(name not in plan for plan in decoder.plans) for name in ("gate_up", "heads", "attended", "middle")}
+    return "again " + ", ".join(f"{name} x{count}" for name, count in dropped.items() if count) if any(dropped.values()) else "all kept"
 
 
 def _breakdown(step: Any) -> None:

@@ -19,12 +19,12 @@ from engines.native.weights import DecoderWeights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """A decoder's weights and how it computes. ``plan``: what each layer keeps; ``loss_chunk``: rows of logits at one time."""
+    """A decoder's weights and how it computes. ``plans``: what each layer keeps; ``loss_chunk``: rows of logits at one time."""
 
     shape: LlamaShape
     weights: DecoderWeights
     ops: Ops
-    plan: Plan
+    plans: tuple[Plan, ...]
     loss_chunk: int
 
     @torch.no_grad()
@@ -33,9 +33,9 @@ class Decoder:
         ops, weights, epsilon = self.ops, self.weights, self.shape.norm_epsilon
         stream = Stream(weights.embedding.value[packed.tokens], None)
         passes = []
-        for layer in weights.layers:
+        for layer, plan in zip(weights.layers, self.plans, strict=True):
             passes.append(LayerPass(ops, self.shape, layer, packed, stream))
-            stream = passes[-1].forward(self.plan)
+            stream = passes[-1].forward(plan)
 
         # Only rows that predict a supervised token reach the loss: the rest of the sequence needs no norm and no logits.
         last_LH = stream.x[packed.rows]

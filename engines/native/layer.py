@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -18,18 +18,13 @@ from engines.native.packed import Packed
 from engines.native.shape import LlamaShape
 from engines.native.weights import LayerWeights, Weight
 
-Name = Literal[
-    "normed", "inverse", "low_qkv", "qkv", "heads", "attended", "middle",
-    "mlp_normed", "mlp_inverse", "low_gate_up", "gate_up", "swiglu", "low_down",
-]  # fmt: skip
+Name = Literal["inverse", "low_qkv", "qkv", "heads", "attended", "middle", "mlp_inverse", "low_gate_up", "gate_up", "low_down"]
 Plan = frozenset[Name]  # the tensors of a layer that are kept for backward; the layer's input always is
 V = TypeVar("V")
 
 KEEP_INPUT: Plan = frozenset()
-# Everything backward reads except what one cheap pass over a kept tensor makes again (normed, mlp_normed, swiglu).
-KEEP_PRODUCTS: Plan = frozenset(
-    ("inverse", "low_qkv", "qkv", "heads", "attended", "middle", "mlp_inverse", "low_gate_up", "gate_up", "low_down"),
-)
+# Everything backward reads. Norm outputs and h are never kept: what needs them makes them again in one cheap pass, or does without.
+KEEP_ALL: Plan = frozenset(get_args(Name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +53,7 @@ class LayerPass:
 
     def forward(self, plan: Plan) -> Stream:
         """The layer's output; afterwards only the tensors of ``plan`` (and the input) are held."""
-        delta_TH = self._ops.linear(Input(self._swiglu(), self._low_down()), self._weights.down, 0)
+        delta_TH = self._ops.linear(self._swiglu(), self._weights.down, 0)
         output = Stream(self._middle(), delta_TH)
         self._made = {name: made for name, made in self._made.items() if name in plan}
         return output
@@ -77,8 +72,7 @@ class LayerPass:
         low_down, gate_up_TN = self._low_down(), self._gate_up()
         ops.fill(dy_TW, weights.down)
         swiglu, d_gate_up_TW = ops.swiglu_backward(ops.input_gradient(dy_TW, weights.down), gate_up_TN, weights.gate_up.padded_rank)
-        for name in ("gate_up", "swiglu"):
-            self._made.pop(name, None)  # the gradient may lie where they were
+        del self._made["gate_up"]  # the gradient may lie where it was
         ops.weight_gradients(dy_TW, swiglu, low_down, weights.down)
         del swiglu
         ops.fill(d_gate_up_TW, weights.gate_up)
@@ -130,42 +124,39 @@ class LayerPass:
         value: V = self._made[name]
         return value
 
-    def _attention_norm(self, name: Name) -> Any:
-        """The normed input, its low-rank part and the reciprocal root mean squares come out of one operation; so does x."""
+    def _attention_input(self) -> Input:
+        """The normed input, read once; its low-rank part and the reciprocal root mean squares come out of the same operation."""
+        stream, weights = self._stream, self._weights
+        made = self._ops.norm(stream.x, stream.delta, weights.input_norm, self._shape.norm_epsilon, weights.qkv)
+        self._stream = Stream(made.x, None)
+        self._made.update(low_qkv=made.input.low, inverse=made.inverse)
+        return made.input
+
+    def _mlp_input(self) -> Input:
+        """As ``_attention_input``, with the sum of the stream and the attention's output."""
+        kept, weights = self._made.get("middle"), self._weights
+        delta = self._ops.linear(self._attended().input, weights.output, 0) if kept is None else None
+        x = self._stream.x if kept is None else kept
+        made = self._ops.norm(x, delta, weights.mlp_norm, self._shape.norm_epsilon, weights.gate_up)
+        self._made.update(middle=made.x, low_gate_up=made.input.low, mlp_inverse=made.inverse)
+        return made.input
+
+    def _beside(self, name: Name, make: Callable[[], Input]) -> Any:
+        """A tensor that ``make`` leaves beside the input that it returns."""
         if name not in self._made:
-            stream, weights = self._stream, self._weights
-            made = self._ops.norm(stream.x, stream.delta, weights.input_norm, self._shape.norm_epsilon, weights.qkv)
-            self._stream = Stream(made.x, None)
-            self._made.update(normed=made.input.wide, low_qkv=made.input.low, inverse=made.inverse)
+            make()
         return self._made[name]
-
-    def _mlp_norm(self, name: Name) -> Any:
-        """As ``_attention_norm``, with the sum of the stream and the attention's output."""
-        if name not in self._made:
-            kept, weights = self._made.get("middle"), self._weights
-            delta = self._ops.linear(self._attended().input, weights.output, 0) if kept is None else None
-            x = self._stream.x if kept is None else kept
-            made = self._ops.norm(x, delta, weights.mlp_norm, self._shape.norm_epsilon, weights.gate_up)
-            self._made.update(middle=made.x, mlp_normed=made.input.wide, low_gate_up=made.input.low, mlp_inverse=made.inverse)
-        return self._made[name]
-
-    def _middle(self) -> Tensor:
-        middle: Tensor = self._mlp_norm("middle")
-        return middle
-
-    def _normed(self) -> Input:
-        return Input(self._attention_norm("normed"), self._attention_norm("low_qkv"))
 
     def _inverse(self) -> Tensor:
-        inverse: Tensor = self._attention_norm("inverse")
+        inverse: Tensor = self._beside("inverse", self._attention_input)
         return inverse
 
     def _low_qkv(self) -> Tensor | None:
-        low: Tensor | None = self._attention_norm("low_qkv")
+        low: Tensor | None = self._beside("low_qkv", self._attention_input)
         return low
 
     def _project(self) -> Tensor:
-        return self._ops.linear(self._normed(), self._weights.qkv, 0)
+        return self._ops.linear(self._attention_input(), self._weights.qkv, 0)
 
     def _qkv(self) -> Tensor:
         """Only the norms of queries and keys read the projection again; otherwise it is rotated in place."""
@@ -188,34 +179,28 @@ class LayerPass:
     def _attended(self) -> Attended:
         return self._make("attended", lambda: self._ops.attention(self._heads(), self._packed, self._weights.output))
 
-    def _mlp_normed(self) -> Input:
-        return Input(self._mlp_norm("mlp_normed"), self._mlp_norm("low_gate_up"))
+    def _middle(self) -> Tensor:
+        middle: Tensor = self._beside("middle", self._mlp_input)
+        return middle
 
     def _mlp_inverse(self) -> Tensor:
-        inverse: Tensor = self._mlp_norm("mlp_inverse")
+        inverse: Tensor = self._beside("mlp_inverse", self._mlp_input)
         return inverse
 
     def _low_gate_up(self) -> Tensor | None:
-        low: Tensor | None = self._mlp_norm("low_gate_up")
+        low: Tensor | None = self._beside("low_gate_up", self._mlp_input)
         return low
 
     def _gate_up(self) -> Tensor:
         """With room behind each row, so that its gradient may take its place."""
         room = self._weights.gate_up.padded_rank
-        return self._make("gate_up", lambda: self._ops.linear(self._mlp_normed(), self._weights.gate_up, room))
+        return self._make("gate_up", lambda: self._ops.linear(self._mlp_input(), self._weights.gate_up, room))
 
-    def _make_swiglu(self) -> None:
+    def _swiglu(self) -> Input:
         made = self._ops.swiglu(self._gate_up(), self._weights.down)
-        self._made.update(swiglu=made.wide, low_down=made.low)
-
-    def _swiglu(self) -> Tensor:
-        if "swiglu" not in self._made:
-            self._make_swiglu()
-        swiglu: Tensor = self._made["swiglu"]
-        return swiglu
+        self._made["low_down"] = made.low
+        return made
 
     def _low_down(self) -> Tensor | None:
-        if "low_down" not in self._made:
-            self._make_swiglu()
-        low: Tensor | None = self._made["low_down"]
+        low: Tensor | None = self._beside("low_down", self._swiglu)
         return low

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.native.buckets import filled, rounded_up, shared_sizes
-from engines.native.layer import KEEP_PRODUCTS
+from engines.native.layer import KEEP_ALL
 from engines.native.packed import Angles
 from harness.data.tokens import IGNORE, Batch, pack
 from tests.engines.test_fused import decoder, gradients
@@ -52,7 +52,7 @@ def test_filling_changes_no_loss_and_no_gradient(tmp_path: Path) -> None:
     batch = pack(job.tokens.step(job.workload.train, 0))
     found = []
     for sizes in (None, shared_sizes(batch)):
-        native = decoder(job, KEEP_PRODUCTS)
+        native = decoder(job, KEEP_ALL)
         row = Angles.of(native.shape, LONGEST, torch.device("cpu")).pack(batch, sizes)
         losses = native.accumulate(row, torch.tensor(0.1))
         found.append((losses, gradients(native), row))

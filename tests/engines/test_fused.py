@@ -15,7 +15,7 @@ from transformers import AutoConfig
 import engines.fused
 from engines.native.checkpoint import Placement, load_weights, read_config
 from engines.native.decoder import Decoder
-from engines.native.layer import KEEP_INPUT, KEEP_PRODUCTS, Plan
+from engines.native.layer import KEEP_ALL, KEEP_INPUT, Plan
 from engines.native.lora import read_adapter
 from engines.native.packed import Angles, Packed
 from engines.native.reference import REFERENCE
@@ -44,7 +44,8 @@ from tests.engines.tiny import (
 )
 
 KNOBS: dict[str, Any] = {
-    "micro_batch": 2, "recompute": "none", "compute_dtype": "float32", "operations": "reference", "replay": False, "loss_chunk": 7,
+    "micro_batch": 2, "recompute": "none", "memory_gib": None,
+    "compute_dtype": "float32", "operations": "reference", "replay": False, "loss_chunk": 7,
 }  # fmt: skip  # fmt: skip
 DEVICE = torch.device("cpu")
 
@@ -85,7 +86,7 @@ def decoder(job: Job, plan: Plan) -> Decoder:
     adapter = None if job.adapter_init is None else read_adapter(job.adapter_init)
     placement = Placement(DEVICE, torch.float32, torch.float32)
     weights = load_weights(job.base, shape, placement, adapter)
-    return Decoder(shape=shape, weights=weights, ops=REFERENCE, plan=plan, loss_chunk=5)
+    return Decoder(shape=shape, weights=weights, ops=REFERENCE, plans=(plan,) * shape.num_layers, loss_chunk=5)
 
 
 def packed(native: Decoder, samples: tuple[Sample, ...]) -> Packed:
@@ -110,7 +111,7 @@ def test_every_gradient_is_that_of_autograd(tmp_path: Path, family: str, method:
     model = plain_model(job)
     loss = plain_loss(model, samples)
     loss.backward()
-    native = decoder(job, KEEP_PRODUCTS)
+    native = decoder(job, KEEP_ALL)
     losses = native.accumulate(packed(native, samples), torch.tensor(1.0 / num_labels))
     assert len(losses) == num_labels
     assert float(losses.sum()) / num_labels == pytest.approx(float(loss.detach()), rel=2e-6)
@@ -132,7 +133,7 @@ def test_a_plan_changes_no_bit_of_a_gradient(tmp_path: Path, family: str, method
     job = make_job(tmp_path, family, method)
     samples = job.tokens.step(job.workload.train, 0)
     results = []
-    for each in (KEEP_PRODUCTS, plan):
+    for each in (KEEP_ALL, plan):
         native = decoder(job, each)
         losses = native.accumulate(packed(native, samples), 0.125)
         results.append((losses, gradients(native)))
@@ -143,7 +144,7 @@ def test_a_plan_changes_no_bit_of_a_gradient(tmp_path: Path, family: str, method
 
 def test_documents_of_a_packed_row_do_not_see_each_other(tmp_path: Path) -> None:
     job = make_job(tmp_path)
-    native = decoder(job, KEEP_PRODUCTS)
+    native = decoder(job, KEEP_ALL)
     first, other, second = _three()
     with_first = native.accumulate(packed(native, (first, second)), 1.0)
     with_other = native.accumulate(packed(native, (other, second)), 1.0)

@@ -19,7 +19,8 @@ from tests.engines.tiny import FAMILIES, LORA, VOCABULARY, RecordingProbe, make_
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
 KNOBS: dict[str, Any] = {
-    "micro_batch": 4, "recompute": "none", "compute_dtype": "bfloat16", "operations": "fused", "replay": True, "loss_chunk": 7,
+    "micro_batch": 4, "recompute": "fit", "memory_gib": None,
+    "compute_dtype": "bfloat16", "operations": "fused", "replay": True, "loss_chunk": 7,
 }  # fmt: skip
 EXACT = {"compute_dtype": "float32", "operations": "reference", "replay": False}
 # With o_proj, so that attention's output has the same strides in all these runs: see engines.native.attention on cuDNN's plans.
