@@ -47,7 +47,7 @@ def test_uneven_documents_of_every_family(tmp_path: Path, family: str, method: d
     fused = run(job, "fused")
     assert distance(fused, truth) <= 2 * distance(plain, truth) + 1e-3
     assert fused.grad_norms == pytest.approx(truth.grad_norms, rel=5e-2)
-    assert truth.losses[0] - truth.losses[-1] > 1e-2, "nothing was learnt: the comparison is too weak"
+    assert min(norm for norm in truth.grad_norms if norm is not None) > 0.1, "hardly anything is learnt: the comparison is too weak"
 
 
 @pytest.fixture
