@@ -51,6 +51,11 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     return "; ".join(reasons) or None
 
 
+def recomputed_fraction(workload: Workload, knobs: Knobs) -> float | None:
+    """Of the layers' forward pass, what the backward pass does again; null where it is planned only once the weights are loaded."""
+    return 0.0 if knobs.recompute == "none" else None
+
+
 def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     """Train with AdamW on every trained tensor (norms and biases decay too), and save into ``job.out``."""
     import torch

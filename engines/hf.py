@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+loss_norm = "token_global"
+
+
 class Knobs(Spec):
     """How transformers does it; conf/engine/hf.yaml says what each knob means and holds the values."""
 
@@ -31,6 +34,11 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     """Every reason why this cannot run here, or None."""
     reasons = [*_dtype_reasons(workload, knobs), *_kernel_reasons(knobs, machine), *_dropout_reasons(workload.model.config or {})]
     return "; ".join(reasons) or None
+
+
+def recomputed_fraction(workload: Workload, knobs: Knobs) -> float:
+    """Of the layers' forward pass, what the backward pass does again: gradient checkpointing repeats whole layers."""
+    return 1.0 if knobs.recompute == "full" else 0.0
 
 
 def train(job: Job, knobs: Knobs, probe: Probe) -> None:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from harness.record import Artifacts, Measurement, Record, Score, Steps
+from harness.spec import content_key
+from harness.store import Results
+from harness.updates import Alike, Updates, alike
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A record with the held-out score of the weights it made and of the base it started from, where there are any."""
+    """A record with the held-out score of the weights it made and of the base it started from, where there are any.
+
+    ``first``: the record of the same work ended after its first step, where that was run; ``updates``: the pairs that were compared.
+    """
 
     record: Record
     score: Score | None = None
     base_score: Score | None = None
+    first: Record | None = None
+    updates: Updates = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +32,39 @@ class Light:
 
     passed: bool | None
     detail: str
+
+
+def runs(results: Results) -> tuple[Run, ...]:
+    """Every stored record as a run, in the order of ``results``."""
+    firsts = {_origin(stored.record): stored.record for stored in results.stored if _is_usable_first_step(stored.record)}
+
+    def first(record: Record) -> Record | None:
+        return firsts.get(_origin(record, first_step=True)) if firsts and not record.cell.workload.is_first_step else None
+
+    return tuple(Run(stored.record, stored.score, stored.base_score, first(stored.record), results.updates) for stored in results.stored)
+
+
+def by_workload(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """``runs`` by the key of their workload, which takes a while to compute."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.record.cell.workload.key, []).append(run)
+    return found
+
+
+def final_updates(candidate: Run, reference: Run) -> Alike | str:
+    """The updates of the whole runs beside each other, or why that is not known."""
+    return _alike(candidate.record, reference.record, candidate.updates)
+
+
+def first_updates(candidate: Run, reference: Run) -> Alike | str:
+    """The updates of the first steps beside each other, or why that is not known."""
+    for name, run in (("this run", candidate), ("the reference", reference)):
+        if run.first is None:
+            return f"the first step of {name} was not run alone, with this version of the engine (train.stop_after=1)"
+    assert candidate.first is not None
+    assert reference.first is not None
+    return _alike(candidate.first, reference.first, candidate.updates)
 
 
 def blocked(candidate: Run, reference: Run) -> tuple[list[str], Light]:
@@ -94,6 +135,27 @@ def scored(score: Score | None) -> Score:
     return score
 
 
+def _alike(candidate: Record, reference: Record, updates: Updates) -> Alike | str:
+    assert candidate.measurement is not None
+    assert reference.measurement is not None
+    mine, theirs = candidate.measurement.artifacts, reference.measurement.artifacts
+    start = mine.adapter_init_sha256 or mine.base_sha256
+    if mine.adapter_sha256 is None or theirs.adapter_sha256 is None:
+        return "no weights were left"
+    known = alike(updates, start, mine.adapter_sha256, theirs.adapter_sha256)
+    return known or "the weights were not compared before they were deleted: run both in one sweep, or with keep=adapters"
+
+
+def _is_usable_first_step(record: Record) -> bool:
+    return record.cell.workload.is_first_step and unusable(Run(record)) is None
+
+
+def _origin(record: Record, *, first_step: bool = False) -> tuple[str, str, str, str]:
+    """What a run and that of its first step have in common: the same code of the same engine did the same work on the same machine."""
+    workload = record.cell.workload.first_step if first_step else record.cell.workload
+    return record.machine.key, workload.key, content_key(record.cell.engine), record.provenance.engine_fingerprint
+
+
 def _inputs(a: Artifacts, b: Artifacts) -> list[str]:
     pairs = (
         ("token file", a.tokens_sha256, b.tokens_sha256),
@@ -113,8 +175,23 @@ def _stream(a: Steps, b: Steps) -> list[str]:
         problems.append(f"supervised tokens differ from step {step + 1}: {a.tokens_loss[step]}, the reference has {b.tokens_loss[step]}")
     if (step := _first_difference(a.stream_sha256, b.stream_sha256)) is not None:
         tokens = f"{a.tokens_input[step]} input tokens, the reference has {b.tokens_input[step]}"
-        problems.append(f"the token stream differs from step {step + 1} (truncated, shuffled or changed data): {tokens}")
+        problems.append(f"the token stream differs from step {step + 1} ({_stream_suspicion(a, b)}): {tokens}")
     return problems
+
+
+def _stream_suspicion(a: Steps, b: Steps) -> str:
+    """What a changed stream looks like. An answer stands at the end of its row, so truncation costs more labels than tokens."""
+    tokens, labels = (
+        1 - sum(mine) / max(1, sum(theirs)) for mine, theirs in ((a.tokens_input, b.tokens_input), (a.tokens_loss, b.tokens_loss))
+    )
+    if a.tokens_input == b.tokens_input and labels:
+        return "prompt mask dropped?" if labels < 0 else "labels left out?"
+    short = [mine < theirs for mine, theirs in zip(a.tokens_input, b.tokens_input, strict=True)]
+    if all(short) and labels < 1.5 * tokens:
+        return "a micro-batch skipped?"
+    if any(short) and all(mine <= theirs for mine, theirs in zip(a.tokens_input, b.tokens_input, strict=True)):
+        return "truncated rows?"
+    return "shuffled: the same tokens in another order?" if not tokens and not labels else "shuffled, or other data?"
 
 
 def _first_difference(a: Sequence[object], b: Sequence[object]) -> int | None:

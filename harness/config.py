@@ -13,6 +13,7 @@ from harness.data.files import find_files
 from harness.engine import load
 from harness.errors import ConfigError, HarnessError
 from harness.places import Sources
+from harness.record import Price
 from harness.spec import Cell, Data, DataFile, DType, EngineSpec, Method, Model, Name, Positive, Spec, Train, Workload, parse
 from harness.weights import fingerprint, resolve_source
 
@@ -35,13 +36,14 @@ class EngineConfig(Spec):
 
 
 class MachineConfig(Spec):
-    """``conf/machine/<name>.yaml``: what of this machine is used."""
+    """``conf/machine/<name>.yaml``: what of this machine is used, and what it costs where that is known."""
 
     device: Literal["cpu", "cuda"]
     compute_dtype: DType
     operations: Literal["reference", "fused"]
     replay: bool
     memory_cap_gib: Positive | None
+    price: Price | None = None
 
 
 class Limits(Spec):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.events import LOST_LOG, Event, ending
-from harness.record import Status
+from harness.record import Measurement, Status
+from harness.steady import steady
 
 TREE = Path(__file__).resolve().parent.parent
 _LAST_LINES = 15
@@ -47,6 +48,15 @@ def classify(how: Ending, events: Sequence[Event], work: Path) -> tuple[Status, 
         said = "the worker could not write its event log: is the disk full, or did the engine close or replace its files?"
         return "crash", _scrub(f"{said} Its last lines:\n{last_lines(work / 'log.txt')}", work)
     return "crash", _scrub(f"the worker ended with {_name(how.exit_code)}; its last lines:\n{last_lines(work / 'log.txt')}", work)
+
+
+def doubted(status: Status, reason: str | None, measured: Measurement | None, stranger: str | None) -> tuple[Status, str | None]:
+    """``status``, unless what was measured is not to be trusted: another process was on the GPU, or the run never became steady."""
+    if stranger is not None and status in ("ok", "oom", "timeout", "no_progress"):
+        return "contended", f"{stranger}; {reason or 'it ran to its end'}"
+    if status == "ok" and measured is not None and (problem := steady(measured.steps).problem):
+        return "unsteady", f"{problem}; take more steps, or look for what else this machine does"
+    return status, reason
 
 
 def last_lines(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast, get_args
 
 from harness.data.tokens import StepTokens, TokenFile
 from harness.errors import ConfigError
@@ -13,6 +13,11 @@ from harness.spec import EngineSpec, Spec, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+LossNorm = Literal["token_global", "rank_token_mean", "micro_mean"]
+"""What the loss of a step is a mean of: all its labels, which the workload asks for; each rank's, then over ranks; each micro-batch's,
+then over these."""
 
 
 class Machine(Spec):
@@ -77,7 +82,9 @@ K = TypeVar("K")
 
 
 class Engine(Protocol[K]):
-    """What a module must have to be an engine."""
+    """What a module must have to be an engine. It may also say ``loss_norm``, a :data:`LossNorm`, which is recorded and shown, and
+    ``recomputed_fraction(workload, knobs)``: of the layers' forward pass, what backward does again; None when it cannot tell beforehand.
+    """
 
     @property
     def Knobs(self) -> type[K]:
@@ -101,4 +108,19 @@ def load(spec: EngineSpec) -> Engine[Any]:
     missing = [name for name in ("Knobs", "unsupported", "train") if not hasattr(module, name)]
     if missing:
         raise ConfigError(f"engine.module: '{spec.module}' is no engine, it lacks {', '.join(missing)}; see docs/adding-an-engine.md")
+    if loss_norm(module) not in (None, *get_args(LossNorm)):
+        raise ConfigError(f"engine.module: '{spec.module}' has loss_norm={loss_norm(module)!r}; expected {', '.join(get_args(LossNorm))}")
     return cast("Engine[Any]", module)
+
+
+def loss_norm(engine: object) -> LossNorm | None:
+    """What ``engine`` says its loss is a mean of; None when it does not say."""
+    return cast("LossNorm | None", getattr(engine, "loss_norm", None))
+
+
+def declared_loss_norm(spec: EngineSpec) -> LossNorm | None:
+    """:func:`loss_norm` of the engine that ``spec`` names. What cannot be loaded says nothing; its record's status says why."""
+    try:
+        return loss_norm(load(spec))
+    except ConfigError:
+        return None

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
-from harness.record import Artifacts, Measurement, Memory, Startup, Status, Steps
-from harness.spec import Spec
+from harness.record import Artifacts, Measurement, Memory, Startup, Status, Steps, Work
+from harness.spec import Spec, parse
 
 Event = dict[str, Any]
 LOST_LOG = os.EX_IOERR  # a worker's exit code: it could not write its log, so it could not say anything else either
@@ -20,7 +20,7 @@ _MOST_BYTES = 2**22  # read at once, and so the longest line; a step is a few hu
 
 
 class EventLog:
-    """Appends events to a file. ``started``, ``ready``, ``step``, ``memory`` and one ending: ``finished`` or ``failed``."""
+    """Appends events to a file. ``started``, ``ready``, ``step``, ``memory``, ``work`` and one ending: ``finished`` or ``failed``."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
@@ -85,8 +85,14 @@ class _Started(Spec):
 
 
 class _Ready(Spec):
+    """``at``: the monotonic clock, which all processes of a host share. ``gpus``: UUIDs of the devices that the process sees."""
+
     event: Literal["ready"]
     setup_seconds: float
+    import_seconds: float | None = None
+    data_seconds: float | None = None
+    at: float | None = None
+    gpus: tuple[str, ...] = ()
 
 
 class _Step(Spec):
@@ -100,12 +106,27 @@ class _Step(Spec):
     tokens_loss: int
     tokens_processed: int
     stream_sha256: str
+    host_seconds: float | None = None
+    reserved_bytes: int | None = None
+    compiles: int | None = None
     rss_bytes: int | None = None
 
 
 class _Memory(Spec):
+    """``at``: the monotonic clock when the phase ended."""
+
     event: Literal["memory"]
     memory: Memory
+    at: float | None = None
+
+
+class _Work(Spec):
+    """``unknown``: why the work of this model is not known."""
+
+    event: Literal["work"]
+    work: Work | None
+    unknown: str | None
+    gemm_peak_flops: float | None
 
 
 class _Finished(Spec):
@@ -124,14 +145,14 @@ class _Failed(Spec):
 
 
 _EVENT: TypeAdapter[object] = TypeAdapter(
-    Annotated[_Started | _Ready | _Step | _Memory | _Finished | _Failed, Field(discriminator="event")]
+    Annotated[_Started | _Ready | _Step | _Memory | _Work | _Finished | _Failed, Field(discriminator="event")]
 )
 
 
 def _event(line: bytes) -> Event | None:
     try:
         event = json.loads(line)
-        _EVENT.validate_python(event)
+        _EVENT.validate_json(line)
     except (ValueError, RecursionError):
         return None
     assert isinstance(event, dict)
@@ -150,13 +171,25 @@ def measurement(events: Sequence[Event], artifacts: Artifacts) -> Measurement | 
         return None
     ready = next((event for event in events if event["event"] == "ready"), None)
     steps = [event for event in events if event["event"] == "step"]
-    columns = {name: tuple(step[name] for step in steps) for name in STEP_FIELDS}
+    work = next((event for event in events if event["event"] == "work"), {"work": None, "unknown": None, "gemm_peak_flops": None})
+    columns: dict[str, Any] = {name: _column(name, steps) for name in Steps.model_fields}
     return Measurement(
-        startup=Startup(process_seconds=started["process_seconds"], setup_seconds=ready["setup_seconds"] if ready else None),
+        startup=Startup(
+            process_seconds=started["process_seconds"],
+            **{name: ready.get(name) if ready else None for name in ("setup_seconds", "data_seconds", "import_seconds")},
+        ),
         steps=Steps(**columns),
         memory=tuple(Memory(**event["memory"]) for event in events if event["event"] == "memory"),
         artifacts=artifacts,
+        work=parse(Work, work["work"]) if work["work"] else None,
+        work_unknown=work["unknown"],
+        gemm_peak_flops=work["gemm_peak_flops"],
     )
 
 
-STEP_FIELDS = tuple(Steps.model_fields)
+def _column(name: str, steps: Sequence[Event]) -> tuple[Any, ...] | None:
+    """One value a step; null where a column that may be missing has no value."""
+    values = tuple(step.get(name) for step in steps)
+    if Steps.model_fields[name].is_required():
+        return values
+    return values if values and None not in values else None

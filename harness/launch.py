@@ -6,35 +6,32 @@ import contextlib
 import json
 import os
 import platform
-import select
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from harness.config import Request
-from harness.endings import TREE, Ending, classify, last_lines
-from harness.engine import Machine
-from harness.errors import ConfigError, HarnessError, StoreError
+from harness.endings import TREE, Ending, classify, doubted, last_lines
+from harness.engine import Machine, declared_loss_norm
+from harness.errors import ConfigError, HarnessError, StoreError, UnsupportedError
 from harness.events import Event, EventReader, ending, measurement
 from harness.fingerprint import engine_fingerprint, interpreter
 from harness.guard import guarded
 from harness.machine import driver_version, host_id
+from harness.monitor import Monitor, monitoring
 from harness.places import Prepared, WorkerJob
 from harness.record import Artifacts, Provenance, Record, Status
 from harness.spec import Spec, parse
 from harness.store import commit_of, write_at_once, writing
+from harness.watch import OnEvent, watch
 from harness.weights import adapter_sha256
 
-_TICK_SECONDS = 0.2
-_LEAVE_SECONDS = 30.0  # a worker that has said how it ended and does not go (a thread of a library, often) is sent home
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 _WORKER = {"TOKENIZERS_PARALLELISM": "false"}  # nothing is tokenised there, and a pool of threads is lost in a fork
-
-OnEvent = Callable[[Event], None]
 
 
 def run_cell(
@@ -47,10 +44,12 @@ def run_cell(
     held: int | None = None,
     earlier: Sequence[Record] = (),
     sweep: str | None = None,
+    counts: Path | None = None,
 ) -> Record:
     """Run ``request`` and return its record; adapters of ok cells end under ``root``/adapters. Failure is a status, never an exception.
 
     ``held`` is the descriptor of our turn (see ``harness.turns``; None: nobody else is here), ``earlier`` what this cell is recorded as.
+    ``counts``: count what each step costs, into this file; the record is then no timing, and none to store.
     Raises StoreError when nothing can be written under ``root``, or not as much as the trained weights will take.
     """
     work = _work(root, machine, request)
@@ -68,11 +67,20 @@ def run_cell(
         out=str(work / "adapter"),
         events=str(work / "events.jsonl"),
         launched_monotonic=time.monotonic(),
+        counts=None if counts is None else str(counts),
     )
-    how, events = _run_worker(request, job, work, on_event, held)
+    try:
+        with contextlib.ExitStack() as stack:
+            monitor = stack.enter_context(monitoring(_environment(request), machine.count)) if machine.device == "cuda" else None
+            if monitor and (holder := monitor.busy()):
+                return _record(job, "contended", f"{holder}; end it or wait for it, then run the same command again", 0.0, [])
+            job = job.model_copy(update={"launched_monotonic": time.monotonic()})
+            how, events = _run_worker(request, job, work, on_event, held, monitor)
+    except UnsupportedError as error:
+        return _record(job, "unsupported", str(error), 0.0, [])
     wall = time.monotonic() - job.launched_monotonic
     status, reason = classify(how, events, work)
-    record = _record(job, status, reason, wall, events)
+    record = _record(job, status, reason, wall, events, monitor)
     _keep_adapter(work, root, record)
     return record
 
@@ -106,7 +114,7 @@ def unsupported(request: Request, machine: Machine, reason: str) -> Record:
     return Record(cell=request.cell, machine=machine, status="unsupported", reason=reason, provenance=_provenance(request))
 
 
-def run_door(module: str, job: Spec, job_path: Path, *, held: int, network: bool = False) -> None:
+def run_door(module: str, job: Spec, job_path: Path, *, held: int | None, network: bool = False) -> None:
     """Run another door (prepare, score) in our interpreter on ``job``; its progress bar shows. Raises HarnessError with what it said.
 
     Only prepare may use the ``network``, to fetch a ``hub:`` source: what is measured or judged never depends on it.
@@ -114,7 +122,7 @@ def run_door(module: str, job: Spec, job_path: Path, *, held: int, network: bool
     write_at_once(job_path, job.model_dump_json(indent=1).encode())
     command = [sys.executable, "-m", module, str(job_path)]
     errors = job_path.with_suffix(".stderr")
-    environment = _environment({}) if network else _environment(_OFFLINE)
+    environment = _with_tree({} if network else _OFFLINE)
     with writing(errors):
         stderr = errors.open("wb")
     with stderr, guarded(command, held=held, env=environment, stderr=stderr) as process:
@@ -157,58 +165,43 @@ def _check_room(work: Path, prepared: Prepared) -> None:
         )
 
 
-def _run_worker(request: Request, job: WorkerJob, work: Path, on_event: OnEvent, held: int | None) -> tuple[Ending, list[Event]]:
+def _run_worker(
+    request: Request, job: WorkerJob, work: Path, on_event: OnEvent, held: int | None, monitor: Monitor | None
+) -> tuple[Ending, list[Event]]:
     events: list[Event] = []
+
+    def told(event: Event) -> None:
+        events.append(event)
+        if monitor is not None:
+            monitor.hear(event)
+        on_event(event)
+
     kills_before = _kernel_oom_kills()
     write_at_once(work / "job.json", job.model_dump_json(indent=1).encode())
     command = [request.python or sys.executable, "-m", "harness.worker", str(work / "job.json")]
-    environment = _environment({**_OFFLINE, **_WORKER, **request.cell.engine.environment})
+    environment = _environment(request)
     with writing(work):
         log, reader = (work / "log.txt").open("wb"), EventReader(work / "events.jsonl")
     with log, reader:
         with guarded(command, held=held, cwd=work, env=environment, stdout=log, stderr=subprocess.STDOUT) as process:
-            stopped, code = _watch(process, reader, events, request, on_event)
+            stopped, code = watch(process, reader, events, request.limits, told, monitor)
         for event in reader.new():  # said between our last look and its end
-            events.append(event)
-            on_event(event)
+            told(event)
     return Ending(stopped, code, reader.garbage, _kernel_oom_kills() - kills_before), events
 
 
-def _environment(extra: dict[str, str]) -> dict[str, str]:
+def _environment(request: Request) -> dict[str, str]:
+    return _with_tree({**_OFFLINE, **_WORKER, **request.cell.engine.environment})
+
+
+def _with_tree(extra: dict[str, str]) -> dict[str, str]:
     path = os.pathsep.join([str(TREE), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **extra}
 
 
-def _watch(
-    process: subprocess.Popen[bytes], reader: EventReader, events: list[Event], request: Request, on_event: OnEvent
-) -> tuple[Status | None, int]:
-    """Wait without spinning; monotonic time only, so that a clock that jumps stops nothing. Returns why we stopped it, or its exit code."""
-    began = progressed = time.monotonic()
-    limits = request.limits
-    descriptor = os.pidfd_open(process.pid)
-    try:
-        while True:
-            ended = bool(select.select([descriptor], [], [], _TICK_SECONDS)[0])
-            for event in reader.new():
-                events.append(event)
-                progressed = time.monotonic()
-                on_event(event)
-            now = time.monotonic()
-            if ended:
-                return None, process.wait()
-            if reader.garbage is not None:
-                return None, 0
-            if ending(events[-1:]) and now - progressed > min(_LEAVE_SECONDS, limits.no_progress_seconds):
-                return None, 0
-            if now - began > limits.wall_seconds:
-                return "timeout", 0
-            if now - progressed > limits.no_progress_seconds:
-                return "no_progress", 0
-    finally:
-        os.close(descriptor)
-
-
-def _record(job: WorkerJob, status: Status, reason: str | None, wall_seconds: float, events: Sequence[Event]) -> Record:
+def _record(
+    job: WorkerJob, status: Status, reason: str | None, wall_seconds: float, events: Sequence[Event], monitor: Monitor | None = None
+) -> Record:
     last = ending(events) or {}
     artifacts = Artifacts(
         tokens_sha256=Path(job.prepared.tokens).stem,
@@ -216,16 +209,26 @@ def _record(job: WorkerJob, status: Status, reason: str | None, wall_seconds: fl
         adapter_init_sha256=job.prepared.adapter_init_sha256,
         adapter_sha256=last.get("adapter_sha256"),
     )
+    measured = measurement(events, artifacts)
+    if measured is not None and monitor is not None:
+        measured = monitor.add_to(measured)
+    status, reason = doubted(status, reason, measured, monitor.stranger if monitor else None)
     return Record(
         cell=job.cell,
         machine=job.machine,
         status=status,
         reason=reason,
         provenance=job.provenance.model_copy(update={"wall_seconds": wall_seconds}),
-        measurement=measurement(events, artifacts),
+        measurement=measured,
         data=job.prepared.data,
-        notes=job.prepared.notes,
+        loss_norm=declared_loss_norm(job.cell.engine),
+        notes=(*job.prepared.notes, *_emulated(job.machine)),
     )
+
+
+def _emulated(machine: Machine) -> tuple[str, ...]:
+    cap = machine.memory_cap_gib
+    return (f"memory of {cap} GiB was emulated: the allocator was capped on a GPU of {machine.memory_gib} GiB",) if cap else ()
 
 
 def _provenance(request: Request, sweep: str | None = None) -> Provenance:
@@ -242,6 +245,7 @@ def _provenance(request: Request, sweep: str | None = None) -> Provenance:
         packages=packages,
         driver=driver_version() if request.machine.device == "cuda" else None,
         sweep=sweep,
+        price=request.machine.price,
         host=f"{host_id()} {platform.system()} {platform.release().partition('-')[0]}",
     )
 

@@ -1,4 +1,4 @@
-"""Did a run train the same thing as the reference? The verdict, its worst deviation, and where."""
+"""Did a run train the same thing as the reference? The verdict, its worst deviation, where, and what that looks like."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from harness.comparable import Light, Run, blocked, measured, missing, not_finite, scored, unusable
-from harness.record import Record
+from harness.deviations import HELD_OUT, HELD_OUT_FLOOR, TESTS, deviations, loss_floor, weights_deviations
+from harness.record import Record, Score
+from harness.suspicion import suspicion
+from harness.updates import Alike
+from harness.verdict import Kind, Verdict
 
-Kind = Literal["reference", "same", "different", "not comparable"]
-
-# Floors of the allowances: what harmless changes (another kernel, another split) were seen to need, on SmolLM2 with GSM8K.
-LOSS_FLOOR = 0.05  # divided by the square root of the step's labels
-GRAD_NORM_FLOOR = 0.03  # |ln ratio|
-UPDATE_NORM_FLOOR = 0.003  # |ln ratio|: a learning rate that is 1 % off gives 0.01
-HELD_OUT_FLOOR = 0.001
 SPREAD = 2.0  # an allowance is at least this many times the largest deviation among harmless variants of the anchor
 NUM_VARIANTS = 3  # fewer say nothing about how far harmless variants stray
 POWER = 10.0  # the held-out gain of the reference must be this many allowances, or equality proves nothing
@@ -29,80 +25,99 @@ LIGHT_FLOORS = {"float32": 1.0, "bfloat16": 5.0}
 ANCHORS = (("fp32", "float32"), ("bf16", "bfloat16"))  # the truth first; each a compute_dtype of the reference engine
 REFERENCE_ENGINE = "hf"
 REFERENCE_KNOBS = {"kernels": "none", "compile": False}  # with other kernels the engine is a candidate, not the yardstick
+# The base product and the adapter's in one sum, in plain torch: harmless around the truth, which bf16 hf is not (docs/method.md).
+AUGMENTED_KNOBS = {"operations": "reference", "compute_dtype": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """``worst``: the test with the largest excess, its value and allowance. ``reasons``: everything against ``same``."""
+class Calibration:
+    """Per test, the allowance in floors, and from how many harmless variants it is known."""
 
-    kind: Kind
-    anchor: str | None
-    worst: str
-    reasons: tuple[str, ...]
-    light: Light
-    can_win: bool
-
-    @property
-    def label(self) -> str:
-        """``same: fp32``, ``different``, ``not comparable``, ``reference: bf16``."""
-        return f"{self.kind}: {self.anchor}" if self.anchor and self.kind in ("same", "reference") else self.kind
-
-    @property
-    def detail(self) -> str:
-        """One sentence for people: the reasons, or the worst deviation that was still allowed."""
-        return "; ".join(self.reasons) or self.worst
+    allowed: Mapping[str, float]
+    known: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """A run to be judged against; ``variants`` are harmless variants of it, which widen the allowances."""
+    """A run to be judged against; ``variants`` are harmless variants of it, which widen the allowances.
+
+    ``rounding``: around the fp32 truth, the variants that matter to a candidate which computes in bf16.
+    """
 
     name: str
     run: Run
     variants: tuple[Run, ...] = ()
+    rounding: tuple[Run, ...] = ()
 
     @functools.cached_property
-    def allowed(self) -> Mapping[str, float]:
-        """Allowances by test, in floors; found once, however many runs are judged against this one."""
-        return _allowances(self.run, self.variants if len(self.variants) >= NUM_VARIANTS else ())
+    def plain(self) -> Calibration:
+        """From ``variants``; found once, however many runs are judged against this one."""
+        return _calibrate(self.run, self.variants)
 
+    @functools.cached_property
+    def rounded(self) -> Calibration:
+        """From ``rounding``."""
+        return _calibrate(self.run, self.rounding)
 
-@dataclass(frozen=True, slots=True)
-class Deviation:
-    """One deviation. ``excess`` is in floors: 1 is the floor of the allowance; ``text`` gives it in its own unit."""
-
-    name: str
-    excess: float
-    unit: float
-    where: str = ""
-
-    def text(self, allowed: float) -> str:
-        """For example ``held-out loss: off by 0.0123, allowed 0.001``."""
-        return f"{self.name}{self.where}: off by {self.excess * self.unit:.3g}, allowed {allowed * self.unit:.3g}"
+    def calibration(self, candidate: Run) -> Calibration:
+        """What ``candidate`` is allowed."""
+        return self.rounded if _in_fp32(self.run) and not _in_fp32(candidate) else self.plain
 
 
 def anchors(runs: Iterable[Run], workload_key: str, machine_key: str) -> tuple[Anchor, ...]:
     """The fp32 truth and the bf16 anchor of a workload: runs of engine ``hf``, those of the same machine first.
 
-    Among equals a scored run is preferred, then the knobs with most repeats, then the lowest repeat, then the newest.
+    Among equals a scored run is preferred, then one whose first step was run alone, then the knobs with most repeats, then the run
+    that most others have been compared with, the lowest repeat, the newest.
     """
     found = []
     able = [run for run in runs if run.record.cell.workload.key == workload_key and not unusable(run) and not not_finite(run)]
     newest_first = sorted(able, key=lambda run: run.record.provenance.started_utc, reverse=True)
+    compared = Counter(sha for pair in (able[0].updates if able else {}).values() for sha in pair.trained_sha256)
     for name, dtype in ANCHORS:
         mine = [run for run in newest_first if _computes_in(run.record, dtype)]
         repeats = Counter(_knobs(run) for run in mine)  # what was repeated most is what people run; the rest are its variants
-        mine.sort(key=lambda run: (run.record.machine.key != machine_key, run.score is None, -repeats[_knobs(run)], run.record.cell.repeat))
+
+        def order(run: Run, repeats: Counter[str] = repeats) -> tuple[bool, bool, bool, int, int, int]:
+            record, weights = run.record, measured(run).artifacts.adapter_sha256
+            known = compared[weights] if weights else 0
+            return (
+                record.machine.key != machine_key,
+                run.score is None,
+                run.first is None,
+                -repeats[_knobs(run)],
+                -known,
+                record.cell.repeat,
+            )
+
+        mine.sort(key=order)
         if mine:
-            found.append(Anchor(name, mine[0], _variants(mine)))
+            found.append(_anchor(name, mine[0], newest_first))
     return tuple(found)
 
 
-def _variants(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """Of every other choice of knobs (attention, split, recompute) one run that can be compared with the first."""
-    anchor = runs[0]
+def anchor_at(run: Run, runs: Sequence[Run]) -> Anchor:
+    """``run`` as the reference, with what is known among ``runs`` of its harmless variants: none, unless it is a yardstick."""
+    name = next((name for name, dtype in ANCHORS if _computes_in(run.record, dtype)), "this reference")
+    here = [one for one in runs if one.record.cell.workload == run.record.cell.workload and not unusable(one) and not not_finite(one)]
+    return _anchor(name, run, here) if is_yardstick(run.record) else Anchor(name, run)
+
+
+def _anchor(name: str, run: Run, runs: Sequence[Run]) -> Anchor:
+    alike = [one for one in runs if _computes_in(one.record, _dtype(run))]
+    augmented = [one for one in runs if _is_augmented(one.record)] if _in_fp32(run) else []
+    return Anchor(name, run, _variants(run, alike), _variants(run, augmented))
+
+
+def is_yardstick(record: Record) -> bool:
+    """Whether other runs are compared with this one: the reference engine, as it is, in a type that has an anchor."""
+    return any(_computes_in(record, dtype) for _, dtype in ANCHORS)
+
+
+def _variants(anchor: Run, runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Of every other choice of knobs (attention, split, recompute) one run that can be compared with ``anchor``."""
     found: dict[str, Run] = {}
-    for run in runs[1:]:
+    for run in runs:
         comparable = not blocked(run, anchor)[0] and not missing(run, anchor)
         if _knobs(run) != _knobs(anchor) and comparable:
             found.setdefault(_knobs(run), run)
@@ -124,7 +139,7 @@ def verdict(candidate: Run, against: Sequence[Anchor]) -> Verdict:
         why = useless or "there is no reference: run engine=hf on this workload"
         return Verdict("not comparable", None, why, (why,), Light(None, why), not useless)
     truth = [anchor for anchor in against if _in_fp32(candidate) and _in_fp32(anchor.run)]
-    verdicts = [_judge(candidate, anchor) for anchor in truth or against]
+    verdicts = [judge_against(candidate, anchor) for anchor in truth or against]
     order: tuple[Kind, ...] = ("same", "not comparable", "different")  # an open question with one anchor leaves the whole open
     alike = {anchor.name for anchor in against if _dtype(anchor.run) == _dtype(candidate)}
     best = min(verdicts, key=lambda one: (order.index(one.kind), one.kind != "same" and one.anchor not in alike))
@@ -137,10 +152,39 @@ def verdict(candidate: Run, against: Sequence[Anchor]) -> Verdict:
 
 def judge(candidate: Run, reference: Run, variants: Sequence[Run] = (), anchor: str = "reference") -> Verdict:
     """Judge ``candidate`` against one ``reference``; ``variants`` are harmless variants of the reference."""
-    return _judge(candidate, Anchor(anchor, reference, tuple(variants)))
+    return judge_against(candidate, Anchor(anchor, reference, tuple(variants), tuple(variants)))
 
 
-def _judge(candidate: Run, anchor: Anchor) -> Verdict:
+def judge_weights(candidate: Score, reference: Score, base: Score, final: Alike) -> Verdict:
+    """Judge weights of which nothing else is known: of the tests, those of the update and of the held-out loss, at their floors."""
+    tests = weights_deviations(candidate, reference, final)
+    worst = max(tests, key=lambda test: test.excess)
+    failed = tuple(test.text(1.0) for test in tests if test.excess > 1.0)
+    made = {test.name for test in tests}
+    found = Verdict(
+        kind="different" if failed else "same",
+        anchor="these weights",
+        worst=worst.text(1.0),
+        reasons=failed,
+        light=Light(None, "no run, only its weights"),
+        can_win=not failed,
+        tests=tuple((test, 1.0) for test in tests),
+        untested={name: "only the weights are known" for name in TESTS if name not in made},
+    )
+    return _with_power(found, base.held_out_loss - reference.held_out_loss, 1.0)
+
+
+def _with_power(found: Verdict, gain: float, allowed: float) -> Verdict:
+    """No verdict where so little was learnt that anything would look the same; ``allowed``: of the held-out loss, in floors."""
+    needed = POWER * HELD_OUT_FLOOR * allowed
+    if gain >= needed:
+        return found
+    why = f"no power: training lowered the reference's held-out loss by {gain:.4f}, a verdict needs {needed:.4f}; train for longer"
+    return replace(found, kind="not comparable", reasons=(why, *found.reasons))
+
+
+def judge_against(candidate: Run, anchor: Anchor) -> Verdict:
+    """Judge ``candidate`` against one anchor."""
     obstacles, light = blocked(candidate, anchor.run)
     if obstacles:
         return Verdict("not comparable", anchor.name, obstacles[0], tuple(obstacles), light, light.passed is not False)
@@ -153,59 +197,60 @@ def _judge(candidate: Run, anchor: Anchor) -> Verdict:
 
 
 def _tested(candidate: Run, anchor: Anchor, light: Light) -> Verdict:
-    reference, variants, allowed = anchor.run, anchor.variants, anchor.allowed
-    tests = _tests(candidate, reference)
+    reference, calibration = anchor.run, anchor.calibration(candidate)
+    allowed = calibration.allowed
+    tests, untested = deviations(candidate, reference)
     worst = max(tests, key=lambda test: test.excess / allowed[test.name])
-    failed = tuple(test.text(allowed[test.name]) for test in tests if test.excess > allowed[test.name])
+    failed = [test for test in tests if test.excess > allowed[test.name]]
+    by_name = {test.name: test for test in tests}
+    found = Verdict(
+        kind="different" if failed else "same",
+        anchor=anchor.name,
+        worst=worst.text(allowed[worst.name]),
+        reasons=tuple(test.text(allowed[test.name]) for test in failed),
+        light=light,
+        can_win=not failed,
+        tests=tuple((test, allowed[test.name]) for test in tests),
+        untested=untested,
+        hint=suspicion(candidate, reference, by_name, frozenset(test.name for test in failed)) if failed else "",
+    )
     gain = scored(reference.base_score).held_out_loss - scored(reference.score).held_out_loss
-    needed = POWER * HELD_OUT_FLOOR * allowed["held-out loss"]
-    text = worst.text(allowed[worst.name])
-    if not gain >= needed:
-        why = f"no power: training lowered the reference's held-out loss by {gain:.4f}, a verdict needs {needed:.4f}; train for longer"
-        return Verdict("not comparable", anchor.name, text, (why, *failed), light, not failed)
-    if failed and len(variants) < NUM_VARIANTS and not (_in_fp32(candidate) and _in_fp32(reference)):
-        why = (
-            f"outside the floor, but how far harmless variants stray is known from {len(variants)} of {NUM_VARIANTS}: "
-            f"run engine=hf with other attention, micro_batch and recompute"
-        )
-        return Verdict("not comparable", anchor.name, text, (why, *failed), light, light.passed is not False)
-    return Verdict("different" if failed else "same", anchor.name, text, failed, light, not failed)
+    found = _with_power(found, gain, allowed[HELD_OUT])
+    if found.kind == "not comparable":
+        return found
+    in_fp32 = _in_fp32(candidate) and _in_fp32(reference)
+    # Nothing harmless makes an infinite deviation (an update or a gradient of zero); another is judged once harmless ones are known.
+    proven = [test for test in failed if in_fp32 or calibration.known[test.name] >= NUM_VARIANTS or math.isinf(test.excess)]
+    if failed and not proven:
+        why = _uncalibrated(min(calibration.known[test.name] for test in failed), around_truth=_in_fp32(reference))
+        return replace(found, kind="not comparable", reasons=(why, *found.reasons), can_win=light.passed is not False)
+    return found
 
 
-def _allowances(reference: Run, variants: Sequence[Run]) -> dict[str, float]:
-    """Per test, in floors: at least 1, and twice the largest deviation among the harmless variants."""
-    allowed = {test.name: 1.0 for test in _tests(reference, reference)}
+def _uncalibrated(known: int, *, around_truth: bool) -> str:
+    how = "engine=fused engine.knobs.operations=reference in bfloat16" if around_truth else "engine=hf with other attention,"
+    what = f"outside the floor, but how far harmless variants stray is known from {known} of {NUM_VARIANTS}"
+    return f"{what}: run {how} with other micro_batch and recompute" if around_truth else f"{what}: run {how} micro_batch and recompute"
+
+
+def _calibrate(reference: Run, variants: Sequence[Run]) -> Calibration:
+    """Per test, in floors: at least 1, and twice the largest deviation among the variants, once there are enough of them."""
+    seen: dict[str, list[float]] = {name: [] for name in TESTS}
     for variant in variants:
         problems = blocked(variant, reference)[0] or not_finite(variant) or missing(variant, reference)
         if problems:
             raise ValueError(f"not a variant of the reference: {problems[0]}")
-        for test in _tests(variant, reference):
-            allowed[test.name] = max(allowed[test.name], SPREAD * test.excess)
-    return allowed
-
-
-def _tests(candidate: Run, reference: Run) -> list[Deviation]:
-    a, b = measured(candidate).steps, measured(reference).steps
-    floors = [_loss_floor(labels) for labels in b.tokens_loss]
-    gaps = [abs(x - y) for x, y in zip(a.losses, b.losses, strict=True)]
-    off = [gap / floor for gap, floor in zip(gaps, floors, strict=True)]
-    far = max(range(len(off)), key=off.__getitem__)
-    mine, theirs = scored(candidate.score), scored(reference.score)
-    grad_norm, update_norm = _ln_ratio(a.grad_norms[0], b.grad_norms[0]), _ln_ratio(mine.update_norm, theirs.update_norm)
-    return [
-        Deviation("loss of step 1", off[0], floors[0]),
-        Deviation("largest loss deviation", off[far], floors[far], f" (step {far + 1})"),
-        Deviation("RMS of the loss deviations", _rms(gaps) / _rms(floors), _rms(floors)),
-        Deviation("gradient norm of step 1 (ln ratio)", grad_norm / GRAD_NORM_FLOOR, GRAD_NORM_FLOOR),
-        Deviation("final update norm (ln ratio)", update_norm / UPDATE_NORM_FLOOR, UPDATE_NORM_FLOOR),
-        Deviation("held-out loss", abs(mine.held_out_loss - theirs.held_out_loss) / HELD_OUT_FLOOR, HELD_OUT_FLOOR),
-    ]
+        for test in deviations(variant, reference)[0]:
+            seen[test.name].append(test.excess)
+    known = {name: len(excesses) for name, excesses in seen.items()}
+    widened = {name: SPREAD * max(excesses) for name, excesses in seen.items() if known[name] >= NUM_VARIANTS}
+    return Calibration({name: max(1.0, widened.get(name, 1.0)) for name in TESTS}, known)
 
 
 def _light(candidate: Run, reference: Run) -> Light:
     a, b = measured(candidate).steps, measured(reference).steps
     floors = max(LIGHT_FLOORS.get(_dtype(run), LIGHT_FLOORS["bfloat16"]) for run in (candidate, reference))
-    allowed = [max(floors * _loss_floor(labels), LIGHT_RELATIVE * abs(loss)) for labels, loss in zip(b.tokens_loss, b.losses, strict=True)]
+    allowed = [max(floors * loss_floor(labels), LIGHT_RELATIVE * abs(loss)) for labels, loss in zip(b.tokens_loss, b.losses, strict=True)]
     off = [abs(x - y) / most for x, y, most in zip(a.losses, b.losses, allowed, strict=True)]
     far = 0 if off[0] > 1 else max(range(len(off)), key=off.__getitem__)
     text = f"loss of step {far + 1} off by {off[far] * allowed[far]:.3g}, allowed {allowed[far]:.3g}"
@@ -232,17 +277,5 @@ def _computes_in(record: Record, dtype: str) -> bool:
     return record.cell.engine.name == REFERENCE_ENGINE and "compute_dtype" in knobs and plain
 
 
-def _loss_floor(labels: int) -> float:
-    return LOSS_FLOOR / math.sqrt(max(labels, 1))
-
-
-def _ln_ratio(a: float | None, b: float | None) -> float:
-    if a == b:
-        return 0.0
-    if not a or not b or a < 0 or b < 0:
-        return math.inf
-    return abs(math.log(a / b))
-
-
-def _rms(values: Sequence[float]) -> float:
-    return math.sqrt(sum(value * value for value in values) / len(values))
+def _is_augmented(record: Record) -> bool:
+    return all(record.cell.engine.knobs.get(name) == value for name, value in AUGMENTED_KNOBS.items())

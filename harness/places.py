@@ -51,20 +51,30 @@ class ScoreItem(Spec):
     out: str
 
 
+class PairItem(Spec):
+    """Two sets of trained weights whose updates are to be compared. ``out``: the UpdatePair file to write."""
+
+    trained: tuple[str, str]
+    trained_sha256: tuple[str, str]
+    out: str
+
+
 class ScoreRequest(Spec):
-    """``python -m harness.score REQUEST.json``: held-out loss of each item on the same base and held-out rows."""
+    """``python -m harness.score REQUEST.json``: held-out loss of each item on the same base and held-out rows, then each of ``pairs``."""
 
     workload: Workload
     prepared: Prepared
     items: tuple[ScoreItem, ...]
     device: str
+    pairs: tuple[PairItem, ...] = ()
 
 
 class WorkerJob(Spec):
     """``python -m harness.worker JOB.json``: train ``cell``, leave weights in ``out`` and the event log at ``events``.
 
     ``launched_monotonic`` is launch's clock, shared by all processes of a host. ``provenance`` is as it was at the launch: with it the
-    record can still be made when launch did not live to do so.
+    record can still be made when launch did not live to do so. ``counts``: count what each step costs, and write the Counts there; such a
+    run is not timed.
     """
 
     cell: Cell
@@ -74,3 +84,4 @@ class WorkerJob(Spec):
     out: str
     events: str
     launched_monotonic: float
+    counts: str | None = None

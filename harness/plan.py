@@ -119,7 +119,7 @@ def _predicted_seconds(cell: Cell, record: Record | None) -> float | None:
     steps = record.measurement.steps
     processed = sum(steps.seconds) / max(1, sum(steps.tokens_input))
     samples = len(steps.seconds) * record.cell.workload.train.samples_per_step
-    tokens = sum(steps.tokens_input) / max(1, samples) * cell.workload.train.samples_per_step * cell.workload.train.steps
+    tokens = sum(steps.tokens_input) / max(1, samples) * cell.workload.train.samples_per_step * cell.workload.train.num_steps
     return record.provenance.wall_seconds - sum(steps.seconds) + processed * tokens
 
 

@@ -2,52 +2,65 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from harness.compiles import CompileCounter
 from harness.data.tokens import StepTokens
 from harness.events import EventLog
+from harness.memory import MemoryPeaks, Phase, reserved_bytes, status_bytes
+from harness.startup import ImportClock
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Phase = Literal["setup", "first_step", "steady"]
-
 
 class StepProbe:
-    """What an engine reports to. On a CPU the clock is read at every step; on a GPU an event is recorded and read once it has passed."""
+    """What an engine reports to. On a CPU the clock is read at every step; on a GPU an event is recorded and read once it has passed.
 
-    def __init__(self, log: EventLog, *, device: Literal["cpu", "cuda"], num_steps: int) -> None:
+    ``imports`` has been running since the worker began; ``data_seconds``: what the worker took to open the data.
+    """
+
+    def __init__(
+        self, log: EventLog, imports: ImportClock, *, device: Literal["cpu", "cuda"], num_steps: int, began: float, data_seconds: float
+    ) -> None:
         self._log = log
+        self._imports = imports
+        self._device = device
         self._clock = _CudaClock(num_steps) if device == "cuda" else _HostClock()
-        self._memory = _MemoryPeaks(device)
-        self._started = time.perf_counter()
+        self._memory = MemoryPeaks(device)
+        self._compiles = CompileCounter()
+        self._began = began
+        self._data_seconds = data_seconds
         self.num_steps = 0
 
     def ready(self) -> None:
         """Set-up is over; the next thing is step 1."""
-        self._clock.start()
-        self._log.write("memory", {"memory": self._memory.close("setup")})
-        self._log.write("ready", {"setup_seconds": time.perf_counter() - self._started})
+        imports = self._imports.stop()
+        self._clock.start(self._compiles.count)
+        at = time.monotonic()
+        self._close("setup", at)
+        fields = {"setup_seconds": at - self._began, "import_seconds": imports, "data_seconds": self._data_seconds, "at": at}
+        self._log.write("ready", {**fields, "gpus": _uuids() if self._device == "cuda" else []})
 
     def step(self, *, loss: Tensor | float, grad_norm: Tensor | float | None, tokens: StepTokens) -> None:
         """One optimizer step has been issued; ``loss`` is its token-weighted mean, ``grad_norm`` the norm before clipping."""
-        self._clock.mark(loss, grad_norm, tokens)
+        self._clock.mark(loss, grad_norm, tokens, self._compiles.count)
         self.num_steps += 1
         self._drain(wait=False)
         if self.num_steps == 1:
-            self._log.write("memory", {"memory": self._memory.close("first_step")})
+            self._close("first_step", time.monotonic())
 
     def finish(self) -> None:
         """Training is over: wait for the device and write what is left."""
         self._drain(wait=True)
         if self.num_steps > 1:
-            self._log.write("memory", {"memory": self._memory.close("steady")})
+            self._close("steady", time.monotonic())
+
+    def _close(self, phase: Phase, at: float) -> None:
+        self._log.write("memory", {"memory": self._memory.close(phase), "at": at})
 
     def _drain(self, *, wait: bool) -> None:
         for step in self._clock.passed(wait=wait):
@@ -61,7 +74,10 @@ class StepProbe:
                     "tokens_loss": step.tokens.loss,
                     "tokens_processed": step.tokens.processed,
                     "stream_sha256": step.tokens.sha256,
-                    "rss_bytes": _status_bytes("VmRSS"),
+                    "host_seconds": step.host_seconds,
+                    "reserved_bytes": step.reserved_bytes,
+                    "compiles": step.compiles,
+                    "rss_bytes": status_bytes("VmRSS"),
                 },
             )
 
@@ -72,6 +88,9 @@ class _Passed:
     loss: float
     grad_norm: float | None
     tokens: StepTokens
+    compiles: int
+    host_seconds: float | None = None
+    reserved_bytes: int | None = None
 
 
 class _HostClock:
@@ -79,21 +98,36 @@ class _HostClock:
 
     def __init__(self) -> None:
         self._last = 0.0
+        self._compiles = 0
         self._passed: list[_Passed] = []
 
-    def start(self) -> None:
+    def start(self, compiles: int) -> None:
+        self._compiles = compiles
         self._last = time.perf_counter()
 
-    def mark(self, loss: Tensor | float, grad_norm: Tensor | float | None, tokens: StepTokens) -> None:
+    def mark(self, loss: Tensor | float, grad_norm: Tensor | float | None, tokens: StepTokens, compiles: int) -> None:
         norm = None if grad_norm is None else float(grad_norm)
         value = float(loss)
         now = time.perf_counter()
-        self._passed.append(_Passed(now - self._last, value, norm, tokens))
-        self._last = now
+        self._passed.append(_Passed(now - self._last, value, norm, tokens, compiles - self._compiles))
+        self._last, self._compiles = now, compiles
 
     def passed(self, *, wait: bool) -> list[_Passed]:
         done, self._passed = self._passed, []
         return done
+
+
+@dataclass(frozen=True, slots=True)
+class _Issued:
+    """A step whose event has been recorded and may not have passed yet; ``row`` of the pinned values is its own."""
+
+    row: int
+    event: Any
+    has_norm: bool
+    tokens: StepTokens
+    compiles: int
+    host_seconds: float
+    reserved_bytes: int
 
 
 class _CudaClock:
@@ -101,18 +135,20 @@ class _CudaClock:
 
     def __init__(self, num_steps: int) -> None:
         self._num_steps = num_steps
-        self._pending: deque[tuple[int, Any, bool, StepTokens]] = deque()
+        self._pending: deque[_Issued] = deque()
         self._count = 0
 
-    def start(self) -> None:
+    def start(self, compiles: int) -> None:
         import torch
 
         self._values = torch.full((self._num_steps, 2), float("nan"), dtype=torch.float32, pin_memory=True)
+        self._compiles = compiles
         torch.cuda.synchronize()
         self._last: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._last.record()
+        self._host = time.perf_counter()
 
-    def mark(self, loss: Tensor | float, grad_norm: Tensor | float | None, tokens: StepTokens) -> None:
+    def mark(self, loss: Tensor | float, grad_norm: Tensor | float | None, tokens: StepTokens, compiles: int) -> None:
         import torch
 
         for column, value in enumerate((loss, grad_norm)):
@@ -121,58 +157,29 @@ class _CudaClock:
                 self._values[self._count, column].copy_(source, non_blocking=True)
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
-        self._pending.append((self._count, event, grad_norm is not None, tokens))
+        now = time.perf_counter()
+        step = _Issued(self._count, event, grad_norm is not None, tokens, compiles - self._compiles, now - self._host, reserved_bytes())
+        self._pending.append(step)
+        self._host, self._compiles = now, compiles
         self._count += 1
 
     def passed(self, *, wait: bool) -> list[_Passed]:
         done = []
-        while self._pending and (wait or self._pending[0][1].query()):
-            index, event, has_norm, tokens = self._pending.popleft()
-            event.synchronize()
-            loss, norm = self._values[index].tolist()
-            done.append(_Passed(self._last.elapsed_time(event) / 1000, loss, norm if has_norm else None, tokens))
-            self._last = event
+        while self._pending and (wait or self._pending[0].event.query()):
+            step = self._pending.popleft()
+            step.event.synchronize()
+            loss, norm = self._values[step.row].tolist()
+            seconds = self._last.elapsed_time(step.event) / 1000
+            done.append(
+                _Passed(seconds, loss, norm if step.has_norm else None, step.tokens, step.compiles, step.host_seconds, step.reserved_bytes)
+            )
+            self._last = step.event
         return done
 
 
-class _MemoryPeaks:
-    """Peak memory of the phase that is closed; closing one starts the next."""
+def _uuids() -> list[str]:
+    """Of the GPUs that this process sees, as NVML writes them without its prefix; none where torch is too old to tell."""
+    import torch
 
-    def __init__(self, device: Literal["cpu", "cuda"]) -> None:
-        self._device = device
-        self._per_phase = _reset_resident_peak()
-
-    def close(self, phase: Phase) -> dict[str, Any]:
-        peaks: dict[str, Any] = {
-            "phase": phase,
-            "rank": 0,
-            # Where the kernel does not let us reset the high-water mark, later phases would repeat the first one's: say nothing.
-            "peak_rss_bytes": _status_bytes("VmHWM") if self._per_phase or phase == "setup" else None,
-            "peak_allocated_bytes": None,
-            "peak_reserved_bytes": None,
-            "num_alloc_retries": None,
-        }
-        torch = sys.modules.get("torch")
-        if self._device == "cuda" and torch is not None:
-            stats = torch.cuda.memory_stats()
-            peaks["peak_allocated_bytes"] = stats.get("allocated_bytes.all.peak", 0)
-            peaks["peak_reserved_bytes"] = stats.get("reserved_bytes.all.peak", 0)
-            peaks["num_alloc_retries"] = stats.get("num_alloc_retries", 0)
-            torch.cuda.reset_peak_memory_stats()
-        _reset_resident_peak()
-        return peaks
-
-
-def _reset_resident_peak() -> bool:
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-        return True
-    return False
-
-
-def _status_bytes(field: str) -> int | None:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    return None
+    found = [getattr(torch.cuda.get_device_properties(index), "uuid", None) for index in range(torch.cuda.device_count())]
+    return [str(uuid) for uuid in found if uuid is not None]

@@ -33,7 +33,7 @@ class SweepProgress:
         """A cell is about to start."""
         following = self._cells[self._done + 1] if self._done + 1 < len(self._cells) else None
         self._progress.update(self._sweep, detail=f"next: {label(following)}" if following else "the last one")
-        steps = cell.request.cell.workload.train.steps
+        steps = cell.request.cell.workload.train.num_steps
         self._cell = self._progress.add_task(label(cell), total=steps, detail="starting")
         self._tokens, self._seconds, self._steps = 0, 0.0, 0
         if not self._console.is_terminal:
@@ -61,7 +61,7 @@ class SweepProgress:
 
     def discard(self, cell: Planned) -> None:
         """The cell was interrupted: it gets no record, because nothing is known of it but that somebody wanted to stop."""
-        steps = f"{self._steps} of {cell.request.cell.workload.train.steps} steps"
+        steps = f"{self._steps} of {cell.request.cell.workload.train.num_steps} steps"
         self._say(f"  {'discarded':<12} {label(cell)}: interrupted after {steps}; it will run again")
 
     def end(self, record: Record, how: str | None = None) -> None:

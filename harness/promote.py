@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.errors import HarnessError, StoreError
 from harness.record import Record
-from harness.store import Stored, load, save_score, write_at_once
+from harness.store import Results, Stored, load, save_floor, save_pair, save_score, write_at_once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def promote(runs: Path, to: Path) -> tuple[list[Path], list[str]]:
-    """Copy every record of ``runs`` that came from a committed tree, byte for byte, and its scores.
+    """Copy every record of ``runs`` that came from a committed tree, byte for byte, its scores and its floor.
 
     Returns what was copied and, for the others, why not. Raises StoreError when ``runs`` is no folder or holds unreadable files.
     """
@@ -46,6 +46,8 @@ def promote(runs: Path, to: Path) -> tuple[list[Path], list[str]]:
             refused.append(f"{stored.path}: {reason}")
             continue
         promoted.append(_copy(runs, to, stored))
+    _copy_pairs(results, to)
+    _copy_floors(results, to)
     return promoted, refused
 
 
@@ -64,6 +66,22 @@ def _copy(runs: Path, to: Path, stored: Stored) -> Path:
     for score in filter(None, (stored.score, stored.base_score)):
         save_score(score, to)
     return target
+
+
+def _copy_pairs(results: Results, to: Path) -> None:
+    """What is known of the updates of the promoted records."""
+    clean = [stored.record.measurement for stored in results.stored if not _refusal(stored.record)]
+    promoted = {measurement.artifacts.adapter_sha256 for measurement in clean if measurement}
+    for pair in results.updates.values():
+        if promoted.issuperset(pair.trained_sha256):
+            save_pair(pair, to)
+
+
+def _copy_floors(results: Results, to: Path) -> None:
+    """What the promoted records are held against."""
+    clean = [stored.record for stored in results.stored if not _refusal(stored.record)]
+    for key in sorted({(record.machine.key, record.cell.workload.key) for record in clean} & set(results.floors)):
+        save_floor(results.floors[key], to)
 
 
 if __name__ == "__main__":

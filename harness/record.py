@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from harness.data.counts import DataCounts
-from harness.engine import Machine
+from harness.engine import LossNorm, Machine
 from harness.errors import ConfigError, RecordError
 from harness.spec import Cell, Spec, parse
 
@@ -20,7 +20,12 @@ Status = Literal["ok", "oom", "oom_host", "timeout", "no_progress", "crash", "un
 
 
 class Steps(Spec):
-    """Raw values, one per optimizer step. Seconds are end to end, from the end of the step before (the first: from ready)."""
+    """Raw values, one per optimizer step. Seconds are end to end, from the end of the step before (the first: from ready).
+
+    On a GPU ``seconds`` are the device's (CUDA events) and ``host_seconds`` the host's, from issuing one step to issuing the next: where
+    the host is not ahead, the device waited for it. ``reserved_bytes``: what the allocator held when the step had been issued.
+    ``compiles``: graphs and kernels compiled during the step. Null: no meaning on this device, or not recorded then.
+    """
 
     seconds: tuple[float, ...]
     losses: tuple[float, ...]
@@ -29,21 +34,31 @@ class Steps(Spec):
     tokens_loss: tuple[int, ...]
     tokens_processed: tuple[int, ...]
     stream_sha256: tuple[str, ...]
+    host_seconds: tuple[float, ...] | None = None
+    reserved_bytes: tuple[int, ...] | None = None
+    compiles: tuple[int, ...] | None = None
 
 
 class Startup(Spec):
     """Where the time before the first step went, in seconds.
 
-    ``process_seconds``: from launch to the worker's first line. ``setup_seconds``: from there to ``ready`` (imports, model load),
-    null when the engine never got ready.
+    ``process_seconds``: from launch to the worker's first line. ``setup_seconds``: from there to ``ready``, null when the engine never
+    got ready; of it ``data_seconds`` opened the data, ``import_seconds`` went into imports, and the rest built the model. The first
+    step, with its compilation and autotuning, is the first of ``Steps.seconds``.
     """
 
     process_seconds: float
     setup_seconds: float | None
+    data_seconds: float | None = None
+    import_seconds: float | None = None
 
 
 class Memory(Spec):
-    """Peak bytes of one rank in one phase; what has no meaning on this device is null."""
+    """Peak bytes of one rank in one phase; what has no meaning on this device is null.
+
+    ``allocated``, ``active`` and ``reserved`` are the allocator's. ``device``: of the whole GPU, by NVML, minus the value before the
+    launch; null also where the phase ended between two samples. ``num_alloc_retries``: in this phase.
+    """
 
     phase: Literal["setup", "first_step", "steady"]
     rank: int
@@ -51,6 +66,48 @@ class Memory(Spec):
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
     num_alloc_retries: int | None
+    peak_active_bytes: int | None = None
+    peak_device_bytes: int | None = None
+
+
+class GpuSamples(Spec):
+    """What NVML said of one rank's GPU while it trained: a sample at the end of each interval, at most a few hundred.
+
+    ``gpu``: a short hash of its UUID. ``seconds``: since ``ready``. ``event_reasons``: every reason seen in the interval why the clocks
+    were not higher (NVML's bits). ``energy_joules``: the counter since the driver was loaded. Null: this GPU does not say.
+    """
+
+    rank: int
+    gpu: str
+    seconds: tuple[float, ...]
+    sm_clock_mhz: tuple[int | None, ...]
+    event_reasons: tuple[int | None, ...]
+    energy_joules: tuple[float | None, ...]
+
+
+class Work(Spec):
+    """What the floating-point operations of a step are counted from; ``harness.flops`` has the formulas.
+
+    ``convention``: ``palm`` counts attention without the causal mask (Chowdhery et al. 2022, appendix B). ``layer_parameters``: of the
+    linear modules of all layers, ``head_parameters``: of the output head, ``adapter_parameters``: of adapters. ``attention_size``:
+    layers x heads x size of a head. ``squared_lengths``: sum of squared document lengths, per step. ``recomputed_fraction``: of the
+    layers' forward pass, done again in the backward pass; null when the engine does not tell.
+    """
+
+    convention: Literal["palm"]
+    layer_parameters: int
+    head_parameters: int
+    adapter_parameters: int
+    attention_size: int
+    squared_lengths: tuple[int, ...]
+    recomputed_fraction: float | None
+
+
+class Price(Spec):
+    """What an hour of the machine cost, and the ``date`` (YYYY-MM-DD) of that price."""
+
+    dollars_per_hour: Annotated[float, Field(gt=0)]
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 
 
 class Artifacts(Spec):
@@ -63,16 +120,27 @@ class Artifacts(Spec):
 
 
 class Measurement(Spec):
-    """What the probe saw. A cell that failed midway keeps the steps it made."""
+    """What the probe saw. A cell that failed midway keeps the steps it made.
+
+    ``work`` is null where ``work_unknown`` says why, and in a cell that did not end. ``gemm_peak_flops``: operations per second of a
+    large bfloat16 product in this very process, after the last step; null on a CPU and where there was no room for it.
+    """
 
     startup: Startup
     steps: Steps
     memory: tuple[Memory, ...]
     artifacts: Artifacts
+    gpus: tuple[GpuSamples, ...] = ()
+    work: Work | None = None
+    work_unknown: str | None = None
+    gemm_peak_flops: float | None = None
 
 
 class Provenance(Spec):
-    """Where and from what the record came: covariates, never part of a key. ``sweep``: shared by the cells of one sitting."""
+    """Where and from what the record came: covariates, never part of a key. ``sweep``: shared by the cells of one sitting.
+
+    ``price``: as the configuration gave it, null when it gave none.
+    """
 
     started_utc: str
     wall_seconds: float
@@ -84,12 +152,14 @@ class Provenance(Spec):
     driver: str | None
     host: str
     sweep: str | None = None
+    price: Price | None = None
 
 
 class Record(Spec):
     """What one cell did on one machine. Immutable: later knowledge (scores, verdicts) is stored elsewhere or derived.
 
     ``data``: what became of the rows; null in a record of schema 1, and of a cell that never had its data prepared.
+    ``loss_norm``: what the engine says that a step's loss is a mean of; null when it does not say.
     """
 
     schema_version: Literal[2] = SCHEMA
@@ -100,6 +170,7 @@ class Record(Spec):
     provenance: Provenance
     measurement: Measurement | None = None
     data: DataCounts | None = None
+    loss_norm: LossNorm | None = None
     notes: tuple[str, ...] = Field(default=())
 
 

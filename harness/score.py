@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from harness.data.tokens import IGNORE, Sample, Split, TokenFile, pad
 from harness.errors import ConfigError, DataError, HarnessError, WeightsError
-from harness.places import Prepared, ScoreItem, ScoreRequest
+from harness.places import PairItem, Prepared, ScoreItem, ScoreRequest
 from harness.record import Score, dumps
 from harness.spec import parse
+from harness.updates import UpdatePair
 from harness.weights.sources import write_atomically
-from harness.weights.tensors import read_tensors
+from harness.weights.tensors import CHUNK, Stored, read_tensors
 
 LOGITS_BYTES = 2**28  # the most that one batch's fp32 logits may take
 BATCH_TOKENS = 8192  # the most positions in a batch
+
+Doubles = npt.NDArray[np.float64]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,7 +49,17 @@ def read_request(path: Path) -> ScoreRequest:
 
 
 def score(request: ScoreRequest) -> None:
-    """Write a Score for every item. Raises DataError without held-out rows, WeightsError for an item that is not loadable."""
+    """Write a Score for every item, then an UpdatePair for every pair.
+
+    Raises DataError without held-out rows (pairs alone need none), WeightsError for weights that are not loadable or do not belong.
+    """
+    if request.items or not request.pairs:
+        _score_items(request)
+    for pair in request.pairs:
+        write_atomically(Path(pair.out), compare_updates(request.prepared, pair).model_dump_json())
+
+
+def _score_items(request: ScoreRequest) -> None:
     tokens = TokenFile.open(Path(request.prepared.tokens))
     if len(tokens.held_out) == 0:
         raise DataError("nothing to score: the data has no held-out rows; set data.held_out_fraction above 0 (dense data cannot be scored)")
@@ -90,13 +104,39 @@ def held_out_loss(model: Any, split: Split, device: str) -> tuple[float, int]:
 
 def update_norm(trained: Path, initial: Path) -> float:
     """L2 norm of trained minus initial weights (of the adapter: all A and B), in fp64. Raises WeightsError when names or shapes differ."""
-    after, before = read_tensors(trained), read_tensors(initial)
-    shapes = [{name: stored.shape for name, stored in tensors.items()} for tensors in (after, before)]
-    if shapes[0] != shapes[1]:
-        differing = sorted(name for name in {*after, *before} if shapes[0].get(name) != shapes[1].get(name))
-        some = f"{', '.join(differing[:3])} (of {len(differing)})"
-        raise WeightsError(f"the trained tensors are not those of the start; differing in name or shape: {some}")
-    return math.sqrt(sum(_squared_distance(after[name].values(), before[name].values()) for name in sorted(after)))
+    before, after = read_tensors(initial), read_tensors(trained)
+    return math.sqrt(sum(float(update @ update) for (update,) in _updates(before, after)))
+
+
+def compare_updates(prepared: Prepared, pair: PairItem) -> UpdatePair:
+    """Norms and cosine of two updates, exactly, in fp64. Raises WeightsError when names or shapes differ."""
+    before = read_tensors(Path(prepared.adapter_init or prepared.base))
+    one, other = sorted(zip(pair.trained_sha256, pair.trained, strict=True))
+    products = np.zeros(3)
+    for a, b in _updates(before, read_tensors(Path(one[1])), read_tensors(Path(other[1]))):
+        products += (a @ a, b @ b, a @ b)
+    norms = math.sqrt(products[0]), math.sqrt(products[1])
+    return UpdatePair(
+        start_sha256=prepared.adapter_init_sha256 or prepared.base_sha256,
+        trained_sha256=(one[0], other[0]),
+        norms=norms,
+        cosine=float(products[2]) / (norms[0] * norms[1]) if all(norms) else None,
+    )
+
+
+def _updates(before: Mapping[str, Stored], *trained: Mapping[str, Stored]) -> Iterator[list[Doubles]]:
+    """Trained minus initial values of each of ``trained``, a piece of a tensor at a time: full weights may not fit into memory."""
+    for after in trained:
+        differing = sorted(
+            name for name in {*after, *before} if name not in after or name not in before or after[name].shape != before[name].shape
+        )
+        if differing:
+            some = f"{', '.join(differing[:3])} (of {len(differing)})"
+            raise WeightsError(f"the trained tensors are not those of the start; differing in name or shape: {some}")
+    for name in sorted(before):
+        for start in range(0, math.prod(before[name].shape), CHUNK):
+            initial = before[name].values(start, start + CHUNK).astype(np.float64)
+            yield [after[name].values(start, start + CHUNK).astype(np.float64) - initial for after in trained]
 
 
 def batches(split: Split, vocab_size: int) -> Iterator[list[Sample]]:
@@ -157,11 +197,6 @@ def _evaluator(device: str) -> str:
     import torch
 
     return f"engine-room 1, torch {torch.__version__.partition('+')[0]}, {device}, float32"
-
-
-def _squared_distance(after: Any, before: Any) -> float:
-    difference = after.astype(np.float64) - before.astype(np.float64)
-    return float(np.dot(difference.ravel(), difference.ravel()))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
 
-from harness.errors import ConfigError, nearest
+from harness.errors import ConfigError
+from harness.problems import problem
 
 DType = Literal["float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(gt=0)]
@@ -154,7 +155,10 @@ Method = Annotated[Lora | Full, Field(discriminator="name")]
 
 
 class Train(Spec):
-    """The training schedule: AdamW (Loshchilov & Hutter 2019), a warm-up, clipping by global norm, a fixed sample order."""
+    """The training schedule: AdamW (Loshchilov & Hutter 2019), a warm-up, clipping by global norm, a fixed sample order.
+
+    ``stop_after``: the run ends after so many of the ``steps``, on the schedule of all of them; an engine makes ``num_steps``.
+    """
 
     steps: Positive
     samples_per_step: Positive
@@ -167,11 +171,19 @@ class Train(Spec):
     epsilon: Annotated[float, Field(gt=0)]
     max_grad_norm: Annotated[float, Field(gt=0)] | None
     seed: int
+    stop_after: Positive | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """How many optimizer steps the run makes."""
+        return self.steps if self.stop_after is None else self.stop_after
 
     @model_validator(mode="after")
-    def _warmup_ends(self) -> Train:
+    def _warmup_and_run_end(self) -> Train:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})")
+        if self.num_steps > self.steps:
+            raise ValueError(f"stop_after ({self.stop_after}) must be at most steps ({self.steps})")
         return self
 
     def learning_rate_at(self, step: int) -> float:
@@ -200,6 +212,16 @@ class Workload(Spec):
     def label(self) -> str:
         """A readable, unique folder name: model, method, data and the start of the content hash."""
         return f"{self.model.name}-{self.method.name}-{self.data.name}-{self.key[:8]}"
+
+    @property
+    def first_step(self) -> Workload:
+        """This workload, ended after its first step: what it leaves is the first update."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"stop_after": 1})})
+
+    @property
+    def is_first_step(self) -> bool:
+        """Whether this is the first step of a longer workload, run to look at its update and not to be timed."""
+        return self.train.stop_after == 1 < self.train.steps
 
 
 class EngineSpec(Spec):
@@ -242,57 +264,5 @@ def parse(spec: type[S], raw: Mapping[str, Any], at: str = "") -> S:
     try:
         return spec.model_validate_json(json.dumps(raw))
     except ValidationError as error:
-        problems = [_problem(spec, raw, at, dict(item)) for item in error.errors(include_url=False)]
+        problems = [problem(spec, raw, at, dict(item)) for item in error.errors(include_url=False)]
     raise ConfigError("\n".join(problems))
-
-
-def _problem(spec: type[BaseModel], raw: Mapping[str, Any], at: str, item: dict[str, Any]) -> str:
-    path = [part for part in item["loc"] if not _is_union_tag(part, raw, item)]
-    where = ".".join(str(part) for part in ([at] if at else []) + path) or spec.__name__
-    if item["type"] == "extra_forbidden":
-        known = _known_keys(spec, raw, path[:-1])
-        return f"{where}: unknown key; {nearest(str(path[-1]), known)}"
-    if item["type"] == "missing":
-        return f"{where}: required, but not set"
-    if item["type"] == "value_error":
-        return f"{where}: {item['msg'].removeprefix('Value error, ')}"
-    if item["type"] == "union_tag_invalid":
-        return f"{where}: {item['msg']}"
-    return f"{where}: got {json.dumps(item['input'])}; {item['msg'][0].lower()}{item['msg'][1:]}"
-
-
-def _is_union_tag(part: Any, raw: Mapping[str, Any], item: dict[str, Any]) -> bool:
-    """Pydantic puts a union's tag into the location (method.lora.rank, data.path.several.0.weight); the user never typed it."""
-    position = item["loc"].index(part)
-    parent: Any = raw
-    for step in item["loc"][:position]:
-        if (isinstance(parent, Mapping) and step in parent) or (isinstance(parent, list) and isinstance(step, int)):
-            parent = parent[step]
-    if isinstance(parent, Mapping):
-        return part not in parent and parent.get("name") == part
-    return isinstance(part, str)  # below a list or a plain value stands no key that anyone typed
-
-
-def _known_keys(spec: type[BaseModel], raw: Mapping[str, Any], path: list[Any]) -> list[str]:
-    model: Any = spec
-    value: Any = raw
-    for part in path:
-        value = value[part]
-        model = _field_model(model, part, value)
-        if model is None:
-            return []
-    return list(model.model_fields)
-
-
-def _field_model(model: type[BaseModel], part: Any, value: Any) -> type[BaseModel] | None:
-    field = model.model_fields.get(str(part))
-    if field is None:
-        return None
-    options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-    models = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-    for option in models:
-        tag = option.model_fields.get("name")
-        tags = getattr(tag.annotation, "__args__", ()) if tag else ()
-        if isinstance(value, Mapping) and value.get("name") in tags:
-            return option
-    return models[0] if models else None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.record import Steps
+from harness.steady import steady
 
 CONFIDENCE = 0.98  # with 8 pairs, 1 % run noise and 3 % drift: 0.5 % false alarms (tests/test_stats.py simulates it)
 EFFECT = 0.01  # a smaller difference is of no interest, however sure
@@ -40,23 +41,13 @@ def median(values: Sequence[float]) -> float:
     return float(statistics.median(values))
 
 
-def steady_steps(num_steps: int) -> range:
-    """The 0-based steps that count for the rate.
-
-    The first 10 % are left out, rounded up: always the first step (compilation, autotuning, allocator growth), and more of a
-    longer run. Of a single step nothing can be left out.
-    """
-    warm_up = math.ceil(num_steps / 10) if num_steps > 1 else 0
-    return range(warm_up, num_steps)
-
-
 def tokens_per_second(steps: Steps) -> float | None:
     """Input tokens (prompt included, padding not) per second of wall time over the steady steps; None when nothing was timed."""
     if len(steps.seconds) != len(steps.tokens_input):
         return None
-    steady = steady_steps(len(steps.seconds))
-    seconds = sum(steps.seconds[i] for i in steady)
-    tokens = sum(steps.tokens_input[i] for i in steady)
+    window = steady(steps).steps
+    seconds = sum(steps.seconds[i] for i in window)
+    tokens = sum(steps.tokens_input[i] for i in window)
     if not (math.isfinite(seconds) and seconds > 0 and tokens > 0):
         return None
     return tokens / seconds
@@ -91,6 +82,72 @@ def compare(a: Sequence[float], b: Sequence[float], confidence: float = CONFIDEN
     return Comparison(_answer(interval), interval)
 
 
+def unpaired_log_ratio(a: Sequence[float], b: Sequence[float], margin: float = 0.0, confidence: float = CONFIDENCE) -> Interval:
+    """Welch's t interval of mean ln a - mean ln b, as a ratio, made wider by ``margin`` on both sides; ``n`` is the smaller count.
+
+    For runs of two sittings: what the machine drifted between them is part of the difference, and ``margin`` is the most of it.
+    Raises ValueError as :func:`paired_log_ratio` does.
+    """
+    means, variances = _moments(a, b)
+    mean, least = means[0] - means[1], min(len(a), len(b))
+    if least < 2:
+        return Interval(_exp(mean), 0.0, math.inf, least)
+    half = _quantile(_welch_degrees(a, b, variances), 0.5 + confidence / 2) * math.sqrt(sum(variances)) + math.log1p(margin)
+    return Interval(_exp(mean), _exp(mean - half), _exp(mean + half), least)
+
+
+def paired_p_value(a: Sequence[float], b: Sequence[float]) -> float:
+    """Two-sided probability of so large a mean of ln(a_i / b_i) were it 0 (Student's t test); 1 for a single pair."""
+    paired_log_ratio(a, b)  # refuses what is no pair
+    logs = [math.log(x) - math.log(y) for x, y in zip(a, b, strict=True)]
+    if len(logs) < 2:
+        return 1.0
+    return _two_sided(statistics.fmean(logs), statistics.stdev(logs) / math.sqrt(len(logs)), len(logs) - 1)
+
+
+def unpaired_p_value(a: Sequence[float], b: Sequence[float], margin: float = 0.0) -> float:
+    """As :func:`paired_p_value` for two samples (Welch's t test), were the ratio anywhere inside ``margin``."""
+    means, variances = _moments(a, b)
+    if min(len(a), len(b)) < 2:
+        return 1.0
+    beyond = max(0.0, abs(means[0] - means[1]) - math.log1p(margin))
+    return _two_sided(beyond, math.sqrt(sum(variances)), _welch_degrees(a, b, variances))
+
+
+def holm(p_values: Sequence[float], alpha: float = 1 - CONFIDENCE) -> tuple[bool, ...]:
+    """Which hypotheses are rejected so that the chance of any false one among them stays below ``alpha`` (Holm 1979)."""
+    rejected = [False] * len(p_values)
+    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[index] > alpha / (len(p_values) - place):
+            break
+        rejected[index] = True
+    return tuple(rejected)
+
+
+def _moments(a: Sequence[float], b: Sequence[float]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Means of the logarithms, and variances of these means (0 where there is one value)."""
+    if not a or not b:
+        raise ValueError(f"values are needed on both sides: got {len(a)} and {len(b)}")
+    if not all(math.isfinite(value) and value > 0 for value in (*a, *b)):
+        raise ValueError("values must be positive and finite to be compared as ratios")
+    logs = [[math.log(value) for value in side] for side in (a, b)]
+    first, second = (statistics.variance(side) / len(side) if len(side) > 1 else 0.0 for side in logs)
+    return (statistics.fmean(logs[0]), statistics.fmean(logs[1])), (first, second)
+
+
+def _welch_degrees(a: Sequence[float], b: Sequence[float], variances: tuple[float, float]) -> float:
+    parts = [variance**2 / (len(side) - 1) for variance, side in zip(variances, (a, b), strict=True)]
+    return sum(variances) ** 2 / sum(parts) if sum(parts) > 0 else float(len(a) + len(b) - 2)
+
+
+def _two_sided(mean: float, error: float, degrees_of_freedom: float) -> float:
+    if error == 0:
+        return 1.0 if mean == 0 else 0.0
+    from scipy.special import stdtr
+
+    return 2 * float(stdtr(degrees_of_freedom, -abs(mean) / error))
+
+
 def _answer(interval: Interval) -> Answer:
     if interval.n < 2:
         return "inconclusive"
@@ -103,7 +160,7 @@ def _answer(interval: Interval) -> Answer:
     return "inconclusive"
 
 
-def _quantile(degrees_of_freedom: int, probability: float) -> float:
+def _quantile(degrees_of_freedom: float, probability: float) -> float:
     from scipy.special import stdtrit  # takes 0.15 s to import, and a single run needs no interval
 
     return float(stdtrit(degrees_of_freedom, probability))

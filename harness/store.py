@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 from harness.engine import Machine
-from harness.errors import RecordError, StoreError
+from harness.errors import ConfigError, RecordError, StoreError
+from harness.floor import Floor, FloorKey, Floors
 from harness.record import Record, Score, dumps, loads, loads_score
-from harness.spec import Cell
+from harness.spec import Cell, parse
+from harness.updates import PairKey, UpdatePair, Updates, pair_key
 
 SCORES = "scores"  # <root>/scores/<base>-<tokens>/<adapter or base>.json
-INTERNAL = ("work", "adapters", SCORES)  # folders of a root that hold no records
+UPDATES = "updates"  # <root>/updates/<start>/<weights>-<weights>.json
+FLOORS = "limits"  # <root>/limits/<machine>/<workload>.json
+INTERNAL = ("work", "adapters", SCORES, UPDATES, FLOORS)  # folders of a root that hold no records
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +36,14 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All that could be read, oldest first, and one message for every file that could not."""
+    """All that could be read, oldest first, one message for every file that could not, the pairs of updates that were compared, and the
+    floors that were measured.
+    """
 
     stored: tuple[Stored, ...]
     problems: tuple[str, ...]
+    updates: Updates = field(default_factory=dict)
+    floors: Floors = field(default_factory=dict)
 
 
 def save(record: Record, root: Path) -> Path:
@@ -54,6 +63,30 @@ def score_path(root: Path, base_sha256: str, tokens_sha256: str, adapter_sha256:
     """Where the score of these weights on these held-out rows lies; ``adapter_sha256`` None: of the base itself."""
     name = adapter_sha256[:16] if adapter_sha256 else "base"
     return root / SCORES / f"{base_sha256[:12]}-{tokens_sha256[:12]}" / f"{name}.json"
+
+
+def save_pair(pair: UpdatePair, root: Path) -> Path:
+    """Write ``pair`` to its place under ``root``. Raises StoreError when that cannot be done."""
+    return write_at_once(pair_path(root, pair.start_sha256, *pair.trained_sha256), (pair.model_dump_json(indent=1) + "\n").encode())
+
+
+def save_floor(floor: Floor, root: Path) -> Path:
+    """Write ``floor`` to its place under ``root``; a later one replaces it. Raises StoreError when that cannot be done."""
+    return write_at_once(root / FLOORS / floor.machine / f"{floor.workload}.json", (floor.model_dump_json(indent=1) + "\n").encode())
+
+
+def pair_path(root: Path, start_sha256: str, one_sha256: str, other_sha256: str) -> Path:
+    """Where lies what is known of the updates of two sets of weights."""
+    start, first, second = pair_key(start_sha256, one_sha256, other_sha256)
+    return root / UPDATES / start[:12] / f"{first[:16]}-{second[:16]}.json"
+
+
+def read_pair(path: Path, source: str) -> UpdatePair:
+    """The pair in ``path``. Raises RecordError naming ``source``."""
+    try:
+        return parse(UpdatePair, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, ConfigError) as error:
+        raise RecordError(f"{source}: not a valid pair of updates; delete it and run the sweep again: {error}") from error
 
 
 def recorded(root: Path, machine: Machine, cell: Cell) -> list[Record]:
@@ -114,7 +147,9 @@ def load(*roots: Path) -> Results:
                 continue
             stored.append(_join(record, relative, scores))
     stored.sort(key=lambda entry: (entry.record.provenance.started_utc, entry.path))
-    return Results(tuple(stored), tuple(problems))
+    updates, unread = _pairs(roots)
+    floors, unread_floors = _floors(roots)
+    return Results(tuple(stored), (*problems, *unread, *unread_floors), updates, floors)
 
 
 def commit_of(tree: Path) -> tuple[str, bool]:
@@ -178,6 +213,33 @@ def _scores(roots: Iterable[Path]) -> tuple[dict[ScoreKey, Score], list[str]]:
                 continue
             scores[score.base_sha256, score.tokens_sha256, score.adapter_sha256] = score
     return scores, problems
+
+
+def _pairs(roots: Iterable[Path]) -> tuple[dict[PairKey, UpdatePair], list[str]]:
+    pairs: dict[PairKey, UpdatePair] = {}
+    problems = []
+    for root in roots:
+        for path in _json_files(root / UPDATES, "*/*.json"):
+            try:
+                pair = read_pair(path, f"{root.name}/{path.relative_to(root).as_posix()}")
+            except RecordError as error:
+                problems.append(str(error))
+                continue
+            pairs[pair_key(pair.start_sha256, *pair.trained_sha256)] = pair
+    return pairs, problems
+
+
+def _floors(roots: Iterable[Path]) -> tuple[dict[FloorKey, Floor], list[str]]:
+    floors: dict[FloorKey, Floor] = {}
+    problems = []
+    for path in (path for root in roots for path in _json_files(root / FLOORS, "*/*.json")):
+        try:
+            floor = parse(Floor, json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError, ConfigError) as error:
+            problems.append(f"{FLOORS}/{path.parent.name}/{path.name}: not a valid floor; measure it again (harness.limit): {error}")
+            continue
+        floors[floor.machine, floor.workload] = floor
+    return floors, problems
 
 
 def _join(record: Record, path: str, scores: dict[ScoreKey, Score]) -> Stored:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,15 +16,15 @@ from rich.console import Console
 
 from harness import report
 from harness.config import Request, Settings
-from harness.data.tokens import TokenFile
 from harness.errors import HarnessError, StoreError
-from harness.launch import adapter_folder, drop_adapter, recovered, run_cell, run_door, unsupported
-from harness.places import Prepared, PrepareRequest, ScoreItem, ScoreRequest
+from harness.launch import recovered, run_cell, run_door, unsupported
+from harness.places import Prepared, PrepareRequest
 from harness.plan import Planned, least_memory_bytes, plan, weights_bytes
 from harness.progress import SweepProgress, label, sweep_progress
-from harness.record import Record, loads_score
+from harness.record import Record
+from harness.scoring import Trained, drop, is_unjudged, judge_weights, needed_later
 from harness.spec import parse
-from harness.store import Results, check_writable, load, recorded, save, save_score, score_path, writing
+from harness.store import Results, check_writable, load, recorded, save, writing
 from harness.turns import turn
 
 _GIB = 2**30
@@ -101,7 +100,7 @@ def _prepare(sweep: Sweep) -> dict[str, Prepared]:
     """Make tokens, base and adapter of every workload before anything is measured: bad data ends a sweep at its start."""
     prepared: dict[str, Prepared] = {}
     problems: dict[str, None] = {}
-    unscored = {record.cell.workload.key for record in sweep.earlier if _kept(sweep.root, record)}
+    unscored = {record.cell.workload.key for record in sweep.earlier if is_unjudged(sweep.root, record)}
     tried: set[str] = set()
     for cell in sweep.planned:
         workload = cell.request.cell.workload
@@ -177,66 +176,32 @@ def _run_cell(cell: Planned, place: Prepared, sweep: Sweep, progress: SweepProgr
 
 
 def _score(sweep: Sweep, prepared: dict[str, Prepared], known: Sequence[Record]) -> bool:
-    """Score every kept adapter of these workloads that has no score yet, and the base itself; then drop what is not to be kept.
+    """Judge the weights that are still there, of every workload of this sweep; then drop those that are not to be kept.
 
-    Returns whether all have a score. An adapter that cannot be scored is named, kept, and tried again by the next sweep.
+    Returns whether all have a score. Weights that cannot be scored are named, kept, and tried again by the next sweep.
     """
-    complete = True
-    for workload_key, place in prepared.items():
-        cell = next(cell for cell in sweep.planned if cell.request.cell.workload.key == workload_key)
-        mine = [record for record in known if record.cell.workload.key == workload_key]
-        if not any(_kept(sweep.root, record) for record in mine):
-            continue
-        with sweep.turn() as held:  # another sweep may have scored and dropped them while we waited
-            kept = sorted({sha for record in mine if (sha := _kept(sweep.root, record))})
-            failed: set[str | None] = set()
-            if kept and len(TokenFile.open(Path(place.tokens)).held_out):
-                failed = _score_workload(cell, place, kept, sweep, held)
-            for sha in kept if sweep.settings.keep == "none" else []:
-                if sha not in failed:
-                    drop_adapter(sweep.root, sha)
-        complete = complete and not failed
-    return complete
-
-
-def _kept(root: Path, record: Record) -> str | None:
-    """The hash of the weights that this record left and that are still there."""
-    sha = record.measurement.artifacts.adapter_sha256 if record.measurement else None
-    return sha if sha and adapter_folder(root, sha).exists() else None
-
-
-def _score_workload(cell: Planned, place: Prepared, adapters: Sequence[str], sweep: Sweep, held: int) -> set[str | None]:
-    """Score the base and ``adapters``; returns those (None: the base) that cannot be scored, each named with the reason."""
-    root, workload = sweep.root, cell.request.cell.workload
-    tokens_sha256 = Path(place.tokens).stem
-    work = root / "work" / "score"
-    items = [
-        ScoreItem(adapter=str(adapter_folder(root, sha)) if sha else None, adapter_sha256=sha, out=str(work / f"{sha or 'base'}.json"))
-        for sha in (None, *adapters)
-        if not score_path(root, place.base_sha256, tokens_sha256, sha).exists()
-    ]
+    cells = {cell.request.cell.workload.key: cell for cell in sweep.planned}
     failed: set[str | None] = set()
-    if items:
-        sweep.say(f"scoring {len(items)} set(s) of weights of {workload.label} on held-out rows")
-        shutil.rmtree(work, ignore_errors=True)
-    while items:
-        request = ScoreRequest(workload=workload, prepared=place, items=tuple(items), device=cell.machine.device)
-        reason = "no score was written"
-        try:
-            run_door("harness.score", request, work / f"{workload.key}.json", held=held)
-        except StoreError:
-            raise
-        except HarnessError as error:
-            reason = str(error)
-        made = [item for item in items if Path(item.out).exists()]
-        for item in made:
-            save_score(loads_score(Path(item.out).read_text(encoding="utf-8"), item.out), root)
-            Path(item.out).unlink()
-        items = [item for item in items if item not in made]
-        if items:  # they are scored in this order: the first one without a score is the one that failed
-            sweep.say(f"  not scored   {(items[0].adapter_sha256 or 'the base')[:16]}: {reason}")
-            failed.add(items.pop(0).adapter_sha256)
-    return failed
+    all_trained = [
+        Trained(
+            root=sweep.root,
+            workload=cells[key].request.cell.workload,
+            prepared=place,
+            records=[record for record in known if record.cell.workload.key == key],
+            device=cells[key].machine.device,
+        )
+        for key, place in prepared.items()
+    ]
+    all_trained = [trained for trained in all_trained if trained.kept]
+    for trained in all_trained:
+        with sweep.turn() as held:  # another sweep may have scored and dropped them while we waited
+            failed |= judge_weights(trained, held, sweep.say)
+    if all_trained and sweep.settings.keep == "none":
+        with sweep.turn():
+            keep = needed_later(load(sweep.root)) | {sha for sha in failed if sha}
+            for trained in all_trained:
+                drop(trained, keep)
+    return not failed
 
 
 def _finish(sweep: Sweep, records: Sequence[Record], scored: bool) -> Exit:
@@ -253,9 +218,10 @@ def _finish(sweep: Sweep, records: Sequence[Record], scored: bool) -> Exit:
     if results.stored:
         with writing(root):
             path = report.write(results, root)
-        workloads = {cell.request.cell.workload.key for cell in planned}
-        mine = tuple(stored for stored in results.stored if stored.record.cell.workload.key in workloads)
-        sweep.say(report.table(Results(mine, results.problems)))
+        workloads = [cell.request.cell.workload for cell in planned]
+        keys_here = {key for work in workloads for key in (work.key, work.first_step.key)}  # a verdict may rest on a first step run before
+        mine = tuple(stored for stored in results.stored if stored.record.cell.workload.key in keys_here)
+        sweep.say(report.table(Results(mine, results.problems, results.updates)))
         sweep.say(f"report: {path}")
     if ok == 0:
         sweep.say("nothing was measured: no cell ended ok")

@@ -12,28 +12,34 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 from harness.data.tokens import TokenFile
-from harness.engine import Job, load
+from harness.engine import Job, Machine, load
 from harness.errors import HarnessError, UnsupportedError
 from harness.events import LOST_LOG, EventLog
+from harness.flops import work
+from harness.gates import counting
+from harness.gemm import gemm_peak_flops
 from harness.places import WorkerJob
 from harness.probe import StepProbe
 from harness.record import Status
-from harness.spec import parse
+from harness.spec import Workload, parse
+from harness.startup import ImportClock
 from harness.weights import adapter_sha256
 
 
 def main(path: str) -> None:
     """Train the cell and log how it went. Every ending of the engine becomes an event; the exit code is 0 for all of them."""
     began = time.monotonic()
+    imports = ImportClock()
     _die_with_parent()
     job = parse(WorkerJob, json.loads(Path(path).read_text(encoding="utf-8")))
     try:
         with EventLog(Path(job.events)) as log:
             log.write("started", {"process_seconds": began - job.launched_monotonic})
             try:
-                adapter = _train(job, log)
+                adapter = _train(job, log, imports, began)
                 log.write("finished", {"adapter_sha256": adapter, **_wall(job)})
             except BaseException as error:  # the one broad except of the house: whatever an engine raises is a result
                 log.write("failed", {"status": _classify(error), "reason": _reason(error), **_wall(job)})
@@ -48,32 +54,69 @@ def _wall(job: WorkerJob) -> dict[str, float]:
     return {"wall_seconds": time.monotonic() - job.launched_monotonic}
 
 
-def _train(job: WorkerJob, log: EventLog) -> str:
+def _train(job: WorkerJob, log: EventLog, imports: ImportClock, began: float) -> str:
     cell = job.cell
     engine = load(cell.engine)
     knobs = parse(engine.Knobs, cell.engine.knobs, at="engine.knobs")
-    num_steps = cell.workload.train.steps
-    probe = StepProbe(log, device=job.machine.device, num_steps=num_steps)
+    num_steps = cell.workload.train.num_steps
+    opened = time.monotonic()
+    tokens = TokenFile.open(Path(job.prepared.tokens))
+    data_seconds = time.monotonic() - opened
+    _cap_memory(job.machine)
+    probe = StepProbe(log, imports, device=job.machine.device, num_steps=num_steps, began=began, data_seconds=data_seconds)
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     adapter_init = job.prepared.adapter_init
-    engine.train(
-        Job(
-            workload=cell.workload,
-            tokens=TokenFile.open(Path(job.prepared.tokens)),
-            base=Path(job.prepared.base),
-            adapter_init=Path(adapter_init) if adapter_init else None,
-            out=out,
-            device=job.machine.device,
-            processes=cell.engine.processes,
-        ),
-        knobs,
-        probe,
+    given = Job(
+        workload=cell.workload,
+        tokens=tokens,
+        base=Path(job.prepared.base),
+        adapter_init=Path(adapter_init) if adapter_init else None,
+        out=out,
+        device=job.machine.device,
+        processes=cell.engine.processes,
     )
+    with counting(job.counts, job.machine.device, probe) as counted:
+        engine.train(given, knobs, counted)
     probe.finish()
     if probe.num_steps != num_steps:
         raise RuntimeError(f"the engine reported {probe.num_steps} of {num_steps} steps")
+    known = _work(job, tokens, _recomputed_fraction(engine, cell.workload, knobs))
+    log.write("work", {**known, "gemm_peak_flops": gemm_peak_flops() if job.machine.device == "cuda" else None})
     return adapter_sha256(out)
+
+
+def _cap_memory(machine: Machine) -> None:
+    """Emulate a smaller GPU: the allocator answers out of memory where a real one would, but for the driver's own half GiB."""
+    cap = machine.memory_cap_gib
+    if cap is None:
+        return
+    if machine.device == "cpu":
+        raise UnsupportedError("machine.memory_cap_gib caps the allocator of a GPU; on a CPU set it to null")
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        total = torch.cuda.get_device_properties(index).total_memory
+        if cap * 2**30 > total:
+            raise UnsupportedError(f"machine.memory_cap_gib={cap} is more than GPU {index} has ({total / 2**30:.1f} GiB)")
+        torch.cuda.set_per_process_memory_fraction(cap * 2**30 / total, index)
+
+
+def _work(job: WorkerJob, tokens: TokenFile, recomputed: float | None) -> dict[str, Any]:
+    try:
+        config = json.loads((Path(job.prepared.base) / "config.json").read_text(encoding="utf-8"))
+        return {"work": work(config, job.cell.workload, tokens, recomputed).model_dump(mode="json"), "unknown": None}
+    except UnsupportedError as error:
+        return {"work": None, "unknown": str(error)}
+    except OSError as error:
+        return {"work": None, "unknown": f"config.json of the base cannot be read: {error.strerror}"}
+
+
+def _recomputed_fraction(engine: Any, workload: Workload, knobs: Any) -> float | None:
+    """What the engine says of it, null when it does not; see docs/adding-an-engine.md."""
+    tell = getattr(engine, "recomputed_fraction", None)
+    said: float | None = tell(workload, knobs) if tell is not None else None
+    return said
 
 
 def _classify(error: BaseException) -> Status:

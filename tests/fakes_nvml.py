@@ -37,6 +37,12 @@ def nvml(
         nvmlDeviceGetCudaComputeCapability=lambda handle: (9, 0),
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [SimpleNamespace(pid=pid) for pid in processes],
         nvmlDeviceGetMigMode=mig_mode,
+        nvmlDeviceGetUUID=lambda handle: f"GPU-{handle}",
+        nvmlDeviceGetHandleByUUID=lambda name: name.removeprefix("GPU-"),
+        NVML_CLOCK_SM=1,
+        nvmlDeviceGetClockInfo=lambda handle, kind: 1980,
+        nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: 5_000_000,
         nvmlSystemGetDriverVersion=lambda: "580.159.04",
         nvmlSystemGetCudaDriverVersion=lambda: 13000,
     )

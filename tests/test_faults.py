@@ -50,6 +50,12 @@ def doors(made: Made, *, unloadable: frozenset[str] = frozenset(), interrupted: 
     return run_door
 
 
+def through(monkeypatch: pytest.MonkeyPatch, door: Door) -> None:
+    """Preparing and scoring go through ``door``."""
+    monkeypatch.setattr("harness.sweep.run_door", door)
+    monkeypatch.setattr("harness.scoring.run_door", door)
+
+
 def _score(made: Made, adapter: str | None) -> Score:
     return Score(
         adapter_sha256=adapter, tokens_sha256=Path(made.prepared.tokens).stem, base_sha256=made.prepared.base_sha256, held_out_loss=2.0,
@@ -86,7 +92,7 @@ def test_two_sweeps_that_are_to_run_all_again_both_do(cache: Path, tmp_path: Pat
 
 
 def test_adapters_left_by_a_stopped_sweep_are_scored_by_the_next(monkeypatch: pytest.MonkeyPatch, prepared: Made, tmp_path: Path) -> None:
-    monkeypatch.setattr("harness.sweep.run_door", doors(prepared, interrupted=["while it scored"]))
+    through(monkeypatch, doors(prepared, interrupted=["while it scored"]))
     with pytest.raises(KeyboardInterrupt):
         sweep(prepared, tmp_path)
     assert len(list((tmp_path / "adapters").iterdir())) == 2
@@ -101,10 +107,10 @@ def test_adapters_left_by_a_stopped_sweep_are_scored_by_the_next(monkeypatch: py
 def test_an_adapter_that_cannot_be_scored_is_named_and_stops_nothing(
     monkeypatch: pytest.MonkeyPatch, prepared: Made, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("harness.sweep.run_door", doors(prepared))
+    through(monkeypatch, doors(prepared))
     sweep(prepared, tmp_path / "twin", keep="adapters")
     bad = sorted({_adapter(stored.record) for stored in load(tmp_path / "twin").stored})[0]
-    monkeypatch.setattr("harness.sweep.run_door", doors(prepared, unloadable=frozenset([bad])))
+    through(monkeypatch, doors(prepared, unloadable=frozenset([bad])))
     code, said = sweep(prepared, tmp_path / "runs")
     assert code == Exit.CELLS_FAILED
     assert f"not scored   {bad[:16]}: not an adapter that can be loaded" in said
@@ -126,7 +132,7 @@ def _other(stored: Any, bad: str) -> str:
 def test_a_record_that_could_not_be_saved_is_made_by_the_same_command(
     monkeypatch: pytest.MonkeyPatch, prepared: Made, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("harness.sweep.run_door", doors(prepared))
+    through(monkeypatch, doors(prepared))
     room = ["for one record"]
 
     def save_while_there_is_room(record: Record, root: Path) -> Path:
@@ -150,7 +156,7 @@ def test_a_record_that_could_not_be_saved_is_made_by_the_same_command(
 
 
 def test_what_a_worker_left_without_its_weights_is_not_recovered(monkeypatch: pytest.MonkeyPatch, prepared: Made, tmp_path: Path) -> None:
-    monkeypatch.setattr("harness.sweep.run_door", doors(prepared))
+    through(monkeypatch, doors(prepared))
     sweep(prepared, tmp_path, cells=1, keep="adapters")
     (stored,) = load(tmp_path).stored
     (tmp_path / stored.path).unlink()
@@ -168,7 +174,7 @@ def test_a_results_folder_that_is_a_file_is_said_before_anything_runs(prepared: 
 
 
 def test_files_that_cannot_be_read_are_named_and_stop_no_sweep(monkeypatch: pytest.MonkeyPatch, prepared: Made, tmp_path: Path) -> None:
-    monkeypatch.setattr("harness.sweep.run_door", doors(prepared))
+    through(monkeypatch, doors(prepared))
     sweep(prepared, tmp_path, cells=1)
     (stored,) = load(tmp_path).stored
     folder = (tmp_path / stored.path).parent

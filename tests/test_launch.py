@@ -11,7 +11,7 @@ import pytest
 
 from harness.config import Limits
 from harness.launch import adapter_folder, run_cell
-from harness.record import Record, dumps, loads
+from harness.record import Price, Record, dumps, loads
 from harness.store import load, recorded, save
 from tests import workloads
 from tests.workloads import Made
@@ -35,7 +35,14 @@ def test_an_ok_cell_keeps_everything_it_measured(prepared: Made, tmp_path: Path)
     assert all(tokens > 0 for tokens in steps.tokens_input)
     assert [memory.phase for memory in record.measurement.memory] == ["setup", "first_step", "steady"]
     assert all(memory.peak_rss_bytes for memory in record.measurement.memory)
-    assert all(memory.peak_allocated_bytes is None for memory in record.measurement.memory), "a CPU has no allocator peak"
+    of_a_gpu = ("peak_allocated_bytes", "peak_active_bytes", "peak_reserved_bytes", "peak_device_bytes", "num_alloc_retries")
+    assert {getattr(memory, name) for memory in record.measurement.memory for name in of_a_gpu} == {None}, "a CPU has none of these"
+    assert (steps.host_seconds, steps.reserved_bytes, record.measurement.gpus, record.measurement.gemm_peak_flops) == (None, None, (), None)
+    assert steps.compiles == (0, 0, 0, 0)
+    startup = record.measurement.startup
+    assert None not in (startup.setup_seconds, startup.data_seconds, startup.import_seconds)
+    assert record.measurement.work is None
+    assert record.measurement.work_unknown == "config.json of the base cannot be read: No such file or directory"
     adapter = record.measurement.artifacts.adapter_sha256
     assert adapter
     assert (adapter_folder(tmp_path, adapter) / "adapter_model.safetensors").exists()
@@ -158,6 +165,21 @@ def test_a_record_names_no_path_of_this_machine(prepared: Made, tmp_path: Path) 
     assert str(Path.home()) + "/" not in text
     assert str(Path(__file__).resolve().parent.parent) not in text
     assert str(tmp_path) not in text
+
+
+def test_a_price_is_kept_with_the_record(prepared: Made, tmp_path: Path) -> None:
+    price = Price(dollars_per_hour=2.5, date="2026-11-24")
+    request = workloads.request(prepared.workload)
+    request = request.model_copy(update={"machine": request.machine.model_copy(update={"price": price})})
+    assert run_cell(request, workloads.MACHINE, prepared.prepared, tmp_path, lambda event: None).provenance.price == price
+
+
+def test_a_memory_cap_has_no_meaning_on_a_cpu(prepared: Made, tmp_path: Path) -> None:
+    capped = workloads.MACHINE.model_copy(update={"memory_cap_gib": 4})
+    record = run_cell(workloads.request(prepared.workload), capped, prepared.prepared, tmp_path, lambda event: None)
+    assert record.status == "unsupported"
+    assert record.reason is not None
+    assert "machine.memory_cap_gib caps the allocator of a GPU" in record.reason
 
 
 def test_repeats_with_equal_weights_share_one_adapter(prepared: Made, tmp_path: Path) -> None:

@@ -8,21 +8,47 @@ from typing import Any
 import numpy as np
 import pytest
 
+from harness.deviations import TESTS
 from harness.parity import Anchor, Run, Verdict, anchors, judge, verdict
 from harness.record import Score
+from harness.updates import UpdatePair, pair_key
 from tests import records
 
 HELD_OUT, UPDATE = records.TRAINED_LOSS, records.UPDATE_NORM
 
 
 def run(
-    name: str = "hf", *, scored: bool = True, held_out_loss: float = HELD_OUT, update_norm: float | None = UPDATE, **changed: Any
+    name: str = "hf",
+    *,
+    scored: bool = True,
+    held_out_loss: float = HELD_OUT,
+    update_norm: float | None = UPDATE,
+    first: bool = True,
+    cosine: float | None = 1.0,
+    first_norm: float = 0.5,
+    first_cosine: float = 1.0,
+    **changed: Any,
 ) -> Run:
+    """A run with all that parity can know of it; ``cosine`` None: its final update was compared with no other."""
     record = records.record(records.engine(name), **changed)
     if not scored:
         return Run(record)
     mine = records.score(record, held_out_loss=held_out_loss, update_norm=update_norm)
-    return Run(record, mine, records.score(record, base=True))
+    whole, alone = (records.made(records.record(records.engine(name), work=work).cell) for work in (WORK, WORK.first_step))
+    pairs = [*([pair(whole, 1.0, cosine)] if cosine is not None else []), pair(alone, first_norm / 0.5, first_cosine)]
+    of_first = records.record(records.engine(name), work=WORK.first_step) if first else None
+    updates = {pair_key(one.start_sha256, *one.trained_sha256): one for one in pairs}
+    return Run(record, mine, records.score(record, base=True), of_first, updates)
+
+
+def pair(made: dict[str, Any], ratio: float, cosine: float | None) -> UpdatePair:
+    """With the same of engine hf, whose update has the norm 1."""
+    work = WORK if made["tokens_sha256"] == records.made(records.record(work=WORK).cell)["tokens_sha256"] else WORK.first_step
+    reference = records.made(records.record(records.engine("hf"), work=work).cell)["adapter_sha256"]
+    both = sorted([(made["adapter_sha256"], ratio), (reference, 1.0)])
+    return UpdatePair(
+        start_sha256=made["adapter_init_sha256"], trained_sha256=(both[0][0], both[1][0]), norms=(both[0][1], both[1][1]), cosine=cosine
+    )
 
 
 def noisy(values: tuple[float, ...], size: float, seed: int = 0) -> tuple[float, ...]:
@@ -33,6 +59,7 @@ def candidate(**changed: Any) -> Verdict:
     return judge(run("fused", **changed), run(), anchor="fp32")
 
 
+WORK = records.workload()
 LOSSES = records.losses()
 STEPS = records.steps()
 SHUFFLED = (STEPS.stream_sha256[1], STEPS.stream_sha256[0], *STEPS.stream_sha256[2:])
@@ -47,6 +74,7 @@ def test_the_same_run_is_the_same() -> None:
     found = candidate()
     assert (found.kind, found.label, found.reasons, found.can_win) == ("same", "same: fp32", (), True)
     assert "allowed" in found.worst
+    assert [test.name for test, _ in found.tests] == list(TESTS)
     assert found.light.passed is True
 
 
@@ -68,6 +96,10 @@ def test_harmless_float_noise_passes() -> None:
         pytest.param({"update_norm": UPDATE * 1.01}, "final update norm", id="learning rate 1 % too high"),
         pytest.param({"update_norm": UPDATE * 0.99}, "final update norm", id="learning rate 1 % too low"),
         pytest.param({"update_norm": 0.0, "held_out_loss": records.BASE_LOSS}, "final update norm", id="trained nothing"),
+        pytest.param({"first_norm": 0.505}, "update norm of step 1: 1.0100 x", id="first update 1 % too long"),
+        pytest.param({"first_norm": 0.0}, "update norm of step 1: 0.0000 x", id="no first update"),
+        pytest.param({"first_cosine": 0.997}, "direction of the first update: cosine 0.99700", id="first update astray"),
+        pytest.param({"cosine": 0.997}, "direction of the final update: cosine 0.99700", id="final update astray"),
         pytest.param({"held_out_loss": HELD_OUT + 0.002}, "held-out loss", id="worse weights"),
         pytest.param({"held_out_loss": HELD_OUT - 0.002}, "held-out loss", id="better weights"),
         pytest.param({"losses": (*LOSSES[:7], math.nan, *LOSSES[8:])}, "loss is nan at step 8", id="a NaN loss"),
@@ -93,8 +125,8 @@ def test_another_training_is_different_and_the_test_is_named(changed: dict[str, 
     ("changed", "named"),
     [
         pytest.param(TRUNCATED, "supervised tokens differ from step 5: 871, the reference has 912", id="truncated"),
-        pytest.param(TRUNCATED, "token stream differs from step 5", id="truncated stream"),
-        pytest.param({"stream_sha256": SHUFFLED}, "token stream differs from step 1 (truncated, shuffled or changed data)", id="shuffled"),
+        pytest.param(TRUNCATED, "token stream differs from step 5 (truncated rows?)", id="truncated stream"),
+        pytest.param({"stream_sha256": SHUFFLED}, "token stream differs from step 1 (shuffled: the same tokens", id="shuffled"),
         pytest.param(
             {"tokens_loss": STEPS.tokens_input},
             "supervised tokens differ from step 1: 3000, the reference has 900",
@@ -238,10 +270,11 @@ def test_the_truth_is_hf_in_fp32_of_the_same_machine_then_scored_then_the_lowest
 
 def test_a_candidate_needs_one_anchor_for_all_tests() -> None:
     others = tuple(hf("bfloat16", losses=noisy(tuple(x + 0.004 for x in LOSSES), 1e-4, seed)) for seed in range(3))
-    truth = Anchor("fp32", hf("float32"), tuple(hf("float32", losses=noisy(LOSSES, 1e-5, seed)) for seed in range(3)))
+    near = tuple(hf("float32", losses=noisy(LOSSES, 1e-5, seed)) for seed in range(3))
+    truth = Anchor("fp32", hf("float32"), near, near)
     anchor = Anchor("bf16", hf("bfloat16", losses=tuple(x + 0.004 for x in LOSSES)), others)
-    assert verdict(hf("bfloat16"), [truth, anchor]).label == "same: fp32"
-    assert verdict(hf("bfloat16", losses=tuple(x + 0.0041 for x in LOSSES)), [truth, anchor]).label == "same: bf16"
+    assert verdict(hf("bfloat16"), [truth, anchor]).label.startswith("same: fp32")
+    assert verdict(hf("bfloat16", losses=tuple(x + 0.0041 for x in LOSSES)), [truth, anchor]).label.startswith("same: bf16")
     mixed = tuple(x + (0.004 if i % 2 else 0.0) for i, x in enumerate(LOSSES))
     assert verdict(hf("bfloat16", losses=mixed), [truth, anchor]).label == "different"
     assert verdict(truth.run, [truth, anchor]).label == "reference: fp32"
@@ -253,3 +286,12 @@ def test_without_a_reference_nothing_is_proven_but_a_nan_cannot_win() -> None:
     assert (found.kind, found.can_win, found.light.passed) == ("not comparable", True, None)
     assert "run engine=hf" in found.detail
     assert verdict(run("fused", losses=(math.nan, *LOSSES[1:])), []).label == "different"
+
+
+def test_what_could_not_be_tested_is_said_and_why() -> None:
+    partly = judge(run("fused", first=False), run(), anchor="fp32")
+    assert (partly.kind, partly.label) == ("same", "same: fp32 (7 of 9 tests)")
+    assert "not tested: update norm of step 1, direction of the first update (the first step of this run was not run alone" in partly.detail
+    unmatched = judge(run("fused", cosine=None), run(), anchor="fp32")
+    assert unmatched.label == "same: fp32 (8 of 9 tests)"
+    assert "not tested: direction of the final update (the weights were not compared before they were deleted" in unmatched.detail

@@ -13,6 +13,7 @@ import pytest
 from harness.data import StepTokens
 from harness.events import EventLog, EventReader
 from harness.probe import StepProbe
+from harness.startup import ImportClock
 
 TOKENS = StepTokens(input=8, loss=4, processed=10, sha256="ab")
 
@@ -25,8 +26,9 @@ def events(path: Path, kind: str) -> list[dict[str, Any]]:
 def test_a_cpu_step_lasts_from_the_end_of_the_one_before(tmp_path: Path) -> None:
     log = tmp_path / "events.jsonl"
     with EventLog(log) as sink:
-        probe = StepProbe(sink, device="cpu", num_steps=3)
+        began = time.monotonic()
         time.sleep(0.05)
+        probe = StepProbe(sink, ImportClock(), device="cpu", num_steps=3, began=began, data_seconds=0.01)
         probe.ready()
         for seconds in (0.02, 0.04, 0.01):
             time.sleep(seconds)
@@ -34,7 +36,11 @@ def test_a_cpu_step_lasts_from_the_end_of_the_one_before(tmp_path: Path) -> None
         probe.finish()
     for event, slept in zip(events(log, "step"), (0.02, 0.04, 0.01), strict=True):
         assert slept <= event["seconds"] < slept + 0.5
-    assert 0.05 <= events(log, "ready")[0]["setup_seconds"] < 0.6
+    (ready,) = events(log, "ready")
+    assert 0.05 <= ready["setup_seconds"] < 0.6
+    assert ready["data_seconds"] == 0.01
+    assert [event["compiles"] for event in events(log, "step")] == [0, 0, 0]
+    assert {event["host_seconds"] for event in events(log, "step")} == {None}, "a CPU has no second clock"
     assert [event["grad_norms"] for event in events(log, "step")] == [None, None, None]
     assert [event["memory"]["phase"] for event in events(log, "memory")] == ["setup", "first_step", "steady"]
 
@@ -90,8 +96,17 @@ class FakeScalar(float):
 
 
 def fake_torch() -> SimpleNamespace:
-    stats = {"allocated_bytes.all.peak": 3 * 2**30, "reserved_bytes.all.peak": 4 * 2**30, "num_alloc_retries": 0}
-    cuda = SimpleNamespace(Event=FakeEvent, synchronize=lambda: None, memory_stats=lambda: stats, reset_peak_memory_stats=lambda: None)
+    retries = iter((1, 1, 4))  # counted since the process began: resetting the peaks does not reset it
+
+    def stats() -> dict[str, int]:
+        peaks = {f"{kind}_bytes.all.peak": size * 2**30 for kind, size in (("allocated", 3), ("active", 4), ("reserved", 5))}
+        return {**peaks, "num_alloc_retries": next(retries)}
+
+    cuda = SimpleNamespace(
+        Event=FakeEvent, synchronize=lambda: None, memory_stats=stats, reset_peak_memory_stats=lambda: None, device_count=lambda: 1,
+        memory_stats_as_nested_dict=lambda: {"reserved_bytes": {"all": {"current": 5 * 2**30}}},
+        get_device_properties=lambda index: SimpleNamespace(uuid="0123-4567"),
+    )  # fmt: skip
     return SimpleNamespace(cuda=cuda, float32="float32", full=lambda *a, **k: FakeValues(), as_tensor=FakeScalar)
 
 
@@ -99,7 +114,7 @@ def test_a_gpu_step_is_read_once_its_event_has_passed_and_never_waited_for(tmp_p
     monkeypatch.setitem(sys.modules, "torch", fake_torch())
     log = tmp_path / "events.jsonl"
     with EventLog(log) as sink:
-        probe = StepProbe(sink, device="cuda", num_steps=3)
+        probe = StepProbe(sink, ImportClock(), device="cuda", num_steps=3, began=time.monotonic(), data_seconds=0.0)
         probe.ready()
         for loss in (3.0, 2.0, 1.0):
             probe.step(loss=loss, grad_norm=0.5, tokens=TOKENS)
@@ -110,5 +125,8 @@ def test_a_gpu_step_is_read_once_its_event_has_passed_and_never_waited_for(tmp_p
     assert [(event["losses"], event["grad_norms"], event["seconds"]) for event in events(log, "step")] == [
         (3.0, 0.5, 0.01), (2.0, 0.5, 0.01), (1.0, 0.5, 0.01),
     ]  # fmt: skip
-    steady = events(log, "memory")[-1]["memory"]
-    assert (steady["peak_allocated_bytes"], steady["num_alloc_retries"]) == (3 * 2**30, 0)
+    memory = [event["memory"] for event in events(log, "memory")]
+    assert [memory[-1][f"peak_{kind}_bytes"] for kind in ("allocated", "active", "reserved")] == [3 * 2**30, 4 * 2**30, 5 * 2**30]
+    assert [one["num_alloc_retries"] for one in memory] == [1, 0, 3], "of each phase"
+    assert all(event["host_seconds"] >= 0 and event["reserved_bytes"] == 5 * 2**30 for event in events(log, "step"))
+    assert events(log, "ready")[0]["gpus"] == ["0123-4567"]

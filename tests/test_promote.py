@@ -9,7 +9,8 @@ import pytest
 from harness.errors import StoreError
 from harness.promote import main, promote
 from harness.record import Record, loads
-from harness.store import load, save, save_score
+from harness.store import load, save, save_pair, save_score
+from harness.updates import UpdatePair
 from tests.test_store import GOLDEN, score
 
 
@@ -25,7 +26,14 @@ def test_a_record_travels_with_its_scores(tmp_path: Path) -> None:
     assert record.measurement is not None
     for adapter in (None, record.measurement.artifacts.adapter_sha256):
         save_score(score(adapter), runs)
+    sha = str(record.measurement.artifacts.adapter_sha256)
+    known, foreign = (
+        UpdatePair(start_sha256="0" * 64, trained_sha256=both, norms=(1.0, 1.0), cosine=1.0) for both in ((sha, sha), (sha, "f"))
+    )
+    save_pair(known, runs)
+    save_pair(foreign, runs)
     promoted, refused = promote(runs, results)
+    assert list(load(results).updates.values()) == [known], "of promoted weights only"
     assert ([file.read_bytes() for file in promoted], refused) == ([path.read_bytes()], [])
     (stored,) = load(results).stored
     assert (stored.record, stored.score is not None, stored.base_score is not None) == (record, True, True)

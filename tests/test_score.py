@@ -17,7 +17,7 @@ from harness import score as door
 from harness.data.tokens import IGNORE, Sample, TokenFile
 from harness.data.write import write_token_file
 from harness.errors import ConfigError, DataError, WeightsError
-from harness.places import Prepared, ScoreItem, ScoreRequest
+from harness.places import PairItem, Prepared, ScoreItem, ScoreRequest
 from harness.record import Score, loads_score
 from harness.spec import Workload
 from tests.real_files import conf, request, workload
@@ -117,6 +117,23 @@ def test_the_update_norm_is_over_all_a_and_b(prepared: Prepared, tmp_path: Path)
     assert door.update_norm(moved, Path(str(prepared.adapter_init))) == pytest.approx(expected, rel=1e-12)
     (score,) = run(prepared, tmp_path, moved)
     assert score.update_norm == pytest.approx(expected, rel=1e-12)
+
+
+def test_two_updates_are_compared_exactly(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, moved, longer = Path(str(prepared.adapter_init)), trained(prepared, tmp_path / "moved"), tmp_path / "longer"
+    shutil.copytree(moved, longer)
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (start, moved))
+    turned = {name: before[name] + np.float32(1.01) * np.roll(after[name] - before[name], 1) for name in before}
+    save_file(turned, longer / "adapter_model.safetensors")
+    a, b = (np.concatenate([(one[name] - before[name]).astype(np.float64).ravel() for name in before]) for one in (after, turned))
+    for chunk in (door.CHUNK, 100):
+        monkeypatch.setattr(door, "CHUNK", chunk)
+        pair = door.compare_updates(prepared, PairItem(trained=(str(longer), str(moved)), trained_sha256=("b", "a"), out=""))
+        assert (pair.start_sha256, pair.trained_sha256) == (prepared.adapter_init_sha256, ("a", "b"))
+        assert pair.norms == pytest.approx((np.linalg.norm(a), np.linalg.norm(b)), rel=1e-9)
+        assert pair.cosine == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-9)
+    still = door.compare_updates(prepared, PairItem(trained=(str(start), str(moved)), trained_sha256=("a", "b"), out=""))
+    assert (still.norms[0], still.cosine) == (0.0, None)
 
 
 def test_an_adapter_of_another_shape_or_name_is_refused(prepared: Prepared, tmp_path: Path) -> None:

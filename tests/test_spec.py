@@ -103,3 +103,15 @@ def test_the_cosine_is_the_cosine() -> None:
     train: Train = workloads.workload(steps=10, warmup_steps=2, schedule="cosine").train
     assert train.learning_rate_at(6) == pytest.approx(0.5 * train.learning_rate)
     assert train.learning_rate_at(9) == pytest.approx(0.5 * train.learning_rate * (1 + math.cos(math.pi * 7 / 8)))
+
+
+def test_a_run_may_stop_early_on_the_schedule_of_all_its_steps() -> None:
+    whole = workloads.workload(steps=10, warmup_steps=4)
+    first = whole.first_step
+    assert (whole.train.num_steps, first.train.num_steps, first.is_first_step, whole.is_first_step) == (10, 1, True, False)
+    assert first.train.learning_rate_at(0) == whole.train.learning_rate_at(0)
+    assert first.key != whole.key
+    assert workloads.workload(steps=10, warmup_steps=4, stop_after=None).key == whole.key, "records made before the field keep their key"
+    assert not workloads.workload(steps=1, warmup_steps=0, stop_after=1).is_first_step, "it is the whole run"
+    with pytest.raises(ConfigError, match=r"train: stop_after \(11\) must be at most steps \(10\)"):
+        workloads.workload(steps=10, warmup_steps=4, stop_after=11)

@@ -12,13 +12,7 @@ from harness import stats
 from tests import records
 
 
-@pytest.mark.parametrize(("num_steps", "first"), [(1, 0), (2, 1), (3, 1), (10, 1), (11, 2), (12, 2), (20, 2), (200, 20)])
-def test_the_first_tenth_is_left_out_at_least_the_first_step(num_steps: int, first: int) -> None:
-    assert stats.steady_steps(num_steps) == range(first, num_steps)
-
-
 def test_no_step_no_rate() -> None:
-    assert list(stats.steady_steps(0)) == []
     assert stats.tokens_per_second(records.steps(num_steps=0)) is None
 
 

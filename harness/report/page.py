@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from harness.errors import StoreError
 from harness.rank import Group
+from harness.report.history import history
 from harness.report.judged import judged
 from harness.report.reproduce import Options, options
 from harness.report.view import Section, section
@@ -45,7 +46,7 @@ def _html(results: Results, groups: tuple[Group, ...], known: Options) -> str:
     from harness.report.plots import looks, plots  # matplotlib takes half a second to import, and a terminal table needs none of it
 
     look = looks(groups)
-    sections = [section(group, known, plots(group, look), look) for group in groups]
+    sections = [section(group, known, results.floors, plots(group, look), look) for group in groups]
     environment = _environment(autoescape=True)
     return environment.get_template("report.html.j2").render(_context(results, sections, environment))
 
@@ -53,7 +54,9 @@ def _html(results: Results, groups: tuple[Group, ...], known: Options) -> str:
 def _markdown(results: Results, groups: tuple[Group, ...], known: Options) -> str:
     environment = _environment(autoescape=False, finalize=_escaped)
     environment.filters["code"] = _code
-    return environment.get_template("report.md.j2").render(_context(results, [section(group, known) for group in groups], environment))
+    return environment.get_template("report.md.j2").render(
+        _context(results, [section(group, known, results.floors) for group in groups], environment)
+    )
 
 
 def _environment(*, autoescape: bool, finalize: Callable[[Any], Any] | None = None) -> Environment:
@@ -76,6 +79,7 @@ def _context(results: Results, sections: list[Section], environment: Environment
         "style": Markup(style),  # our own file, the only text that is not escaped
         "sections": sections,
         "problems": results.problems,
+        "history": history(results).lines,
         "num_records": len(records),
         "num_machines": len({record.machine.key for record in records}),
         "newest": max((record.provenance.started_utc for record in records), default="none"),

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from harness.floor import Floors
 from harness.rank import Group, Variant
 from harness.report.judged import judged
-from harness.report.numbers import GIB, finite, gib, plain_rate
+from harness.report.measured import limit, measured, plain
+from harness.report.numbers import finite, gib, plain_rate
 from harness.report.sentence import sentences
 from harness.store import Results
 
 
 def table(results: Results) -> str:
     """The ranking of every group, ties shown as ties, failures with their reasons; printable characters only."""
-    parts = [_group(group) for group in judged(results)]
+    parts = [_group(group, results.floors) for group in judged(results)]
     if results.problems:
         parts.append("\n".join(["Files that could not be read:", *(f"  {_one_line(problem)}" for problem in results.problems)]))
     return "\n\n".join(parts)
@@ -22,7 +24,7 @@ def table(results: Results) -> str:
 
 def rows(results: Results) -> list[dict[str, Any]]:
     """One row a variant, in the order of the ranking; strict JSON (no NaN)."""
-    return [_row(group, variant) for group in judged(results) for variant in group.variants]
+    return [_row(group, variant, results.floors) for group in judged(results) for variant in group.variants]
 
 
 def place(variant: Variant, group: Group) -> str:
@@ -43,12 +45,15 @@ def memory_bytes(variant: Variant, group: Group) -> int | None:
     return variant.peak_allocated_bytes if group.machine.device == "cuda" else variant.peak_rss_bytes
 
 
-def _group(group: Group) -> str:
+def _group(group: Group, floors: Floors) -> str:
     work = group.workload
     title = f"{work.model.name}, {work.method.name}, {work.data.name} (length {work.data.sequence_length}) on {group.machine.key}"
-    head = ("rank", "variant", "tokens/s", "repeats", memory_name(group), "parity")
+    head: tuple[str, ...] = ("rank", "variant", "tokens/s", "repeats", memory_name(group), "parity")
     ran = [variant for variant in group.variants if variant.runs]
     body = [_cells(variant, group) for variant in ran]
+    limits = [limit(measured(variant, group, floors)) for variant in ran]
+    if any(limits):
+        head, body = (*head[:3], "of limit", *head[3:]), [(*cells[:3], one, *cells[3:]) for cells, one in zip(body, limits, strict=True)]
     ranking = _columns([head, *body]) if ran else []
     lines = [title, *ranking, *_failures(group), _one_line(sentences(group).text)]
     return "\n".join(lines)
@@ -71,16 +76,15 @@ def _failures(group: Group) -> list[str]:
 
 
 def _columns(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Left-aligned text, right-aligned figures (the third to the fifth column)."""
+    """Left-aligned text, right-aligned figures (from the third column to the last but one)."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    numeric = (2, 3, 4)
+    numeric = range(2, len(lines[0]) - 1)
     aligned = [[cell.rjust(widths[i]) if i in numeric else cell.ljust(widths[i]) for i, cell in enumerate(line)] for line in lines]
     return [f"  {'  '.join(line)}".rstrip() for line in aligned]
 
 
-def _row(group: Group, variant: Variant) -> dict[str, Any]:
+def _row(group: Group, variant: Variant, floors: Floors) -> dict[str, Any]:
     verdict, work = variant.verdict, group.workload
-    allocated, rss = variant.peak_allocated_bytes, variant.peak_rss_bytes
     return {
         "machine": group.machine.key,
         "workload": work.key,
@@ -99,8 +103,7 @@ def _row(group: Group, variant: Variant) -> dict[str, Any]:
         "rank": variant.rank,
         "tokens_per_second": finite(variant.tokens_per_second),
         "repeats": list(variant.rates),
-        "peak_allocated_gib": None if allocated is None else allocated / GIB,
-        "peak_rss_gib": None if rss is None else rss / GIB,
+        **plain(measured(variant, group, floors)),
         "held_out_loss": finite(variant.held_out_loss),
         "parity": verdict.label if verdict else None,
         "parity_detail": verdict.detail if verdict else None,

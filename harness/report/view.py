@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from harness.engine import LossNorm
+from harness.floor import Floors
 from harness.rank import Group, Variant, compare_variants, failure_text
 from harness.record import Record
+from harness.report.measured import Details, details
 from harness.report.numbers import gib, number, plain_rate
 from harness.report.reproduce import Options, command
 from harness.report.sentence import Sentences, sentences
@@ -16,6 +19,13 @@ from harness.stats import median
 
 if TYPE_CHECKING:
     from harness.report.plots import Look, Plot
+
+LOSS_NORMS: dict[LossNorm | None, str] = {
+    "token_global": "all labels of the step",
+    "rank_token_mean": "each rank's labels, then over ranks",
+    "micro_mean": "each micro-batch's labels, then over micro-batches",
+    None: "",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +77,14 @@ class Section:
     sentences: Sentences
     memory_name: str
     rows: tuple[Row, ...]
+    behind: Details | None
     failures: tuple[Failure, ...]
     plots: tuple[Plot, ...]
     sources: tuple[Source, ...]
 
 
-def section(group: Group, known: Options, drawn: Sequence[Plot] = (), look: Mapping[str, Look] | None = None) -> Section:
-    """The view of ``group``; ``known`` are the options of conf/."""
+def section(group: Group, known: Options, floors: Floors, drawn: Sequence[Plot] = (), look: Mapping[str, Look] | None = None) -> Section:
+    """The view of ``group``; ``known`` are the options of conf/, ``floors`` what was measured of this machine's limits."""
     work = group.workload
     facts = (
         f"{work.data.sequence_length:,} tokens at most a sample",
@@ -89,6 +100,7 @@ def section(group: Group, known: Options, drawn: Sequence[Plot] = (), look: Mapp
         sentences=sentences(group),
         memory_name=memory_name(group),
         rows=tuple(_row(variant, group, (look or {}).get(variant.label)) for variant in group.variants if variant.runs),
+        behind=details(group, floors),
         failures=tuple(Failure(variant.label, failure_text(entry.record)) for variant in group.variants for entry in variant.failures),
         plots=tuple(drawn),
         sources=tuple(_source(variant, group, known) for variant in group.variants),
@@ -154,6 +166,7 @@ def _source(variant: Variant, group: Group, known: Options) -> Source:
         ("packages", ", ".join(sorted(packages))),
         ("driver", _joined(records, lambda record: record.provenance.driver or "")),
         ("environment", " ".join(f"{key}={value}" for key, value in variant.engine.environment.items())),
+        ("loss is a mean of", _joined(records, lambda record: LOSS_NORMS[record.loss_norm])),
         ("host", _joined(records, lambda record: record.provenance.host)),
         ("measured", _joined(records, lambda record: record.provenance.started_utc)),
         ("records", ", ".join(entry.path for entry in entries)),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from harness.data.tokens import IGNORE, Split, StepTokens
-from harness.engine import Job
+from harness.engine import Job, loss_norm
 from harness.errors import DataError, UnsupportedError
 from harness.spec import parse
 from tests.engines.tiny import (
@@ -85,6 +85,10 @@ class EngineConformance:
         assert split.losses[0] == pytest.approx(whole.losses[0], rel=SAME)
         assert split.losses == pytest.approx(whole.losses, rel=2e-5)
         assert split.grad_norms == pytest.approx(whole.grad_norms, rel=1e-4)
+
+    def test_says_what_its_loss_is_a_mean_of(self) -> None:
+        """That it is so is what the tests of the micro-batch show."""
+        assert loss_norm(self.engine) == "token_global"
 
     def test_the_same_seed_gives_the_same_bits(self, job: Job) -> None:
         first, second = self.run(with_train(job, "first")), self.run(job)

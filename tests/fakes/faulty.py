@@ -61,7 +61,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
 def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     _diary(job, "begin")
     probe.ready()
-    steps = job.workload.train.steps - (1 if knobs.behaviour == "few_steps" else 0)
+    steps = job.workload.train.num_steps - (1 if knobs.behaviour == "few_steps" else 0)
     for index in range(steps):
         if index == knobs.at_step:
             _misbehave(knobs.behaviour, job)

@@ -6,6 +6,8 @@ from harness.data import StepTokens, chunks, pad
 from harness.engine import Job, Machine, Probe
 from harness.spec import Spec, Workload
 
+loss_norm = "token_global"  # what the loss of a step is a mean of: all its labels
+
 
 class Knobs(Spec):
     """How, never what."""
@@ -22,7 +24,7 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     """Consume every step's samples, leave an adapter in ``job.out``."""
     train = job.workload.train
     probe.ready()
-    for step in range(train.steps):
+    for step in range(train.num_steps):
         batches = [pad(samples) for samples in chunks(job.tokens.step(train, step), knobs.micro_batch)]
         # … forward and backward over every batch, weighting tokens over the whole step; then update with train.learning_rate_at(step) …
         probe.step(loss=1.0, grad_norm=None, tokens=StepTokens.of(batches))

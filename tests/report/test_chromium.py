@@ -16,6 +16,7 @@ from harness.report.page import html as page
 from tests import records
 from tests.records import engine, repeats, results
 from tests.report.test_report import HOSTILE, hostile
+from tests.test_derived import gpu_record
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTHS = (390, 1280)
@@ -85,6 +86,7 @@ def full() -> str:
         *repeats(engine("long", note="short"), [50.0]),
         records.stored(records.record(engine("long", note=LONG), repeat=9, status="crash", reason=LONG * 3)),
         *repeats(engine("hf", compute_dtype="bfloat16"), [8140.0], machine=records.GPU, memory_gib=58.4, scored=False),
+        records.stored(gpu_record(), scored=False),
     ]
     return page(results(entries, [*evil.problems, LONG * 3]))
 
@@ -94,7 +96,7 @@ def test_the_page_fits_shows_its_pictures_and_runs_nothing(full: str, tmp_path: 
     found = look(tmp_path, full, width)
     assert found["scroll"] == width, found["wide"]
     assert found["wide"] == []
-    assert found["images"] == 6
+    assert found["images"] == 9
     assert found["broken"] == 0
     assert found["scripts"] == 0
     assert not found["hacked"]

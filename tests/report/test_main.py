@@ -53,7 +53,10 @@ def test_one_file_when_asked(measured: Path, capsys: pytest.CaptureFixture[str],
 def test_json_is_nothing_but_rows(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--format", "json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [(row["label"], row["rank"], row["parity"]) for row in rows] == [("fused", 1, "same: fp32"), ("hf", 2, "reference: fp32")]
+    assert [(row["label"], row["rank"], row["parity"]) for row in rows] == [
+        ("fused", 1, "same: fp32 (6 of 9 tests)"),
+        ("hf", 2, "reference: fp32"),
+    ]
     assert all((measured / "runs" / path).is_file() for row in rows for path in row["records"])
     assert not (measured / "runs" / "report.html").exists()
 

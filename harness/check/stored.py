@@ -1,0 +1,124 @@
+"""The cells of two folders of records, each read whole or not at all, matched by the work that was done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from harness.check.judge import Measured
+from harness.comparable import Run, runs
+from harness.errors import ConfigError, RecordError, StoreError
+from harness.gates import Counted, loads_counted
+from harness.rank import labels, latest
+from harness.record import Record
+from harness.spec import EngineSpec, Workload, content_key
+from harness.store import load
+
+Key = tuple[str, str, str]  # machine, work, engine and knobs
+T = TypeVar("T")
+
+
+def stored_cells(base: Path, candidate: Path) -> tuple[tuple[Measured, ...], tuple[str, ...]]:
+    """Every cell that both folders hold, and a note for every other.
+
+    Raises StoreError for a folder that is not there or holds none, RecordError for any file that cannot be trusted (half of the
+    evidence is none), ConfigError when the two are not of one machine.
+    """
+    theirs, mine = _grouped(base), _grouped(candidate)
+    machines = [sorted({key[0] for key in side}) for side in (theirs, mine)]
+    if not set(machines[0]) & set(machines[1]):
+        raise ConfigError(
+            f"records of another machine: {base} has {', '.join(machines[0])}; {candidate} has {', '.join(machines[1])}; "
+            "times can be compared on one machine only"
+        )
+    pairs = _matched(theirs, mine)
+    counted = [_counted(folder) for folder in (base, candidate)]
+    cells = []
+    for name, (first, second) in zip(cell_names([mine[second][0].record for _, second in pairs]), pairs, strict=True):
+        sides, paired = _side_by_side(theirs[first], mine[second])
+        both = counted[0].get(first), counted[1].get(second)
+        cells.append(
+            Measured(name, *sides, paired=paired, counted=(both[0], both[1]) if both[0] is not None and both[1] is not None else None)
+        )
+    return tuple(cells), (*_alone("base", theirs, [one for one, _ in pairs]), *_alone("candidate", mine, [one for _, one in pairs]))
+
+
+def cell_names(records: Sequence[Record]) -> tuple[str, ...]:
+    """A stable name for each: the engine with the knobs that differ, and the work."""
+    return named([(record.cell.engine, record.cell.workload) for record in records])
+
+
+def named(cells: Sequence[tuple[EngineSpec, Workload]]) -> tuple[str, ...]:
+    """As :func:`cell_names`."""
+    found = []
+    for engine, workload in cells:
+        alike = [one for one, other in cells if other.key == workload.key]
+        found.append(f"{dict(zip(map(content_key, alike), labels(alike), strict=True))[content_key(engine)]}, {workload.label}")
+    return tuple(found)
+
+
+def _grouped(root: Path) -> dict[Key, list[Run]]:
+    """The newest record of every repeat, by cell."""
+    if not root.is_dir():
+        raise StoreError(f"{root}: there is no such folder; name one that a sweep or a check wrote to")
+    results = load(root)
+    if results.problems:
+        raise RecordError("\n".join(results.problems))
+    if not results.stored:
+        raise StoreError(f"{root}: no record here; name the folder that holds the machines' folders, for example runs")
+    for stored in results.stored:
+        _check_place(stored.record, stored.path)
+    newest = set(map(id, latest(stored.record for stored in results.stored)))
+    groups: dict[Key, list[Run]] = {}
+    for run in runs(results):
+        if id(run.record) in newest:
+            groups.setdefault(_key(run.record), []).append(run)
+    return groups
+
+
+def _check_place(record: Record, path: str) -> None:
+    """A record lies where its content says; one whose cell or machine was edited does not."""
+    cell = record.cell
+    expected = f"{record.machine.key}/{cell.workload.label}/{cell.engine.name}-{cell.key}"
+    if str(Path(path).parent) != expected:
+        raise RecordError(f"{path}: edited or moved: its content belongs to {expected}; restore it from git or delete it")
+
+
+def _key(record: Record) -> Key:
+    """Of the whole work, also for a counted run, which is ended after its first steps."""
+    workload = record.cell.workload
+    whole = workload.model_copy(update={"train": workload.train.model_copy(update={"stop_after": None})})
+    return record.machine.key, content_key(whole), content_key(record.cell.engine)
+
+
+def _counted(root: Path) -> dict[Key, Counted]:
+    found = [loads_counted(path.read_text(encoding="utf-8"), str(path)) for path in sorted((root / "counts").glob("*.json"))]
+    return {_key(one.record): one for one in found}
+
+
+def _matched(theirs: Mapping[Key, T], mine: Mapping[Key, T]) -> list[tuple[Key, Key]]:
+    """The same work by the same engine and knobs; what is left by engine, where each side has one: a default may have changed."""
+    exact = [(key, key) for key in mine if key in theirs]
+    left = [[key for key in side if all(key not in pair for pair in exact)] for side in (theirs, mine)]
+    more = []
+    for key in left[1]:
+        others = [other for other in left[0] if other[:2] == key[:2]]
+        if len(others) == 1 and sum(other[:2] == key[:2] for other in left[1]) == 1:
+            more.append((others[0], key))
+    return exact + more
+
+
+def _side_by_side(base: Sequence[Run], candidate: Sequence[Run]) -> tuple[tuple[tuple[Run, ...], tuple[Run, ...]], bool]:
+    """In the order of their starts, and whether every two in a row were one of each on one host."""
+    began = sorted([*((run, 0) for run in base), *((run, 1) for run in candidate)], key=lambda one: one[0].record.provenance.started_utc)
+    sides = tuple(run for run, side in began if side == 0), tuple(run for run, side in began if side == 1)
+    couples = list(zip(began[::2], began[1::2], strict=False))
+    mixed = all(one[1] != other[1] and one[0].record.provenance.host == other[0].record.provenance.host for one, other in couples)
+    return sides, mixed and len(base) == len(candidate)
+
+
+def _alone(side: str, groups: Mapping[Key, Sequence[Run]], matched: Iterable[Key]) -> list[str]:
+    known = set(matched)
+    left = [found[0].record for key, found in groups.items() if key not in known]
+    return [f"only in the {side}: {name} on {record.machine.key}" for name, record in zip(cell_names(left), left, strict=True)]

@@ -1,0 +1,89 @@
+"""``python -m harness.count --out FILE [OVERRIDE …]``: run the first steps of one cell and count what each costs; nothing is timed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.config import Request, requests
+from harness.errors import ConfigError, HarnessError
+from harness.gates import Counted, Counts
+from harness.launch import run_cell, run_door, unsupported
+from harness.places import Prepared, PrepareRequest
+from harness.plan import plan
+from harness.record import Record
+from harness.spec import Workload, parse
+from harness.store import write_at_once
+
+OK, USAGE, NOT_COUNTED = 0, 2, 5
+NUM_STEPS = 3  # the first compiles and allocates; the other two are alike, unless something grows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the counted run to FILE. Returns 0, 2 for a mistake, 5 when the cell did not end ok (FILE has the reason)."""
+    options = _parser().parse_intermixed_args(arguments)
+    if options.config_dir:
+        options.overrides.insert(0, f"hydra.searchpath=[file://{options.config_dir.resolve()}]")
+    try:
+        settings, found = requests(options.overrides, multirun=False)
+        counted = _count(found[0], Path(settings.cache).expanduser().resolve())
+        write_at_once(options.out.resolve(), (counted.model_dump_json(indent=1) + "\n").encode())
+    except HarnessError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    if counted.counts is None:
+        print(f"{counted.record.status}: {counted.record.reason}", file=sys.stderr)
+        return NOT_COUNTED
+    print(f"counted {len(counted.counts.peak_bytes)} steps: {options.out}")
+    return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m harness.count", description="Count what the first steps of one cell cost.")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the counted run is written, as JSON")
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder of your own options, as of python -m harness")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of python -m harness, without sweeps")
+    return parser
+
+
+def _count(asked: Request, cache: Path) -> Counted:
+    request = asked.model_copy(update={"cell": asked.cell.model_copy(update={"workload": _shortened(asked)})})
+    planned = plan([request], [], "all")[0]
+    if planned.action == "unsupported":
+        return Counted(record=unsupported(request, planned.machine, str(planned.reason)), counts=None)
+    with tempfile.TemporaryDirectory() as work:
+        prepared = _prepare(request, cache, Path(work))
+        counts = Path(work) / "counts.json"
+        record = run_cell(request, planned.machine, prepared, Path(work), lambda event: None, counts=counts)
+        return Counted(record=record, counts=_read(counts, record))
+
+
+def _shortened(request: Request) -> Workload:
+    workload = request.cell.workload
+    train = workload.train.model_copy(update={"stop_after": min(NUM_STEPS, workload.train.num_steps)})
+    return workload.model_copy(update={"train": train})
+
+
+def _prepare(request: Request, cache: Path, work: Path) -> Prepared:
+    out = work / "prepared.json"
+    asked = PrepareRequest(workload=request.cell.workload, sources=request.sources, cache=str(cache), out=str(out))
+    run_door("harness.prepare", asked, work / "prepare.json", held=None, network=True)
+    return parse(Prepared, json.loads(out.read_text(encoding="utf-8")))
+
+
+def _read(counts: Path, record: Record) -> Counts | None:
+    if record.status != "ok":
+        return None
+    try:
+        return parse(Counts, json.loads(counts.read_text(encoding="utf-8")))
+    except OSError as error:
+        name = record.cell.engine.name
+        raise ConfigError(f"engine {name} left no counts: its interpreter runs a harness that cannot count ({error.strerror})") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""The answer to "did it train the same thing?": what it is, against what, why, and what was not tested."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from harness.comparable import Light
+from harness.deviations import TESTS, Deviation
+
+Kind = Literal["reference", "same", "different", "not comparable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``worst``: the test with the largest excess, its value and allowance. ``reasons``: everything against ``same``.
+
+    ``tests``: every test that was made, with its allowance in floors; ``untested``: the others, and why; ``hint``: what a failure
+    looks like. ``elsewhere``: what the same engine and knobs were found to be on a workload that can be judged.
+    """
+
+    kind: Kind
+    anchor: str | None
+    worst: str
+    reasons: tuple[str, ...]
+    light: Light
+    can_win: bool
+    tests: tuple[tuple[Deviation, float], ...] = ()
+    untested: Mapping[str, str] | None = None
+    hint: str = ""
+    elsewhere: str = ""
+
+    @property
+    def label(self) -> str:
+        """``same: fp32``, ``same: fp32 (7 of 9 tests)``, ``different``, ``not comparable``, ``reference: bf16``."""
+        some = f" ({len(self.tests)} of {len(TESTS)} tests)" if self.kind == "same" and self.untested else ""
+        label = f"{self.kind}: {self.anchor}{some}" if self.anchor and self.kind in ("same", "reference") else self.kind
+        return f"{label}; {self.elsewhere}" if self.elsewhere else label
+
+    @property
+    def detail(self) -> str:
+        """One sentence for people: the reasons, or the worst deviation that was still allowed; what it looks like; what was not tested."""
+        parts = [*(self.reasons or [self.worst])]
+        if self.hint:
+            parts.append(f"likely: {self.hint}")
+        if self.untested and self.kind == "same":
+            whys: dict[str, list[str]] = {}
+            for name, why in self.untested.items():
+                whys.setdefault(why, []).append(name)
+            parts += [f"not tested: {', '.join(names)} ({why})" for why, names in whys.items()]
+        return "; ".join(part for part in parts if part)
