@@ -141,7 +141,7 @@ class Bench:
 
     def _run(self, side: str, command: Sequence[str]) -> int:
         """``PYTHONSAFEPATH``: neither the command nor what it starts may find the other tree in the current folder."""
-        environment = {**os.environ, "PYTHONPATH": str(self.trees[side].path), "PYTHONSAFEPATH": "1"}
+        environment = {**os.environ, "PYTHONPATH": _python_path(self.trees[side].path), "PYTHONSAFEPATH": "1"}
         with writing(self.plan.root):
             self._log(side).parent.mkdir(parents=True, exist_ok=True)
             log = self._log(side).open("wb")
@@ -153,3 +153,9 @@ class Bench:
 
     def _said(self, side: str) -> str:
         return last_lines(self._log(side))
+
+
+def _python_path(tree: Path) -> str:
+    """The tree, then what the user put on the path, without any other tree: packages may lie there."""
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return os.pathsep.join([str(tree), *(path for path in given if not (Path(path) / "harness").is_dir())])
