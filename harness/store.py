@@ -21,7 +21,8 @@ from harness.updates import PairKey, UpdatePair, Updates, pair_key
 SCORES = "scores"  # <root>/scores/<base>-<tokens>/<adapter or base>.json
 UPDATES = "updates"  # <root>/updates/<start>/<weights>-<weights>.json
 FLOORS = "limits"  # <root>/limits/<machine>/<workload>.json
-INTERNAL = ("work", "adapters", SCORES, UPDATES, FLOORS)  # folders of a root that hold no records
+# Folders of a root that hold no records of its own; ``checks`` holds those of checks, a root for each tree.
+INTERNAL = ("work", "adapters", "checks", SCORES, UPDATES, FLOORS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from scipy import stats as scipy_stats
 from harness import stats
 from harness.check import simulate
 from harness.check.rule import Sample, judge
+from harness.check.settings import read_settings
 
 EVEN = (1.0, 1.01, 0.99, 1.0, 1.005, 0.995, 1.0, 1.0)
 
@@ -128,8 +129,14 @@ def test_a_rule_without_holm_would_fail_its_self_test(monkeypatch: pytest.Monkey
     monkeypatch.setattr(simulate, "_holm", lambda p_values: p_values <= 0.02)
     text, holds = simulate.self_test()
     assert not holds
-    assert "FAILS  10 cells" in text
+    assert "FAILS  1.0% noise, 10 cells" in text
 
 
-def test_more_cells_need_more_pairs() -> None:
-    assert simulate.pairs_needed(1) == simulate.LEAST_PAIRS < simulate.pairs_needed(10) <= 12
+def test_more_cells_and_more_noise_need_more_pairs() -> None:
+    assert simulate.LEAST_PAIRS < simulate.pairs_needed(1) <= 8 < simulate.pairs_needed(10) <= 12
+    assert simulate.pairs_needed(1, simulate.QUIET) == simulate.LEAST_PAIRS < simulate.pairs_needed(10, simulate.QUIET)
+
+
+def test_the_pairs_of_a_check_follow_from_the_noise_of_the_device() -> None:
+    noise = read_settings().run_noise
+    assert simulate.pairs_needed(1, noise.of("cuda")) < simulate.pairs_needed(1, noise.of("cpu"))

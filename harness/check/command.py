@@ -88,7 +88,7 @@ def _measure(asked: Asked, settings: CheckSettings) -> Outcome:
     runs = Path(where.runs).expanduser().resolve()
     plan = Plan(
         cells=tuple(zip(named([(one.cell.engine, one.cell.workload) for one in found]), _overrides(asked, settings, found), strict=True)),
-        pairs=0 if asked.gates else asked.pairs or settings.pairs or pairs_needed(len(found)),
+        pairs=0 if asked.gates else asked.pairs or settings.pairs or _enough_pairs(settings, found),
         arguments=("--config-dir", str(asked.config_dir)) if asked.config_dir else (),
         cache=Path(where.cache).expanduser().resolve(),
         root=runs / "check" / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"[:-3],
@@ -144,6 +144,10 @@ def _work(asked: Asked, settings: CheckSettings) -> tuple[str, ...]:
     """What was given, and in front of it the configured work where nothing but places was given."""
     says_what = any(line.partition("=")[0] not in PLACES for line in asked.overrides)
     return asked.overrides if says_what else (*settings.workload, *asked.overrides)
+
+
+def _enough_pairs(settings: CheckSettings, found: Sequence[Request]) -> int:
+    return pairs_needed(len(found), max(settings.run_noise.of(one.machine.device) for one in found))
 
 
 def _overrides(asked: Asked, settings: CheckSettings, found: Sequence[Request]) -> list[tuple[str, ...]]:

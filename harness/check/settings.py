@@ -23,13 +23,26 @@ class Tolerances(Spec):
     launches: Fraction
 
 
+class RunNoise(Spec):
+    """By how much runs of the same tree differ: measured by checks of a tree against itself (docs/method.md)."""
+
+    cpu: Annotated[float, Field(gt=0, lt=0.2)]
+    cuda: Annotated[float, Field(gt=0, lt=0.2)]
+
+    def of(self, device: str) -> float:
+        """On ``device``, ``cpu`` or ``cuda``."""
+        return self.cuda if device == "cuda" else self.cpu
+
+
 class CheckSettings(Spec):
     """``workload``: overrides that stand in for an empty command line. ``pairs``: runs of each tree, null as many as the simulation asks
-    for. ``drift``: the most by which a machine may differ from itself between two sittings.
+    for. ``run_noise``: the standard deviation of the logarithm of a run's median step that it assumes, by device. ``drift``: the most by
+    which a machine may differ from itself between two sittings.
     """
 
     workload: Annotated[tuple[str, ...], Field(min_length=1)]
     pairs: Annotated[int, Field(ge=3)] | None
+    run_noise: RunNoise
     drift: Fraction
     tolerances: Tolerances
 
