@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engines.native.kernels import adamw, cross_entropy, outer, rms_norm, rotary, swiglu
+from engines.native.kernels import adamw, cross_entropy, outer, rms_norm, rotary, swiglu, swiglu_gradients
 
 # Shared memory that one block may use, bytes (CUDA C++ Programming Guide, compute capabilities; CDNA 3 whitepaper).
 TARGETS: Mapping[str, tuple[GPUTarget, int]] = {
@@ -68,6 +68,7 @@ def specimens() -> tuple[Specimen, ...]:
     columns = {"BLOCK": 1024, "P": 64, "PAD": 64}
     heads = {"HALF": 64, "BLOCK": 64, "HEADS": 8}
     thin = dict.fromkeys(("x", "thin", "weight"), "h") | {"inverse": "f", "partial": "f", "arrived": "i", "gradient": "f"}
+    sums = dict.fromkeys(("partial", "d_input", "d_outputs"), "f") | {"arrived": "i"}
     tile = {"BT": 128, "BN": 64, "BR": 16}
     flat = dict.fromkeys(("master", "gradient", "first", "second", "scalars"), "f") | {"anchor": "h", "plan": "l"}
     return (
@@ -81,6 +82,10 @@ def specimens() -> tuple[Specimen, ...]:
         ),
         Specimen("swiglu", swiglu._swiglu_forward, {"gate_up": "h", "h": "h"}, columns, 4),
         Specimen("swiglu_backward", swiglu._swiglu_backward, {"dh": "h", "gate_up": "h"}, columns, 4),
+        Specimen(
+            "swiglu_gradients", swiglu_gradients._swiglu_gradients, dict.fromkeys(("dh", "gate_up", "thin", "low"), "h") | sums,
+            {"SPLITS": 3, **tile, "BT": 32, "P": 64, "PAD": 64}, 4, odd=("R", "input_column_stride"), has_dot=True,
+        ),
         Specimen("rotate", rotary._rotate, {"x": "h", "cosine": "f", "sine": "f"}, heads, 2, odd=("num_heads",)),
         Specimen(
             "rotate_back", rotary._rotate_back, {"dq": "h", "dk": "h", "dv": "h", "cosine": "f", "sine": "f", "out": "h"},

@@ -17,9 +17,10 @@ from engines.native.kernels.rotary import rotate_ as rotate_rows_
 from engines.native.kernels.rotary import rotate_back as rotate_rows_back
 from engines.native.kernels.swiglu import swiglu as swiglu_rows
 from engines.native.kernels.swiglu import swiglu_backward_
+from engines.native.kernels.swiglu_gradients import swiglu_gradients_
 from engines.native.ops import Heads, Input, Normed, NormSource, Ops
 from engines.native.packed import Packed
-from engines.native.weights import Linear, Weight
+from engines.native.weights import Linear, LowRank, Weight
 from engines.native.wide_input import with_low
 
 
@@ -67,16 +68,23 @@ def fill(dy_TW: Tensor, linear: Linear) -> None:
         torch.addmm(into, dy_TW[:, block.output], block.up.value, beta=0, alpha=linear.lora.scale, out=into)
 
 
-def weight_gradients(dy_TW: Tensor, source: Tensor | NormSource, low_TP: Tensor | None, linear: Linear) -> None:
-    """dA and dB; a normed input is not made again for it."""
-    if linear.lora is None or low_TP is None:
+def weight_gradients(dy_TW: Tensor, source: Tensor | NormSource, linear: Linear) -> None:
+    """dA; a normed input is not made again for it."""
+    if linear.lora is None:
         return
     lora = linear.lora
     x_TK, scaling = (source.x, (source.inverse, source.weight.value)) if isinstance(source, NormSource) else (source, None)
     assert lora.down.gradient is not None
+    add_outer_(lora.down.gradient.t(), x_TK, _thin(dy_TW, linear, lora), lora.arrived, scaling)
+
+
+def up_gradients(dy_TW: Tensor, low_TP: Tensor | None, linear: Linear) -> None:
+    """dB, in one launch where the blocks begin at whole tiles."""
+    if linear.lora is None:
+        return
+    lora = linear.lora
+    assert low_TP is not None
     assert lora.up.grad is not None
-    d_low_TR = dy_TW[:, linear.num_outputs : linear.num_outputs + len(lora.down.gradient)]
-    add_outer_(lora.down.gradient.t(), x_TK, d_low_TR, lora.arrived, scaling)
     starts = [block.output.start for block in lora.blocks[1:]]
     if len(lora.up) == linear.num_outputs and not any(start % COLUMNS for start in starts):
         add_outer_(lora.up.grad, dy_TW[:, : linear.num_outputs], low_TP, lora.arrived, starts=starts)
@@ -109,9 +117,18 @@ def swiglu(gate_up_TN: Tensor, linear: Linear) -> Input:
     return with_low(swiglu_rows(gate_up_TN, linear.padded_rank), linear, outlives=True)
 
 
-def swiglu_backward(d_h_TK: Tensor, gate_up_TN: Tensor, padded_rank: int) -> tuple[Tensor, Tensor]:
-    """One kernel; h takes the place of its gradient, the gradient of gate and up theirs."""
-    return swiglu_backward_(d_h_TK, gate_up_TN, padded_rank)
+def swiglu_backward(d_h_TK: Tensor, gate_up_TN: Tensor, dy_TW: Tensor, low_TP: Tensor | None, down: Linear, group: Linear) -> Tensor:
+    """One kernel, thin gradients included, where all three linears are adapted alike; the result lies where gate_up was."""
+    inner, outer = down.lora, group.lora
+    if inner is not None and outer is not None and low_TP is not None and _all_alike(inner, outer, group):
+        assert inner.down.gradient is not None
+        assert outer.up.grad is not None
+        thin_TR = _thin(dy_TW, down, inner)
+        return swiglu_gradients_(d_h_TK, gate_up_TN, group.padded_rank, thin_TR, low_TP, inner.down.gradient, outer.up.grad, inner.arrived)
+    h_TK, gradient_TW = swiglu_backward_(d_h_TK, gate_up_TN, group.padded_rank)
+    weight_gradients(dy_TW, h_TK, down)
+    up_gradients(gradient_TW, low_TP, group)
+    return gradient_TW
 
 
 def cross_entropy(hidden_LH: Tensor, head: Weight, targets_L: Tensor, scale: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -128,6 +145,16 @@ def cross_entropy(hidden_LH: Tensor, head: Weight, targets_L: Tensor, scale: Ten
     return losses_L, d_hidden_LH
 
 
+def _thin(dy_TW: Tensor, linear: Linear, lora: LowRank) -> Tensor:
+    """s dy B of a filled dy, without the padding."""
+    return dy_TW[:, linear.num_outputs : linear.num_outputs + len(lora.down.value)]
+
+
+def _all_alike(down: LowRank, gate_up: LowRank, group: Linear) -> bool:
+    """Whether gate and up are both adapted, with as many ranks as the down projection."""
+    return len(gate_up.up) == group.num_outputs and gate_up.up.shape[1] == len(down.down.value)
+
+
 FUSED = Ops(
     norm=norm,
     norm_backward=norm_backward,
@@ -137,6 +164,7 @@ FUSED = Ops(
     fill=fill,
     input_gradient=reference.input_gradient,
     weight_gradients=weight_gradients,
+    up_gradients=up_gradients,
     rotate_=rotate_,
     rotate_back=rotate_back,
     attention=attend.attention,

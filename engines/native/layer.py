@@ -69,15 +69,15 @@ class LayerPass:
 
     def _mlp_backward(self, dy_TW: Tensor) -> Tensor:
         ops, weights, hidden = self._ops, self._weights, self._shape.hidden_size
-        low_down, gate_up_TN = self._low_down(), self._gate_up()
+        low_down, low_gate_up, gate_up_TN = self._low_down(), self._low_gate_up(), self._gate_up()
         ops.fill(dy_TW, weights.down)
-        swiglu, d_gate_up_TW = ops.swiglu_backward(ops.input_gradient(dy_TW, weights.down), gate_up_TN, weights.gate_up.padded_rank)
-        del self._made["gate_up"]  # the gradient may lie where it was
-        ops.weight_gradients(dy_TW, swiglu, low_down, weights.down)
-        del swiglu
+        ops.up_gradients(dy_TW, low_down, weights.down)
+        d_h_TK = ops.input_gradient(dy_TW, weights.down)
+        d_gate_up_TW = ops.swiglu_backward(d_h_TK, gate_up_TN, dy_TW, low_gate_up, weights.down, weights.gate_up)
+        del self._made["gate_up"], d_h_TK  # the gradient may lie where gate and up were
         ops.fill(d_gate_up_TW, weights.gate_up)
         middle, inverse = self._middle(), self._mlp_inverse()
-        ops.weight_gradients(d_gate_up_TW, NormSource(middle, inverse, weights.mlp_norm), self._low_gate_up(), weights.gate_up)
+        ops.weight_gradients(d_gate_up_TW, NormSource(middle, inverse, weights.mlp_norm), weights.gate_up)
         d_normed_TH = ops.input_gradient(d_gate_up_TW, weights.gate_up)
         del d_gate_up_TW
         return ops.norm_backward(d_normed_TH, middle, inverse, weights.mlp_norm, dy_TW[:, :hidden], weights.output.padded_rank)
@@ -87,7 +87,8 @@ class LayerPass:
         heads, attended = self._heads(), self._attended()
         ops.fill(d_middle_TW, weights.output)
         x_TK = attended.input.wide[:, : weights.output.num_inputs]
-        ops.weight_gradients(d_middle_TW, x_TK, attended.input.low, weights.output)
+        ops.weight_gradients(d_middle_TW, x_TK, weights.output)
+        ops.up_gradients(d_middle_TW, attended.input.low, weights.output)
         d_attended_TK = ops.input_gradient(d_middle_TW, weights.output)
         d_heads = ops.attention_backward(d_attended_TK.view_as(heads.queries), heads, attended, packed)
         d_qkv_TW = ops.rotate_back(d_heads, packed, weights.qkv.padded_rank)
@@ -97,7 +98,8 @@ class LayerPass:
             self._head_norm_backward(d_projected.keys, projected.keys, weights.key_norm)
         ops.fill(d_qkv_TW, weights.qkv)
         inverse, x_TH = self._inverse(), self._stream.x
-        ops.weight_gradients(d_qkv_TW, NormSource(x_TH, inverse, weights.input_norm), self._low_qkv(), weights.qkv)
+        ops.weight_gradients(d_qkv_TW, NormSource(x_TH, inverse, weights.input_norm), weights.qkv)
+        ops.up_gradients(d_qkv_TW, self._low_qkv(), weights.qkv)
         if room is None:  # the lowest layer under a frozen embedding: its adapters need a gradient, its input does not
             return None
         d_normed_TH = ops.input_gradient(d_qkv_TW, weights.qkv)

@@ -72,13 +72,16 @@ class Ops:
     ``linear(input, linear, room)``: the adapted output [T, N], with ``room`` spare columns behind each row in memory.
     ``fill(dy, linear)``: s dy B into the right part of dy [T, N + P].
     ``input_gradient(dy, linear)``: dx [T, K] from the filled dy.
-    ``weight_gradients(dy, source, low, linear)``: adds those of the group from the filled dy.
+    ``weight_gradients(dy, source, linear)``: adds those that need the group's input, from the filled dy: dW, db, dA.
+    ``up_gradients(dy, low, linear)``: adds those of every B.
     ``rotate_(heads, packed)``: rotary embedding of queries and keys, in place.
     ``rotate_back(gradients, packed, padded_rank)``: the gradients of Heads turned back, side by side [T, N + P].
     ``attention(heads, packed, linear)``: attention's output as the input of ``linear``; ``attention_backward(dy, heads,
     attended, packed)`` the gradients of Heads from dy [T, C, D].
     ``swiglu(gate_up, linear)``: silu(gate) * up as the input of ``linear``.
-    ``swiglu_backward(d_h, gate_up, padded_rank)``: (h, gradient of gate_up [T, N + P]); may overwrite both arguments.
+    ``swiglu_backward(d_h, gate_up, dy, low, down, group)``: the gradient of gate_up [T, N + P], P of its ``group``; may overwrite d_h
+    and gate_up. Adds on the way what needs h or that gradient: ``weight_gradients`` of ``down`` from its filled ``dy``, and
+    ``up_gradients`` of ``group`` with its ``low``.
     ``cross_entropy(hidden, head, targets, scale, chunk)``: losses [L] in float32 and the gradient by ``hidden`` times the scalar
     tensor ``scale``.
     """
@@ -90,11 +93,12 @@ class Ops:
     linear: Callable[[Input, Linear, int], Tensor]
     fill: Callable[[Tensor, Linear], None]
     input_gradient: Callable[[Tensor, Linear], Tensor]
-    weight_gradients: Callable[[Tensor, Tensor | NormSource, Tensor | None, Linear], None]
+    weight_gradients: Callable[[Tensor, Tensor | NormSource, Linear], None]
+    up_gradients: Callable[[Tensor, Tensor | None, Linear], None]
     rotate_: Callable[[Heads, Packed], None]
     rotate_back: Callable[[Heads, Packed, int], Tensor]
     attention: Callable[[Heads, Packed, Linear], Attended]
     attention_backward: Callable[[Tensor, Heads, Attended, Packed], Heads]
     swiglu: Callable[[Tensor, Linear], Input]
-    swiglu_backward: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    swiglu_backward: Callable[[Tensor, Tensor, Tensor, Tensor | None, Linear, Linear], Tensor]
     cross_entropy: Callable[[Tensor, Weight, Tensor, Tensor, int], tuple[Tensor, Tensor]]

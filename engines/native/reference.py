@@ -75,8 +75,8 @@ def input_gradient(dy_TW: Tensor, linear: Linear) -> Tensor:
     return dy_TW @ linear.wide[:, : linear.num_inputs]
 
 
-def weight_gradients(dy_TW: Tensor, source: Tensor | NormSource, low_TP: Tensor | None, linear: Linear) -> None:
-    """dA = (s dy B)^T x, dB = dy^T (s x A^T), dW = dy^T x, db = sum(dy)."""
+def weight_gradients(dy_TW: Tensor, source: Tensor | NormSource, linear: Linear) -> None:
+    """dA = (s dy B)^T x, dW = dy^T x, db = sum(dy)."""
     dy_TN = dy_TW[:, : linear.num_outputs]
     if linear.bias is not None and linear.bias.master is not None:
         linear.bias.add_gradient(dy_TN.sum(0))
@@ -85,13 +85,20 @@ def weight_gradients(dy_TW: Tensor, source: Tensor | NormSource, low_TP: Tensor 
     x_TK = _scaled(source.x, source.inverse.unsqueeze(-1), source.weight) if isinstance(source, NormSource) else source
     if linear.weight.gradient is not None:
         add_product_(linear.weight.gradient, dy_TN, x_TK)
-    if linear.lora is not None and low_TP is not None:
+    if linear.lora is not None:
         down = linear.lora.down.gradient
         assert down is not None
         add_product_(down, dy_TW[:, linear.num_outputs : linear.num_outputs + len(down)], x_TK)
-        for block in linear.lora.blocks:
-            assert block.up.gradient is not None
-            add_product_(block.up.gradient, dy_TN[:, block.output], low_TP[:, block.rank])
+
+
+def up_gradients(dy_TW: Tensor, low_TP: Tensor | None, linear: Linear) -> None:
+    """dB = dy^T (s x A^T)."""
+    if linear.lora is None:
+        return
+    assert low_TP is not None
+    for block in linear.lora.blocks:
+        assert block.up.gradient is not None
+        add_product_(block.up.gradient, dy_TW[:, block.output], low_TP[:, block.rank])
 
 
 def rotate_(heads: Heads, packed: Packed) -> None:
@@ -152,15 +159,17 @@ def swiglu(gate_up_TN: Tensor, linear: Linear) -> Input:
     return as_input(F.silu(gate).mul_(up), linear)
 
 
-def swiglu_backward(d_h_TK: Tensor, gate_up_TN: Tensor, padded_rank: int) -> tuple[Tensor, Tensor]:
-    """h again, and d gate = dh up silu'(gate), d up = dh silu(gate) side by side."""
+def swiglu_backward(d_h_TK: Tensor, gate_up_TN: Tensor, dy_TW: Tensor, low_TP: Tensor | None, down: Linear, group: Linear) -> Tensor:
+    """d gate = dh up silu'(gate), d up = dh silu(gate) side by side; h again for the gradients of ``down``."""
     gate, up = gate_up_TN.chunk(2, dim=-1)
     active = F.silu(gate)
-    gradient = gate_up_TN.new_zeros(len(gate_up_TN), gate_up_TN.shape[1] + padded_rank)
+    gradient = gate_up_TN.new_zeros(len(gate_up_TN), gate_up_TN.shape[1] + group.padded_rank)
     d_gate, d_up = gradient[:, : gate_up_TN.shape[1]].chunk(2, dim=-1)
     d_gate.copy_(torch.ops.aten.silu_backward(d_h_TK * up, gate))
     torch.mul(d_h_TK, active, out=d_up)
-    return active.mul_(up), gradient
+    weight_gradients(dy_TW, active.mul_(up), down)
+    up_gradients(gradient, low_TP, group)
+    return gradient
 
 
 def cross_entropy(hidden_LH: Tensor, head: Weight, targets_L: Tensor, scale: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -193,6 +202,7 @@ REFERENCE = Ops(
     fill=fill,
     input_gradient=input_gradient,
     weight_gradients=weight_gradients,
+    up_gradients=up_gradients,
     rotate_=rotate_,
     rotate_back=rotate_back,
     attention=attention,

@@ -85,12 +85,15 @@ def test_an_adapted_group(outputs: tuple[int, ...], adapted: tuple[int, ...], dt
     judged(*(reference.input_gradient(each, of) for each, of in zip(dys, (linear, linear, truth), strict=True)))
     assert linear.lora is not None
     assert truth.lora is not None
-    fused_ops.weight_gradients(dys[0], NormSource(x, made.inverse, w), made.input.low, linear)
+    fused_ops.weight_gradients(dys[0], NormSource(x, made.inverse, w), linear)
+    fused_ops.up_gradients(dys[0], made.input.low, linear)
     ours = [grad(linear.lora.down).clone(), *(grad(block.up).clone() for block in linear.lora.blocks)]
     for weight in (linear.lora.down, *(block.up for block in linear.lora.blocks)):
         grad(weight).zero_()
-    reference.weight_gradients(dys[1], NormSource(x, usual.inverse, w), usual.input.low, linear)
-    reference.weight_gradients(dys[2], NormSource(x.double(), right.inverse, residual_norm), right.input.low, truth)
+    reference.weight_gradients(dys[1], NormSource(x, usual.inverse, w), linear)
+    reference.up_gradients(dys[1], usual.input.low, linear)
+    reference.weight_gradients(dys[2], NormSource(x.double(), right.inverse, residual_norm), truth)
+    reference.up_gradients(dys[2], right.input.low, truth)
     theirs = [grad(linear.lora.down), *(grad(block.up) for block in linear.lora.blocks)]
     expected = [grad(truth.lora.down), *(grad(block.up) for block in truth.lora.blocks)]
     for triple in zip(ours, theirs, expected, strict=True):

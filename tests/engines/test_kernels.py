@@ -14,6 +14,7 @@ from engines.native.kernels.cross_entropy import cross_entropy_
 from engines.native.kernels.outer import add_outer_
 from engines.native.kernels.rms_norm import rms_norm, rms_norm_backward
 from engines.native.kernels.swiglu import swiglu, swiglu_backward_
+from engines.native.kernels.swiglu_gradients import swiglu_gradients_
 from engines.native.ops import Heads
 from engines.native.optimizer import AdamW, clip_, step_scalars
 from engines.native.packed import Packed
@@ -68,8 +69,9 @@ def test_swiglu(rows: int, columns: int, dtype: torch.dtype) -> None:
     h = swiglu(gate_up, 6)
     judged(h[:, :columns], plain, truth)
     assert (h[:, columns:] == 0).all()
-    _, expected = reference.swiglu_backward(dh.double(), gate_up.double(), 0)
-    _, usual = reference.swiglu_backward(dh, gate_up, 0)
+    nothing, plain_group = random(rows, 1), plain_linear(columns)
+    expected = reference.swiglu_backward(dh.double(), gate_up.double(), nothing, None, plain_group, plain_group)
+    usual = reference.swiglu_backward(dh, gate_up, nothing, None, plain_group, plain_group)
     again, gradient = swiglu_backward_(dh, gate_up, 8)
     assert again.data_ptr() == dh.data_ptr()
     assert gradient.data_ptr() == gate_up.data_ptr()
@@ -81,6 +83,43 @@ def test_swiglu(rows: int, columns: int, dtype: torch.dtype) -> None:
 def test_swiglu_needs_the_room_it_is_asked_for() -> None:
     with pytest.raises(ValueError, match="rows of 8 elements in memory"):
         swiglu_backward_(random(2, 4), random(2, 8), 1)
+
+
+@pytest.mark.parametrize(("tokens", "columns", "ranks"), [(1, 3, 2), (90, 130, 16), (300, 64, 5)])
+def test_swiglu_with_thin_gradients(tokens: int, columns: int, ranks: int, dtype: torch.dtype) -> None:
+    gate_up, dh = random(tokens, 2 * columns, dtype=dtype, room=8), random(tokens, columns, dtype=dtype)
+    thin, low = random(tokens, ranks, dtype=dtype, room=3), random(tokens, 2 * ranks, dtype=dtype, room=1)
+    arrived = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    before = random(ranks, columns), random(2 * columns, ranks)
+    d_input, d_outputs = (each.clone() for each in before)
+    h = reference.swiglu(gate_up, plain_linear(columns)).wide
+    plain_group, nothing = plain_linear(columns), random(tokens, 1)
+    wide = gate_up.double(), dh.double()
+    right_h = reference.swiglu(wide[0], plain_linear(columns)).wide
+    right = reference.swiglu_backward(wide[1], wide[0], nothing, None, plain_group, plain_group)
+    usual = reference.swiglu_backward(dh, gate_up, nothing, None, plain_group, plain_group)
+    expected_h = h.clone()
+    gradient = swiglu_gradients_(dh, gate_up, 8, thin, low, d_input, d_outputs, arrived)
+    assert gradient.data_ptr() == gate_up.data_ptr()
+    assert not arrived.any()
+    judged(gradient[:, : 2 * columns], usual, right)
+    assert (gradient[:, 2 * columns :] == 0).all()
+    judged(d_input, before[0] + (thin.t() @ expected_h).float(), before[0].double() + thin.double().t() @ right_h, dtype)
+    for place, block in enumerate((slice(0, columns), slice(columns, 2 * columns))):
+        mine = low[:, place * ranks : (place + 1) * ranks]
+        truth = before[1][block].double() + right[:, block].t() @ mine.double()
+        judged(d_outputs[block], before[1][block] + (usual[:, block].t() @ mine).float(), truth, dtype)
+
+
+def test_swiglu_with_thin_gradients_refuses_what_does_not_fit() -> None:
+    arrived = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    arguments = random(2, 4), random(2, 8), 0, random(2, 3), random(2, 6), random(3, 4), random(8, 3)
+    with pytest.raises(ValueError, match=r"low is \[2, 5\]"):
+        swiglu_gradients_(*arguments[:4], random(2, 5), *arguments[5:], arrived)
+    with pytest.raises(ValueError, match="rows of 8 elements in memory"):
+        swiglu_gradients_(*arguments[:2], 1, *arguments[3:], arrived)
+    with pytest.raises(ValueError, match="0 counters"):
+        swiglu_gradients_(*arguments, arrived[:0])
 
 
 def packed(lengths: Sequence[int], half: int) -> Packed:

@@ -139,10 +139,10 @@ def test_swiglu() -> None:
     gate_up, dy = random(TOKENS, 10), random(TOKENS, 5)
     y, (expected,) = autograd(lambda x: F.silu(x[:, :5]) * x[:, 5:], dy, gate_up)
     same(REFERENCE.swiglu(gate_up, whole(weight(3, 5))).wide, y)
-    again, found = REFERENCE.swiglu_backward(dy, gate_up, 4)
-    same(again, y)
-    same(found[:, :10], expected)
-    assert not found[:, 10:].any()
+    down, d_y = whole(weight(3, 5)), random(TOKENS, 3)
+    found = REFERENCE.swiglu_backward(dy, gate_up, d_y, None, down, whole(weight(10, 6)))
+    same(found, expected)
+    same(gradient(down.weight), d_y.t() @ y)
 
 
 def test_full_linear_with_bias() -> None:
@@ -154,11 +154,12 @@ def test_full_linear_with_bias() -> None:
         same(REFERENCE.linear(as_input(x, group), group, room), y)
     REFERENCE.fill(dy, group)  # nothing to fill
     same(REFERENCE.input_gradient(dy, group), dx)
-    REFERENCE.weight_gradients(dy, x, None, group)
+    REFERENCE.weight_gradients(dy, x, group)
+    REFERENCE.up_gradients(dy, None, group)  # nothing to add
     same(gradient(group.weight), dw)
     same(gradient(group.bias), db)
     w, inverse = weight(6), random(TOKENS)
-    REFERENCE.weight_gradients(dy, NormSource(x, inverse, w), None, group)
+    REFERENCE.weight_gradients(dy, NormSource(x, inverse, w), group)
     same(gradient(group.weight), dw + dy.t() @ (x * inverse[:, None] * w.value))
 
 
@@ -186,7 +187,8 @@ def test_a_group_of_three_linears_two_of_them_adapted() -> None:
     filled = F.pad(dy, (0, 5))
     REFERENCE.fill(filled, group)
     same(REFERENCE.input_gradient(filled, group), dx)
-    REFERENCE.weight_gradients(filled, x, made.low, group)
+    REFERENCE.weight_gradients(filled, x, group)
+    REFERENCE.up_gradients(filled, made.low, group)
     same(gradient(lora.down), d_down)
     same(gradient(blocks[0].up), d_first)
     same(gradient(blocks[1].up), d_third)
@@ -214,7 +216,7 @@ def test_cross_entropy_of_no_row_is_empty() -> None:
 def test_a_gradient_in_another_dtype_than_its_master_is_added() -> None:
     group = whole(trained(torch.randn(5, 6), torch.bfloat16))
     x, dy = torch.randn(TOKENS, 6).bfloat16(), torch.randn(TOKENS, 5).bfloat16()
-    REFERENCE.weight_gradients(dy, x, None, group)
+    REFERENCE.weight_gradients(dy, x, group)
     assert group.weight.value.dtype == torch.bfloat16
     assert gradient(group.weight).dtype == torch.float32
     torch.testing.assert_close(gradient(group.weight), dy.float().t() @ x.float(), rtol=2e-2, atol=2e-2)

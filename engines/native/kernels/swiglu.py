@@ -44,6 +44,13 @@ def _zero_room(y, row, stride, start, P: tl.constexpr, PAD: tl.constexpr):
 
 
 @triton.jit
+def _zero_rooms(y, rows, there, stride, start, P: tl.constexpr, PAD: tl.constexpr):
+    """As ``_zero_room`` for a column of rows."""
+    spare = tl.arange(0, PAD)[None, :]
+    tl.store(y + rows * stride + start + spare, tl.zeros((1, PAD), y.dtype.element_ty), mask=there & (spare < P))
+
+
+@triton.jit
 def _swiglu_forward(gate_up, h, K, gate_up_stride, h_stride, BLOCK: tl.constexpr, P: tl.constexpr, PAD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
