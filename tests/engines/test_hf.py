@@ -17,7 +17,8 @@ from tests.engines.conformance import EngineConformance
 from tests.engines.tiny import CPU, GPU, LLAMA, LORA, RecordingProbe, make_job, make_workload, with_train
 
 KNOBS: dict[str, Any] = {
-    "micro_batch": 2, "recompute": "none", "attention": "sdpa", "compute_dtype": "float32", "kernels": "none", "compile": False,
+    "micro_batch": 2, "layout": "padded", "recompute": "none", "attention": "sdpa", "compute_dtype": "float32",
+    "adapter_compute": "autocast", "kernels": "none", "compile": False,
 }  # fmt: skip
 
 

@@ -1,0 +1,43 @@
+"""What is done to a loaded model of transformers before it trains: PEFT's adapter, compilation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def with_adapter(model: Any, adapter: Path, dtype: Any, *, cast_inputs: bool) -> Any:
+    """``model`` with the PEFT adapter of a folder, to be trained in ``dtype``.
+
+    ``cast_inputs``: whether PEFT casts the inputs of an adapter to its dtype, as it does by itself; under autocast they come back down at
+    once, and the same numbers are multiplied without.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):  # what peft.helpers.disable_input_dtype_casting does for the length of a block
+            module.cast_input_dtype_enabled = cast_inputs
+    return model
+
+
+def compile_layers(model: Any, *, with_loss: bool) -> None:
+    """Compile every decoder layer, and ``with_loss`` the loss from the logits, each by itself.
+
+    Not the model as a whole: when transformers is traced it makes a mask of positions x positions for what it otherwise leaves to causal
+    attention, and no flash kernel takes one (``find_packed_sequence_indices`` of transformers 5.17).
+    """
+    import torch
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it goes on without compiling, with a line in the log
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    for module in plain.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile()
+    if with_loss:
+        plain.loss_function = torch.compile(plain.loss_function)
