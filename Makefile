@@ -1,5 +1,7 @@
 # make demo: set up, run the main job on this machine, write runs/report.html
 # make test: set up, run lint, types, import rules and tests
+# make peers: build the environments of the peers (.venv-unsloth, …), one each, from the locks in engines/requirements; make peer-unsloth builds one
+# make test-peers: set up, build them, run the tests that run the peers' own packages
 # make figures: set up, measure what the harness itself costs, write docs/figures.md; wants a quiet machine
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,8 +12,9 @@ TRITON ?= triton==3.6.0
 
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml requirements/constraints.txt requirements/no-deps.txt
+PEERS := $(patsubst engines/requirements/%.txt,%,$(wildcard engines/requirements/*.txt))
 
-.PHONY: demo test lint format figures clean
+.PHONY: demo test lint format figures peers test-peers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -19,6 +22,14 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest
+
+peers: $(PEERS:%=.venv-%/.installed)
+
+peer-%: .venv-%/.installed
+	@echo "$* is ready: python -m harness engine=$*"
+
+test-peers: $(VENV)/.installed-test peers
+	$(BIN)/python -m pytest -m adapter
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -45,5 +56,13 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]' --constraint requirements/constraints.txt
 	touch $@
 
+# The lock is whole and hashed, so nothing is resolved; torch is not in it, because the hardware decides which build.
+.venv-%/.installed: engines/requirements/%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(TORCH)
+	$(@D)/bin/python -c "import triton" 2>/dev/null || $(@D)/bin/python -m pip install --quiet $(TRITON)
+	$(@D)/bin/python -m pip install --quiet --no-deps --require-hashes --requirement $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(PEERS:%=.venv-%) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -57,7 +57,8 @@ def _help() -> str:
     lines = [USAGE, "", "groups and their options:"]
     for folder in sorted(path for path in conf.iterdir() if path.is_dir()):
         prefix = "+" if folder.name == "sweep" else ""
-        lines.append(f"  {prefix}{folder.name}={'|'.join(sorted(path.stem for path in folder.glob('*.yaml')))}")
+        options = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+        lines.append(f"  {prefix}{folder.name}={'|'.join(options)}")
     lines += ["", "defaults and single values: conf/config.yaml, or python -m harness --cfg job"]
     return "\n".join(lines)
 

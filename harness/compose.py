@@ -169,7 +169,11 @@ def _nearest_key(key: str, config: DictConfig) -> str:
 
 
 def _options(group: str) -> list[str]:
-    return list(GlobalHydra.instance().config_loader().get_group_options(group))
+    """Of ``group``, those in folders below it too: ``engine=unsloth/nockpt`` is a variant of ``engine=unsloth``."""
+    loader = GlobalHydra.instance().config_loader()
+    options = list(loader.get_group_options(group))
+    below = loader.list_groups(group) if options else []
+    return [*options, *(f"{folder}/{name}" for folder in below for name in loader.get_group_options(f"{group}/{folder}"))]
 
 
 def _groups() -> list[str]:

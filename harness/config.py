@@ -10,8 +10,9 @@ from pydantic import Field, JsonValue
 
 from harness.compose import compose_all, plain
 from harness.data.files import find_files
-from harness.engine import load
+from harness.engine import load, variant
 from harness.errors import ConfigError, HarnessError
+from harness.interpreter import located
 from harness.places import Sources
 from harness.record import Price
 from harness.spec import Cell, Data, DataFile, DType, EngineSpec, Method, Model, Name, Positive, Spec, Train, Workload, parse
@@ -21,8 +22,9 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class EngineConfig(Spec):
-    """``conf/engine/<name>.yaml``. ``python``: the interpreter of the engine's environment, null for ours. ``packages`` are those
-    whose versions matter to its figures: a record made with other versions is stale. ``search`` is for tune.
+    """``conf/engine/<name>.yaml``. ``python``: the interpreter of the engine's environment, null for ours; a relative path starts at
+    this tree. ``packages`` are those whose versions matter to its figures: a record made with other versions is stale. ``search`` is
+    for tune.
     """
 
     name: Name
@@ -140,7 +142,12 @@ def request(config: Config, overrides: tuple[str, ...] = ()) -> Request:
     cell = Cell(
         workload=Workload(model=model, data=data, method=config.method, train=config.train),
         engine=EngineSpec(
-            name=engine.name, module=engine.module, processes=engine.processes, environment=engine.environment, knobs=engine.knobs
+            name=engine.name,
+            module=engine.module,
+            processes=engine.processes,
+            environment=engine.environment,
+            knobs=engine.knobs,
+            variant=_variant(engine),
         ),
         repeat=config.repeat,
     )
@@ -149,10 +156,15 @@ def request(config: Config, overrides: tuple[str, ...] = ()) -> Request:
         sources=Sources(data=data_path, weights=weights_path, tokenizer=tokenizer_path),
         machine=config.machine,
         limits=config.limits,
-        python=engine.python,
+        python=located(engine.python),
         packages=engine.packages,
         overrides=overrides,
     )
+
+
+def _variant(engine: EngineConfig) -> str | None:
+    spec = EngineSpec(name=engine.name, module=engine.module, processes=1, environment={}, knobs={})
+    return variant(load(spec), engine.knobs)
 
 
 def _data(data: Data, cache: Path) -> tuple[Data, tuple[str, ...]]:

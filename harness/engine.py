@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast, get_args
 
 from harness.data.tokens import StepTokens, TokenFile
 from harness.errors import ConfigError
-from harness.spec import EngineSpec, Spec, Workload
+from harness.spec import EngineSpec, Spec, Workload, parse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,8 +83,9 @@ K = TypeVar("K")
 
 
 class Engine(Protocol[K]):
-    """What a module must have to be an engine. It may also say ``loss_norm``, a :data:`LossNorm`, which is recorded and shown, and
-    ``recomputed_fraction(workload, knobs)``: of the layers' forward pass, what backward does again; None when it cannot tell beforehand.
+    """What a module must have to be an engine. It may also say ``loss_norm``, a :data:`LossNorm`, which is recorded and shown;
+    ``recomputed_fraction(workload, knobs)``: of the layers' forward pass, what backward does again; None when it cannot tell beforehand;
+    ``requires``: packages without which it cannot start; ``variant(knobs)``: the name that its users have for these knobs.
     """
 
     @property
@@ -116,6 +118,17 @@ def load(spec: EngineSpec) -> Engine[Any]:
 def loss_norm(engine: object) -> LossNorm | None:
     """What ``engine`` says its loss is a mean of; None when it does not say."""
     return cast("LossNorm | None", getattr(engine, "loss_norm", None))
+
+
+def requires(engine: object) -> tuple[str, ...]:
+    """The packages that must be installed in the interpreter of ``engine``."""
+    return cast("tuple[str, ...]", getattr(engine, "requires", ()))
+
+
+def variant(engine: Engine[Any], knobs: Mapping[str, Any]) -> str | None:
+    """What ``engine`` calls ``knobs``; None when it has no names. It follows from the knobs, so it is never wrong about them."""
+    name = getattr(engine, "variant", None)
+    return None if name is None else str(name(parse(engine.Knobs, knobs, at="engine.knobs")))
 
 
 def declared_loss_norm(spec: EngineSpec) -> LossNorm | None:

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
-import platform
-import subprocess
 from collections.abc import Iterator, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from harness.errors import ConfigError
-
-_VERSIONS = """
-import importlib.metadata, json, platform, sys
-found = {}
-for name in sys.argv[1:]:
-    try: found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError: pass
-print(json.dumps([platform.python_version(), found]))
-"""
+from harness.interpreter import interpreter
 
 
 def engine_fingerprint(module: str, python: str | None, names: tuple[str, ...]) -> str:
@@ -34,28 +20,6 @@ def engine_fingerprint(module: str, python: str | None, names: tuple[str, ...]) 
     for name, path in sorted(_sources(module).items()):
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
-
-
-@functools.lru_cache(maxsize=32)
-def interpreter(python: str | None, names: tuple[str, ...]) -> tuple[str, dict[str, str]]:
-    """The version of the interpreter ``python`` (None: ours) and those of the installed ones of the packages ``names``."""
-    if python is None:
-        return platform.python_version(), dict(_installed(names))
-    command = [python, "-c", _VERSIONS, *names]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-        version, packages = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        raise ConfigError(
-            f"engine.python: '{python}' does not run ({error}); build the engine's environment or correct the path"
-        ) from error
-    return version, packages
-
-
-def _installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            yield name, importlib.metadata.version(name)
 
 
 def _sources(module: str) -> dict[str, Path]:

@@ -19,8 +19,9 @@ from harness.endings import TREE, Ending, classify, doubted, last_lines
 from harness.engine import Machine, declared_loss_norm
 from harness.errors import ConfigError, HarnessError, StoreError, UnsupportedError
 from harness.events import Event, EventReader, ending, measurement
-from harness.fingerprint import engine_fingerprint, interpreter
+from harness.fingerprint import engine_fingerprint
 from harness.guard import guarded
+from harness.interpreter import environment, interpreter
 from harness.machine import driver_version, host_id
 from harness.monitor import Monitor, monitoring
 from harness.places import Prepared, WorkerJob
@@ -122,10 +123,9 @@ def run_door(module: str, job: Spec, job_path: Path, *, held: int | None, networ
     write_at_once(job_path, job.model_dump_json(indent=1).encode())
     command = [sys.executable, "-m", module, str(job_path)]
     errors = job_path.with_suffix(".stderr")
-    environment = _with_tree({} if network else _OFFLINE)
     with writing(errors):
         stderr = errors.open("wb")
-    with stderr, guarded(command, held=held, env=environment, stderr=stderr) as process:
+    with stderr, guarded(command, held=held, env=_with_tree({} if network else _OFFLINE), stderr=stderr) as process:
         code = process.wait()
     said = last_lines(errors)
     if code == 2:
@@ -179,11 +179,10 @@ def _run_worker(
     kills_before = _kernel_oom_kills()
     write_at_once(work / "job.json", job.model_dump_json(indent=1).encode())
     command = [request.python or sys.executable, "-m", "harness.worker", str(work / "job.json")]
-    environment = _environment(request)
     with writing(work):
         log, reader = (work / "log.txt").open("wb"), EventReader(work / "events.jsonl")
     with log, reader:
-        with guarded(command, held=held, cwd=work, env=environment, stdout=log, stderr=subprocess.STDOUT) as process:
+        with guarded(command, held=held, cwd=work, env=_environment(request), stdout=log, stderr=subprocess.STDOUT) as process:
             stopped, code = watch(process, reader, events, request.limits, told, monitor)
         for event in reader.new():  # said between our last look and its end
             told(event)
@@ -191,12 +190,11 @@ def _run_worker(
 
 
 def _environment(request: Request) -> dict[str, str]:
-    return _with_tree({**_OFFLINE, **_WORKER, **request.cell.engine.environment})
+    return _with_tree({**_OFFLINE, **_WORKER, **request.cell.engine.environment}, request.python)
 
 
-def _with_tree(extra: dict[str, str]) -> dict[str, str]:
-    path = os.pathsep.join([str(TREE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **extra}
+def _with_tree(extra: dict[str, str], python: str | None = None) -> dict[str, str]:
+    return {**environment(python), "PYTHONUNBUFFERED": "1", **extra}
 
 
 def _record(
@@ -242,7 +240,7 @@ def _provenance(request: Request, sweep: str | None = None) -> Provenance:
         dirty=dirty,
         engine_fingerprint=engine_fingerprint(request.cell.engine.module, request.python, request.packages),
         python=python,
-        packages=packages,
+        packages=dict(packages),
         driver=driver_version() if request.machine.device == "cuda" else None,
         sweep=sweep,
         price=request.machine.price,

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.config import Request
-from harness.engine import Machine, load
+from harness.engine import Machine, load, requires
 from harness.fingerprint import engine_fingerprint
+from harness.interpreter import lack
 from harness.machine import detect
 from harness.record import Record, Status
 from harness.spec import Cell, DType, Full, Lora, parse
@@ -92,6 +93,8 @@ def _decide(request: Request, known: _Known, rerun: Rerun) -> Planned:
     knobs = parse(engine.Knobs, cell.engine.knobs, at="engine.knobs")
     if reason := engine.unsupported(cell.workload, knobs, machine):
         return Planned(request, machine, "unsupported", reason, None)
+    if missing := lack(request.python, requires(engine)):
+        return Planned(request, machine, "unsupported", str(missing), None)
     record = known.latest.get((machine.key, cell.key))
     seconds = _predicted_seconds(cell, known.timed.get(_kind(machine, cell)))
     if record is not None and not _needs_rerun(record, request, known, rerun):
@@ -100,7 +103,8 @@ def _decide(request: Request, known: _Known, rerun: Rerun) -> Planned:
 
 
 def _needs_rerun(record: Record, request: Request, known: _Known, rerun: Rerun) -> bool:
-    if rerun == "all" or record.status in RETRIED:
+    refused = record.status == "unsupported" and record.provenance.wall_seconds == 0  # by a plan, for a reason that no longer holds
+    if rerun == "all" or refused or record.status in RETRIED:
         return True
     if rerun == "missing":
         return False

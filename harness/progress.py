@@ -71,7 +71,7 @@ class SweepProgress:
             self._progress.remove_task(self._cell)
             self._cell = None
         self._progress.update(self._sweep, advance=1)
-        name = f"{record.cell.engine.name}, repeat {record.cell.repeat}"
+        name = f"{record.cell.engine.title}, repeat {record.cell.repeat}"
         rate = f"{self._tokens / self._seconds:,.0f} tokens/s" if self._seconds else "no step"
         reason = f": {record.reason.strip().splitlines()[-1]}" if record.reason else ""
         self._say(f"  {record.status:<12} {name:<24} {how or rate}, {record.provenance.wall_seconds:.1f} s{reason}")
@@ -83,7 +83,7 @@ class SweepProgress:
 def label(cell: Planned) -> str:
     """A cell in a few words."""
     workload = cell.request.cell.workload
-    return f"{cell.request.cell.engine.name} {workload.model.name} {workload.method.name} {workload.data.name} #{cell.request.cell.repeat}"
+    return f"{cell.request.cell.engine.title} {workload.model.name} {workload.method.name} {workload.data.name} #{cell.request.cell.repeat}"
 
 
 @contextmanager

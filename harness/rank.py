@@ -188,9 +188,9 @@ def failure_text(record: Record) -> str:
 
 def labels(engines: Sequence[EngineSpec]) -> tuple[str, ...]:
     """A name for each engine: its own, plus whatever differs between the variants of that engine."""
-    names = {engine.name for engine in engines}
-    differ = {name: _differing([_settings(engine) for engine in engines if engine.name == name]) for name in names}
-    return tuple(_label(engine, differ[engine.name]) for engine in engines)
+    names = {engine.title for engine in engines}
+    differ = {name: _differing([_settings(engine) for engine in engines if engine.title == name]) for name in names}
+    return tuple(_label(engine, differ[engine.title]) for engine in engines)
 
 
 def _group(entries: Sequence[Entry]) -> Group:
@@ -270,7 +270,7 @@ def _differing(family: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _label(engine: EngineSpec, differ: Sequence[str]) -> str:
     mine = _settings(engine)
-    return " ".join([engine.name, *(f"{key}={_plain(mine.get(key, 'unset'))}" for key in differ)])
+    return " ".join([engine.title, *(f"{key}={_plain(mine.get(key, 'unset'))}" for key in differ)])
 
 
 def _settings(engine: EngineSpec) -> dict[str, Any]:

@@ -225,13 +225,22 @@ class Workload(Spec):
 
 
 class EngineSpec(Spec):
-    """One engine and how it does the work. Changing a knob may change speed and memory only."""
+    """One engine and how it does the work. Changing a knob may change speed and memory only.
+
+    ``variant``: what the engine calls its knobs, a function of them; null for an engine without such names.
+    """
 
     name: Name
     module: str
     processes: Positive
     environment: dict[str, str]
     knobs: dict[str, JsonValue]
+    variant: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What people call it: ``hf``, ``unsloth/nockpt``."""
+        return self.name if self.variant is None else f"{self.name}/{self.variant}"
 
 
 class Cell(Spec):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -147,7 +148,10 @@ def test_engines_that_cannot_run_say_why(tmp_path: Path) -> None:
     assert (refused.state, refused.found) == (
         "note", "cannot run tiny_llama, full, dense here: trivial has no method=full; use method=lora"
     )  # fmt: skip
-    broken = engine(f"engine.python={tmp_path}/gone/bin/python")
+    gone = engine(f"engine.python={tmp_path}/gone/bin/python")
+    assert (gone.state, gone.found) == ("note", f"not set up: there is no {tmp_path}/gone/bin/python")
+    assert str(gone.remedy) == "build that environment, or correct engine.python"
+    broken = engine(f"engine.python={shutil.which('false')}")
     assert broken.state == "problem"
     assert "does not run" in broken.found
     assert str(broken.remedy).startswith("build the environment that conf/engine/faulty.yaml names")

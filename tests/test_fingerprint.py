@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import ConfigError
-from harness.fingerprint import engine_fingerprint, interpreter
+from harness.fingerprint import engine_fingerprint
 
 
 @pytest.fixture
@@ -34,14 +33,3 @@ def test_what_is_imported_counts_and_what_is_not_does_not(package: Path) -> None
     (package / "shelf" / "kernel.py").write_text("x = 2\n")
     assert current() != first
     assert engine_fingerprint(f"{package.name}.engine", None, ("numpy", "pydantic")) != current()
-
-
-def test_versions_of_absent_packages_are_left_out() -> None:
-    version, packages = interpreter(None, ("numpy", "no-such-package"))
-    assert version.startswith("3.")
-    assert set(packages) == {"numpy"}
-
-
-def test_an_interpreter_that_does_not_run_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"engine\.python"):
-        interpreter(str(tmp_path / "python"), ())

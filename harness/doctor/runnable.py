@@ -14,7 +14,8 @@ from harness.compose import CONF
 from harness.config import Request, requests
 from harness.doctor.finding import Finding
 from harness.errors import HarnessError
-from harness.fingerprint import interpreter
+from harness.engine import load, requires
+from harness.interpreter import interpreter, lack
 from harness.plan import plan
 from harness.weights import resolve_source
 
@@ -52,9 +53,12 @@ def _engine(name: str, overrides: Sequence[str]) -> Finding:
     except HarnessError as error:
         return Finding("engines", name, "problem", "cannot be configured", str(error))
     try:
+        missing = lack(request.python, requires(load(request.cell.engine)))
         python, versions = interpreter(request.python, request.packages)
     except HarnessError as error:
         return Finding("engines", name, "problem", str(error), _recipe(name, request))
+    if missing:
+        return Finding("engines", name, "note", f"not set up: {missing.problem}", missing.remedy)
     (cell,) = plan([request], [], "all")
     workload = request.cell.workload
     what = f"{workload.model.name}, {workload.method.name}, {workload.data.name}"
