@@ -12,17 +12,16 @@ import numpy as np
 from harness.data.tokens import Batch, StepTokens, chunks, pack, pad
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
-from harness.spec import Lora, Positive, Spec, Train, Workload
+from harness.spec import Lora, Positive, Spec, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 loss_norm = "token_global"
-
 _FLASH = {"flash_attention_2": ("flash_attn", "flash-attn"), "flash_attention_3": ("flash_attn_interface", "flash-attn-3")}
-_OURS = ("cudnn", "varlen")  # attentions that transformers does not have by itself: engines/native/hf_attention.py
-_WITHOUT_LIGER = ("falcon", "mamba")  # of the families in conf/model; tests/engines/test_hf_liger.py asks Liger
+_OURS = ("cudnn", "varlen")  # not transformers' own: engines/native/hf_attention.py
+_WITHOUT_LIGER = ("falcon", "mamba")  # of the families in conf/model
 
 
 class Knobs(Spec):
@@ -36,6 +35,17 @@ class Knobs(Spec):
     adapter_compute: Literal["autocast", "direct", "float32"]
     kernels: Literal["none", "liger"]
     compile: bool
+
+
+def variant(knobs: Knobs) -> str:
+    """What differs from transformers and PEFT as they come; ``best``: everything that makes them fast, in either layout."""
+    fast = knobs.kernels == "liger" and knobs.compile and knobs.adapter_compute == "direct"
+    if fast and (knobs.layout, knobs.attention) in (("packed", "varlen"), ("padded", "cudnn")):
+        names = ["best"] if knobs.layout == "packed" else ["best", "padded"]
+    else:
+        said = (knobs.kernels, knobs.layout, knobs.attention, f"adapters-{knobs.adapter_compute}", "compile" if knobs.compile else "none")
+        names = [name for name in said if name not in ("none", "padded", "sdpa", "adapters-autocast")]
+    return "+".join([*names, *(["ckpt"] if knobs.recompute == "full" else [])]) or "default"
 
 
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
@@ -55,6 +65,8 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     """Train with AdamW on every trained tensor (norms and biases decay too), and save into ``job.out``."""
     import torch
 
+    from engines.native.hf_model import adamw
+
     if job.processes != 1:
         raise UnsupportedError(f"engine.processes is {job.processes}; hf trains in one process, use engine.processes=1")
     schedule = job.workload.train
@@ -62,7 +74,7 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     _exact_float32()
     model = _load(job, knobs)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _adamw(parameters, schedule, job.device)
+    optimizer = adamw(parameters, schedule, job.device)
     make_batch = pack if knobs.layout == "packed" else pad
     probe.ready()
     for index in range(schedule.num_steps):
@@ -194,7 +206,8 @@ def _load(job: Job, knobs: Knobs) -> Any:
     if knobs.layout == "packed":
         _expect_documents_apart(model, knobs, job.device)
     if knobs.compile:
-        compile_layers(model, with_loss=knobs.kernels == "none")
+        shapes_vary = len(np.unique(np.diff(job.tokens.train.offsets))) > 1
+        compile_layers(model, with_loss=knobs.kernels == "none", shapes_vary=shapes_vary)
     return model
 
 
@@ -284,17 +297,3 @@ def _save(model: Any, job: Job) -> None:
         config.base_model_name_or_path = job.workload.model.name
     # The embedding is never trained here; "auto" would look for its original size on the hub.
     model.save_pretrained(str(job.out), save_embedding_layers=False)
-
-
-def _adamw(parameters: list[Any], schedule: Train, device: str) -> Any:
-    """AdamW as ``schedule`` says, one group (norms and biases decay too); on a GPU torch's fused implementation."""
-    import torch
-
-    return torch.optim.AdamW(
-        parameters,
-        lr=schedule.learning_rate,
-        betas=(schedule.beta1, schedule.beta2),
-        eps=schedule.epsilon,
-        weight_decay=schedule.weight_decay,
-        fused=device == "cuda",
-    )

@@ -1,9 +1,11 @@
-"""What is done to a loaded model of transformers before it trains: PEFT's adapter, compilation."""
+"""What is done to a loaded model of transformers before it trains: PEFT's adapter, compilation, an optimizer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from harness.spec import Train
 
 
 def with_adapter(model: Any, adapter: Path, dtype: Any, *, cast_inputs: bool) -> Any:
@@ -25,9 +27,10 @@ def with_adapter(model: Any, adapter: Path, dtype: Any, *, cast_inputs: bool) ->
     return model
 
 
-def compile_layers(model: Any, *, with_loss: bool) -> None:
-    """Compile every decoder layer, and ``with_loss`` the loss from the logits, each by itself.
+def compile_layers(model: Any, *, with_loss: bool, shapes_vary: bool) -> None:
+    """Compile every decoder layer, and ``with_loss`` the loss from the logits, each by itself; layers of one shape share their code.
 
+    ``shapes_vary``: make code for any number of positions at once, instead of for the first number and then for any.
     Not the model as a whole: when transformers is traced it makes a mask of positions x positions for what it otherwise leaves to causal
     attention, and no flash kernel takes one (``find_packed_sequence_indices`` of transformers 5.17).
     """
@@ -35,9 +38,24 @@ def compile_layers(model: Any, *, with_loss: bool) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it goes on without compiling, with a line in the log
+    dynamic = True if shapes_vary else None  # None: torch finds out
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     for module in plain.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.compile()
+            module.compile(dynamic=dynamic)
     if with_loss:
-        plain.loss_function = torch.compile(plain.loss_function)
+        plain.loss_function = torch.compile(plain.loss_function, dynamic=dynamic)
+
+
+def adamw(parameters: list[Any], schedule: Train, device: str) -> Any:
+    """AdamW as ``schedule`` says, one group (norms and biases decay too); on a GPU torch's fused implementation."""
+    import torch
+
+    return torch.optim.AdamW(
+        parameters,
+        lr=schedule.learning_rate,
+        betas=(schedule.beta1, schedule.beta2),
+        eps=schedule.epsilon,
+        weight_decay=schedule.weight_decay,
+        fused=device == "cuda",
+    )
