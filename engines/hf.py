@@ -7,32 +7,52 @@ import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.data.tokens import Batch, StepTokens, chunks, pad
+import numpy as np
+
+from harness.data.tokens import Batch, StepTokens, chunks, pack, pad
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
-from harness.spec import Lora, Positive, Spec, Train, Workload
+from harness.spec import Lora, Positive, Spec, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 loss_norm = "token_global"
+_FLASH = {"flash_attention_2": ("flash_attn", "flash-attn"), "flash_attention_3": ("flash_attn_interface", "flash-attn-3")}
+_OURS = ("cudnn", "varlen")  # not transformers' own: engines/native/hf_attention.py
+_WITHOUT_LIGER = ("falcon", "mamba")  # of the families in conf/model
 
 
 class Knobs(Spec):
     """How transformers does it; conf/engine/hf.yaml says what each knob means and holds the values."""
 
     micro_batch: Positive
+    layout: Literal["padded", "packed"]
     recompute: Literal["none", "full"]
-    attention: Literal["sdpa", "eager", "flash_attention_2"]
+    attention: Literal["sdpa", "eager", "cudnn", "varlen", "flash_attention_2", "flash_attention_3"]
     compute_dtype: Literal["float32", "bfloat16"]
+    adapter_compute: Literal["autocast", "direct", "float32"]
     kernels: Literal["none", "liger"]
     compile: bool
 
 
+def variant(knobs: Knobs) -> str:
+    """What differs from transformers and PEFT as they come; ``best``: everything that makes them fast, in either layout."""
+    fast = knobs.kernels == "liger" and knobs.compile and knobs.adapter_compute == "direct"
+    if fast and (knobs.layout, knobs.attention) in (("packed", "varlen"), ("padded", "cudnn")):
+        names = ["best"] if knobs.layout == "packed" else ["best", "padded"]
+    else:
+        said = (knobs.kernels, knobs.layout, knobs.attention, f"adapters-{knobs.adapter_compute}", "compile" if knobs.compile else "none")
+        names = [name for name in said if name not in ("none", "padded", "sdpa", "adapters-autocast")]
+    return "+".join([*names, *(["ckpt"] if knobs.recompute == "full" else [])]) or "default"
+
+
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
     """Every reason why this cannot run here, or None."""
-    reasons = [*_dtype_reasons(workload, knobs), *_kernel_reasons(knobs, machine), *_dropout_reasons(workload.model.config or {})]
+    config = workload.model.config or {}
+    reasons = [*_dtype_reasons(workload, knobs), *_liger_reasons(knobs, machine, config), *_dropout_reasons(config)]
+    reasons += _attention_reasons(workload, knobs, machine)
     return "; ".join(reasons) or None
 
 
@@ -45,6 +65,8 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     """Train with AdamW on every trained tensor (norms and biases decay too), and save into ``job.out``."""
     import torch
 
+    from engines.native.hf_model import adamw
+
     if job.processes != 1:
         raise UnsupportedError(f"engine.processes is {job.processes}; hf trains in one process, use engine.processes=1")
     schedule = job.workload.train
@@ -52,13 +74,13 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     _exact_float32()
     model = _load(job, knobs)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _adamw(parameters, schedule, job.device)
-    forward = torch.compile(model) if knobs.compile else model
+    optimizer = adamw(parameters, schedule, job.device)
+    make_batch = pack if knobs.layout == "packed" else pad
     probe.ready()
     for index in range(schedule.num_steps):
-        batches = [pad(samples) for samples in chunks(job.tokens.step(schedule, index), knobs.micro_batch)]
+        batches = [make_batch(samples) for samples in chunks(job.tokens.step(schedule, index), knobs.micro_batch)]
         tokens = StepTokens.of(batches)
-        loss = _accumulate(forward, batches, tokens.loss, knobs, job.device)
+        loss = _accumulate(model, batches, tokens.loss, knobs, job.device)
         grad_norm = _clip(parameters, schedule.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate_at(index)
@@ -74,23 +96,61 @@ def _dtype_reasons(workload: Workload, knobs: Knobs) -> list[str]:
         return ["method.dtype=float16 needs loss scaling, which hf does not do; use float32 or bfloat16"]
     if knobs.compute_dtype == "float32" and method.dtype != "float32":
         return [f"compute_dtype=float32 cannot train {method.dtype} weights; set method.dtype=float32 or compute_dtype=bfloat16"]
+    return _adapter_reasons(workload, knobs)
+
+
+def _adapter_reasons(workload: Workload, knobs: Knobs) -> list[str]:
+    if knobs.adapter_compute == "autocast":
+        return []
+    if workload.method.name != "lora":
+        return [f"adapter_compute={knobs.adapter_compute} is about adapters, method={workload.method.name} has none; set it to autocast"]
+    if knobs.compute_dtype == "float32":
+        return [f"adapter_compute={knobs.adapter_compute} is about bfloat16; beside compute_dtype=float32 leave it at autocast"]
     return []
 
 
-def _kernel_reasons(knobs: Knobs, machine: Machine) -> list[str]:
-    reasons = []
-    if knobs.kernels == "liger" and machine.device == "cpu":
-        reasons.append("kernels=liger is Triton code and needs a GPU; set kernels=none")
-    elif knobs.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
-        reasons.append("kernels=liger needs the package liger-kernel: pip install liger-kernel")
-    if knobs.attention != "flash_attention_2":
+def _liger_reasons(knobs: Knobs, machine: Machine, config: dict[str, Any]) -> list[str]:
+    if knobs.kernels != "liger":
+        return []
+    if machine.device == "cpu":
+        return ["kernels=liger is Triton code and needs a GPU; set kernels=none"]
+    if config.get("model_type") in _WITHOUT_LIGER:
+        return [_no_liger(config["model_type"])]
+    if importlib.util.find_spec("liger_kernel") is None:
+        return ["kernels=liger needs the package liger-kernel: pip install liger-kernel"]
+    return []
+
+
+def _no_liger(family: str) -> str:
+    return f"kernels=liger: Liger has no kernels for model_type '{family}'; set kernels=none"
+
+
+def _attention_reasons(workload: Workload, knobs: Knobs, machine: Machine) -> list[str]:
+    reasons, name, config = [], f"attention={knobs.attention}", workload.model.config or {}
+    if knobs.layout == "packed" and config and "num_attention_heads" not in config:
+        reasons.append(f"layout=packed: '{config.get('model_type')}' has no attention to keep documents apart; set layout=padded")
+    if knobs.attention in ("sdpa", "eager"):
         return reasons
     if machine.device == "cpu":
-        reasons.append("attention=flash_attention_2 needs a GPU; set attention=sdpa")
-    elif importlib.util.find_spec("flash_attn") is None:
-        reasons.append("attention=flash_attention_2 needs the package flash-attn: pip install flash-attn --no-build-isolation")
+        reasons.append(f"{name} needs a GPU; set attention=sdpa")
+    elif knobs.attention in _FLASH and importlib.util.find_spec(_FLASH[knobs.attention][0]) is None:
+        package = _FLASH[knobs.attention][1]
+        reasons.append(f"{name} needs the package {package}: pip install {package} --no-build-isolation, or set attention=varlen")
     if knobs.compute_dtype == "float32":
-        reasons.append("attention=flash_attention_2 computes in 16 bits only; set compute_dtype=bfloat16 or attention=sdpa")
+        reasons.append(f"{name} computes in 16 bits only; set compute_dtype=bfloat16 or attention=sdpa")
+    if knobs.attention == "cudnn":
+        reasons += _cudnn_reasons(workload, knobs, config)
+    return reasons
+
+
+def _cudnn_reasons(workload: Workload, knobs: Knobs, config: dict[str, Any]) -> list[str]:
+    """cuDNN is given no mask, so what needs one would leak in silence."""
+    reasons, longest = [], workload.data.sequence_length
+    if knobs.layout == "packed":
+        reasons.append("attention=cudnn would let packed documents see each other; set layout=padded or attention=varlen")
+    window = config.get("sliding_window")
+    if window is not None and config.get("use_sliding_window", True) and longest > window:
+        reasons.append(f"attention=cudnn knows no sliding window, the model's is {window} and samples have up to {longest} tokens")
     return reasons
 
 
@@ -114,26 +174,26 @@ def _load(job: Job, knobs: Knobs) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from engines.native.hf_attention import register
+    from engines.native.hf_model import compile_layers, with_adapter
+
     method = job.workload.method
-    attends = hasattr(AutoConfig.from_pretrained(job.base, local_files_only=True, trust_remote_code=False), "num_attention_heads")
+    register()
+    config = AutoConfig.from_pretrained(job.base, local_files_only=True, trust_remote_code=False)
+    _refuse(_opened_reasons(config, job.workload, knobs))
     model: Any = AutoModelForCausalLM.from_pretrained(
         job.base,
         dtype=getattr(torch, knobs.compute_dtype if isinstance(method, Lora) else method.dtype),
-        attn_implementation=knobs.attention if attends else None,  # a state-space model has none to choose
+        attn_implementation=knobs.attention if hasattr(config, "num_attention_heads") else None,  # a state-space model has none to choose
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
     )
-    reasons = _dropout_reasons(model.config.to_dict())
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(type(model).forward).parameters.values())
-    if not takes_any:
-        reasons.append(f"{type(model).__name__} takes no num_items_in_batch, so its loss cannot be weighted by token")
-    if reasons:
-        raise UnsupportedError("; ".join(reasons))
     # What PEFT's model card is made of: no path of this machine.
     model.name_or_path = model.config.name_or_path = job.workload.model.name
     if isinstance(method, Lora):
-        model = _with_adapter(model, job, method)
+        assert job.adapter_init is not None
+        model = with_adapter(model, job.adapter_init, getattr(torch, method.dtype), cast_inputs=knobs.adapter_compute != "direct")
     if knobs.recompute == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if knobs.kernels == "liger":
@@ -143,47 +203,79 @@ def _load(job: Job, knobs: Knobs) -> Any:
     model.config.use_cache = False
     model.to(job.device)
     model.train()
+    if knobs.layout == "packed":
+        _expect_documents_apart(model, knobs, job.device)
+    if knobs.compile:
+        shapes_vary = len(np.unique(np.diff(job.tokens.train.offsets))) > 1
+        compile_layers(model, with_loss=knobs.kernels == "none", shapes_vary=shapes_vary)
     return model
 
 
-def _with_adapter(model: Any, job: Job, method: Lora) -> Any:
+def _opened_reasons(config: Any, workload: Workload, knobs: Knobs) -> list[str]:
+    """What only the model's own configuration and class reveal."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    values = config.to_dict()
+    reasons = _dropout_reasons(values)
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(architecture.forward).parameters.values())
+    if not takes_any:
+        reasons.append(f"{architecture.__name__} takes no num_items_in_batch, so its loss cannot be weighted by token")
+    if knobs.attention in _OURS and not architecture._supports_attention_backend:
+        reasons.append(f"attention={knobs.attention}: {architecture.__name__} cannot be given another attention; set attention=sdpa")
+    if knobs.attention == "cudnn":
+        reasons += _cudnn_reasons(workload, knobs, values)
+    if knobs.kernels == "liger":
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+        reasons += [] if config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN else [_no_liger(config.model_type)]
+    return reasons
+
+
+def _refuse(reasons: list[str]) -> None:
+    if reasons:
+        raise UnsupportedError("; ".join(reasons))
+
+
+def _expect_documents_apart(model: Any, knobs: Knobs, device: str) -> None:
+    """Refuse a model that lets packed documents see each other."""
+    from engines.native.hf_batches import leak
+
+    with _autocast(knobs, device):
+        off = leak(model, device, bounds=_needs_bounds(knobs))
+    if off != 0:  # nan too
+        family = model.config.model_type
+        _refuse(
+            [f"layout=packed: in {family} with attention={knobs.attention} documents see each other (logits {off:.3g} off); use padded"]
+        )
+
+
+def _autocast(knobs: Knobs, device: str) -> Any:
+    """bf16 products whatever the stored types; without it PEFT's own casts make fp32 adapters compute in fp32."""
     import torch
-    from peft import PeftModel
 
-    model = PeftModel.from_pretrained(model, str(job.adapter_init), is_trainable=True)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(getattr(torch, method.dtype))
-    return model
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=knobs.compute_dtype == "bfloat16" and knobs.adapter_compute != "float32")
 
 
 def _accumulate(model: Any, batches: Sequence[Batch], num_labels: int, knobs: Knobs, device: str) -> Tensor:
-    """Add the step's gradients, micro-batch by micro-batch; returns the loss, a mean over the step's supervised tokens.
-
-    No attention mask is given: padding stands on the right, where causal attention never looks, and has no labels.
-    """
+    """Add the step's gradients, micro-batch by micro-batch; returns the loss, a mean over the step's supervised tokens."""
     import torch
 
+    from engines.native.hf_batches import inputs, to_device
+
     total = torch.zeros((), device=device)
+    divisor = to_device(np.array(num_labels), device)  # a tensor: compiled code would be made anew for every number
     for batch in batches:
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=knobs.compute_dtype == "bfloat16"):
-            output = model(
-                input_ids=_to_device(batch.input_ids, device),
-                labels=_to_device(batch.labels, device),
-                num_items_in_batch=num_labels,
-                use_cache=False,
-            )
+        given = inputs(batch, device, packed=knobs.layout == "packed", bounds=_needs_bounds(knobs))
+        with _autocast(knobs, device):
+            output = model(**given, labels=to_device(batch.labels, device), num_items_in_batch=divisor, use_cache=False)
         output.loss.backward()
         total += output.loss.detach()
     return total
 
 
-def _to_device(array: Any, device: str) -> Tensor:
-    import torch
-
-    tensor = torch.from_numpy(array)
-    # Pinned, so that the copy does not stop the host until the GPU has caught up.
-    return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor
+def _needs_bounds(knobs: Knobs) -> bool:
+    return knobs.attention == "varlen" or (knobs.layout == "packed" and knobs.attention in _FLASH)
 
 
 def _clip(parameters: list[Any], max_norm: float | None) -> Tensor:
@@ -205,17 +297,3 @@ def _save(model: Any, job: Job) -> None:
         config.base_model_name_or_path = job.workload.model.name
     # The embedding is never trained here; "auto" would look for its original size on the hub.
     model.save_pretrained(str(job.out), save_embedding_layers=False)
-
-
-def _adamw(parameters: list[Any], schedule: Train, device: str) -> Any:
-    """AdamW as ``schedule`` says, one group (norms and biases decay too); on a GPU torch's fused implementation."""
-    import torch
-
-    return torch.optim.AdamW(
-        parameters,
-        lr=schedule.learning_rate,
-        betas=(schedule.beta1, schedule.beta2),
-        eps=schedule.epsilon,
-        weight_decay=schedule.weight_decay,
-        fused=device == "cuda",
-    )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from harness.comparable import Run
-from harness.parity import Anchor, anchors, judge, verdict
+from harness.parity import Anchor, anchors, is_yardstick, judge, verdict
 from tests import records
 
 LOSSES = records.losses()
@@ -42,8 +44,22 @@ def test_an_fp32_run_is_judged_by_the_truth_alone() -> None:
     assert verdict(run("fused", off=0.007), [truth, rounded]).label.startswith("same: bf16")
 
 
+PLAIN = {"kernels": "none", "compile": False, "layout": "padded", "attention": "eager", "adapter_compute": "autocast"}
+CANDIDATES: tuple[dict[str, Any], ...] = (
+    {"kernels": "liger"}, {"compile": True}, {"layout": "packed"}, {"attention": "cudnn"}, {"attention": "varlen"},
+    {"adapter_compute": "direct"}, {"adapter_compute": "float32"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("knobs", CANDIDATES, ids=str)
+def test_hf_with_anything_added_is_a_candidate_and_no_yardstick(knobs: dict[str, Any]) -> None:
+    assert is_yardstick(run(**PLAIN).record)
+    assert is_yardstick(run(kernels="none", compile=False, attention="sdpa").record), "recorded before the other knobs were there"
+    assert not is_yardstick(run(**{**PLAIN, **knobs}).record)
+
+
 def test_variants_are_found_among_the_reference_runs() -> None:
-    superfluous = [run(off=0.05, kernels="liger"), run(off=0.05, dtype="float32"), run("fused", off=0.05)]
+    superfluous = [*(run(off=0.05, **knobs) for knobs in CANDIDATES), run(off=0.05, dtype="float32"), run("fused", off=0.05)]
     group = [run(), *VARIANTS, *superfluous]
     work, machine = group[0].record.cell.workload.key, group[0].record.machine.key
     bf16 = next(anchor for anchor in anchors(group, work, machine) if anchor.name == "bf16")

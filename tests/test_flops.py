@@ -22,7 +22,10 @@ from harness.weights.structure import read_config, structure
 from tests.engines.tiny import FAMILIES, LLAMA, LONGEST, LORA, VOCABULARY, RecordingProbe, make_job, make_workload
 
 MODELS = sorted((Path(__file__).parents[1] / "conf" / "model").glob("*.yaml"))
-HF = {"micro_batch": 4, "recompute": "none", "attention": "eager", "compute_dtype": "float32", "kernels": "none", "compile": False}
+HF = {
+    "micro_batch": 4, "layout": "padded", "recompute": "none", "attention": "eager", "compute_dtype": "float32",
+    "adapter_compute": "autocast", "kernels": "none", "compile": False,
+}  # fmt: skip
 SHAPE = {**LLAMA, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 12, "max_position_embeddings": 64}
 
 

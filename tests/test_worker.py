@@ -37,7 +37,10 @@ def test_the_allocator_is_capped_on_every_gpu_of_the_process(monkeypatch: pytest
 
 def test_an_engine_may_tell_what_it_recomputes() -> None:
     work = workloads.workload()
-    knobs = {"micro_batch": 4, "attention": "sdpa", "compute_dtype": "float32", "kernels": "none", "compile": False}
+    knobs = {
+        "micro_batch": 4, "layout": "padded", "attention": "sdpa", "compute_dtype": "float32", "adapter_compute": "autocast",
+        "kernels": "none", "compile": False,
+    }  # fmt: skip
     told = [engines.hf.recomputed_fraction(work, engines.hf.Knobs(**knobs, recompute=plan)) for plan in ("none", "full")]
     assert told == [0.0, 1.0]
     assert worker._recomputed_fraction(SimpleNamespace(recomputed_fraction=lambda workload, knobs: knobs), work, 0.5) == 0.5

@@ -1,23 +1,29 @@
-"""The yardstick engine: conformance, and that its knobs change no loss."""
+"""The yardstick engine: conformance in every layout, and that its knobs change no loss."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers
 
 import engines.hf
+from engines.native.hf_batches import inputs
+from harness.compose import compose_all, plain
+from harness.data.tokens import pack
 from harness.engine import Job
 from harness.errors import UnsupportedError
 from harness.spec import parse
 from tests.engines.conformance import EngineConformance
-from tests.engines.tiny import CPU, GPU, LLAMA, LORA, RecordingProbe, make_job, make_workload, with_train
+from tests.engines.tiny import CPU, FULL, GPU, LLAMA, LONGEST, LORA, RecordingProbe, make_job, make_samples, make_workload, with_train
 
+TREE = Path(__file__).resolve().parents[2]
 KNOBS: dict[str, Any] = {
-    "micro_batch": 2, "recompute": "none", "attention": "sdpa", "compute_dtype": "float32", "kernels": "none", "compile": False,
+    "micro_batch": 2, "layout": "padded", "recompute": "none", "attention": "sdpa", "compute_dtype": "float32",
+    "adapter_compute": "autocast", "kernels": "none", "compile": False,
 }  # fmt: skip
 
 
@@ -25,7 +31,7 @@ class TestHf(EngineConformance):
     engine = engines.hf
     knobs = KNOBS
 
-    @pytest.mark.parametrize("knob", [{"recompute": "full"}, {"attention": "eager"}], ids=str)
+    @pytest.mark.parametrize("knob", [{"recompute": "full"}, {"attention": "eager"}, {"layout": "packed", "attention": "eager"}], ids=str)
     def test_a_knob_changes_no_loss(self, job: Job, knob: dict[str, Any]) -> None:
         usual, other = self.run(with_train(job, "usual")), self.run(job, **knob)
         assert other.losses == pytest.approx(usual.losses, rel=2e-5)
@@ -40,11 +46,180 @@ class TestHf(EngineConformance):
         before, after = (load_file(path / "adapter_model.safetensors") for path in (job.adapter_init, job.out.parent / "tiny_step"))
         assert all(torch.allclose(before[name], after[name], rtol=1e-6, atol=1e-9) for name in before)
 
+    def test_adapters_fed_directly_compute_the_same_bits_as_through_two_casts(self, job: Job) -> None:
+        cast, direct, exact = (
+            self.run(with_train(job, how), compute_dtype="bfloat16", adapter_compute=how) for how in ("autocast", "direct", "float32")
+        )
+        assert (direct.losses, direct.grad_norms) == (cast.losses, cast.grad_norms)
+        assert exact.losses != cast.losses
+        assert exact.losses == pytest.approx(cast.losses, rel=2e-2)
+
+    @pytest.mark.parametrize(("how", "casts", "dtype"), [("autocast", 1, "bfloat16"), ("direct", 0, "bfloat16"), ("float32", 1, "float32")])
+    def test_what_adapters_are_fed_and_compute_in(
+        self, job: Job, monkeypatch: pytest.MonkeyPatch, how: str, casts: int, dtype: str
+    ) -> None:
+        """Seen where PEFT casts an input and where a thin product comes out."""
+        from peft.tuners.lora.layer import Linear
+
+        seen: set[tuple[bool, torch.dtype]] = set()
+
+        def cast(layer: Any, x: torch.Tensor, wanted: torch.dtype) -> torch.Tensor:
+            given = plain(layer, x, wanted)
+            seen.add((given.dtype != x.dtype, layer.lora_A["default"](given).dtype))
+            return given
+
+        plain = Linear._cast_input_dtype
+        monkeypatch.setattr(Linear, "_cast_input_dtype", cast)
+        self.run(with_train(job, "seen", stop_after=1), compute_dtype="bfloat16", adapter_compute=how)
+        assert seen == {(bool(casts), getattr(torch, dtype))}
+
     def test_refuses_a_model_with_dropout_when_the_weights_are_open(self, job: Job) -> None:
         config = job.base / "config.json"
         config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.1'))
         with pytest.raises(UnsupportedError, match=r"attention_dropout is 0\.1"):
             self.run(job)
+
+
+class TestHfPacked(EngineConformance):
+    engine = engines.hf
+    knobs: ClassVar = {**KNOBS, "layout": "packed"}
+
+    def test_rows_hold_no_padding(self, job: Job) -> None:
+        assert all(tokens.processed == tokens.input for tokens in self.run(job).tokens)
+
+    def test_refuses_a_model_that_lets_documents_see_each_other(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+        with pytest.raises(UnsupportedError, match="in llama with attention=sdpa documents see each other"):
+            self.run(job)
+
+
+def flash_attention(query: Any, key: Any, value: Any, bounds: Any, other: Any, longest: int, _: int, *rest: Any, **options: Any) -> Any:
+    """What torch's kernel computes, document by document, on any device."""
+    assert bounds is other
+    assert bounds.dtype == torch.int32
+    assert rest == (0.0, True, False)
+    assert longest == int(bounds.diff().max())
+    lengths = bounds.diff().tolist()
+    documents = zip(*(states.transpose(0, 1).split(lengths, dim=1) for states in (query, key, value)), strict=True)
+    scale = options["scale"]
+    attended = [
+        torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True)[0]
+        for q, k, v in documents
+    ]
+    return torch.cat(attended, dim=1).transpose(0, 1), None
+
+
+class TestHfVarlen(EngineConformance):
+    """The bounds, shapes and scale that torch's kernel is given; the kernel itself needs a GPU (test_hf_gpu.py)."""
+
+    engine = engines.hf
+    knobs: ClassVar = {**KNOBS, "layout": "packed", "attention": "varlen"}
+
+    @pytest.fixture(autouse=True)
+    def _kernel(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention)
+
+    def test_says_what_it_cannot_do_and_nothing_else(self, job: Job) -> None:
+        said = engines.hf.unsupported(job.workload, parse(engines.hf.Knobs, self.knobs), CPU)
+        assert (
+            said == "attention=varlen needs a GPU; set attention=sdpa; attention=varlen computes in 16 bits only; "
+            "set compute_dtype=bfloat16 or attention=sdpa"
+        )
+
+    def test_padded_rows_are_bounded_too(self, job: Job) -> None:
+        packed, padded = self.run(with_train(job, "packed")), self.run(job, layout="padded")
+        assert padded.losses == pytest.approx(packed.losses, rel=2e-5)
+        assert padded.tokens[0].processed > packed.tokens[0].processed
+
+    def test_a_wrong_bound_is_found_out_before_training(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+        def joined(query: Any, key: Any, value: Any, bounds: Any, *rest: Any, **options: Any) -> Any:
+            everything = torch.tensor([0, len(query)], dtype=torch.int32)
+            return flash_attention(query, key, value, everything, everything, len(query), len(query), *rest[3:], **options)
+
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", joined)
+        with pytest.raises(UnsupportedError, match="attention=varlen documents see each other"):
+            self.run(job)
+
+    def test_the_window_of_a_sliding_attention_is_handed_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        windows: set[tuple[int, int]] = set()
+
+        def kernel(*given: Any, **options: Any) -> Any:
+            windows.add((options["window_size_left"], options["window_size_right"]))
+            return flash_attention(*given, **options)
+
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
+        self.run(make_job(tmp_path, "mistral", stop_after=1))
+        assert windows == {(LONGEST - 1, 0)}
+
+
+def test_forced_cudnn_falls_back_on_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel|backend"):
+        engines.hf.train(make_job(tmp_path), parse(engines.hf.Knobs, {**KNOBS, "attention": "cudnn"}), RecordingProbe())
+
+
+def test_flash_attention_is_told_the_bounds_of_packed_documents() -> None:
+    samples = make_samples(3)
+    given = inputs(pack(samples), "cpu", packed=True, bounds=True)
+    lengths = [len(sample) for sample in samples]
+    assert given["cu_seq_lens_q"].tolist() == given["cu_seq_lens_k"].tolist() == [0, lengths[0], sum(lengths[:2]), sum(lengths)]
+    assert given["max_length_q"] == given["max_length_k"] == max(lengths)
+    assert given["position_ids"].tolist() == [[place for length in lengths for place in range(length)]]
+    assert "attention_mask" not in given
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (TREE / "conf" / "engine" / "hf").glob("*.yaml")))
+def test_a_variant_is_called_what_its_file_is(option: str) -> None:
+    raw = plain(compose_all([f"engine=hf/{option}", "machine=cuda"], multirun=False)[0][1])
+    knobs = parse(engines.hf.Knobs, raw["engine"]["knobs"])
+    assert engines.hf.variant(knobs) == option
+    said = engines.hf.unsupported(make_workload(LLAMA, LORA), knobs, GPU)
+    assert said is None or "pip install liger-kernel" in said
+
+
+def test_other_knobs_have_names_of_their_own() -> None:
+    changed: list[dict[str, Any]] = [
+        {}, {"kernels": "liger"}, {"compile": True}, {"layout": "packed"}, {"attention": "eager"}, {"adapter_compute": "direct"},
+        {"adapter_compute": "float32"}, {"recompute": "full"}, {"kernels": "liger", "recompute": "full"},
+    ]  # fmt: skip
+    assert [engines.hf.variant(parse(engines.hf.Knobs, {**KNOBS, **one})) for one in changed] == [
+        "default", "liger", "compile", "packed", "eager", "adapters-direct", "adapters-float32", "ckpt", "liger+ckpt",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("knobs", "config", "method", "reason"),
+    [
+        ({"layout": "packed", "attention": "cudnn"}, LLAMA, LORA, "attention=cudnn would let packed documents see each other"),
+        (
+            {"attention": "cudnn"},
+            {**LLAMA, "sliding_window": 8},
+            LORA,
+            f"sliding window, the model's is 8 and samples have up to {LONGEST}",
+        ),
+        ({"attention": "cudnn"}, {**LLAMA, "sliding_window": 8, "use_sliding_window": False}, LORA, None),
+        ({"attention": "cudnn"}, {**LLAMA, "sliding_window": LONGEST}, LORA, None),
+        ({"layout": "packed"}, {"model_type": "mamba"}, LORA, "'mamba' has no attention to keep documents apart"),
+        ({"adapter_compute": "direct"}, LLAMA, FULL, "method=full has none"),
+        ({"adapter_compute": "direct", "compute_dtype": "float32"}, LLAMA, LORA, "adapter_compute=direct is about bfloat16"),
+        ({"kernels": "liger"}, {"model_type": "falcon"}, LORA, "Liger has no kernels for model_type 'falcon'"),
+        ({"attention": "varlen", "compute_dtype": "float32"}, LLAMA, LORA, "attention=varlen computes in 16 bits only"),
+        ({"attention": "flash_attention_3"}, LLAMA, LORA, "pip install flash-attn-3"),
+    ],
+)
+def test_what_cannot_go_together_on_a_gpu(
+    knobs: dict[str, Any], config: dict[str, Any], method: dict[str, Any], reason: str | None
+) -> None:
+    chosen = parse(engines.hf.Knobs, {**KNOBS, "compute_dtype": "bfloat16", **knobs})
+    said = engines.hf.unsupported(make_workload(config, method), chosen, GPU)
+    assert said == reason or (reason is not None and said is not None and reason in said)
+
+
+@pytest.mark.parametrize(("family", "config"), [("falcon", {"num_attention_heads": 4}), ("mamba", {})])
+def test_models_that_choose_their_own_attention_are_refused_with_their_weights_closed(family: str, config: dict[str, Any]) -> None:
+    opened = transformers.AutoConfig.for_model(family, hidden_size=32, num_hidden_layers=1, vocab_size=64, **config)
+    knobs = parse(engines.hf.Knobs, {**KNOBS, "attention": "varlen"})
+    said = engines.hf._opened_reasons(opened, make_workload(LLAMA, LORA), knobs)
+    assert [reason for reason in said if "cannot be given another attention" in reason]
 
 
 @pytest.mark.parametrize(
@@ -78,10 +253,11 @@ def test_dropout_in_the_config_is_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler, when it is imported
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # which the compiler hides, but not from an error filter
 def test_compile_changes_no_loss(tmp_path: Path) -> None:
     job = make_job(tmp_path, steps=1, warmup_steps=0)
-    plain, compiled = RecordingProbe(), RecordingProbe()
-    engines.hf.train(with_train(job, "plain"), parse(engines.hf.Knobs, {**KNOBS, "micro_batch": 5}), plain)
+    plain_, compiled = RecordingProbe(), RecordingProbe()
+    engines.hf.train(with_train(job, "plain"), parse(engines.hf.Knobs, {**KNOBS, "micro_batch": 5}), plain_)
     engines.hf.train(job, parse(engines.hf.Knobs, {**KNOBS, "micro_batch": 5, "compile": True}), compiled)
-    assert compiled.losses == pytest.approx(plain.losses, rel=2e-6)
-    assert compiled.grad_norms == pytest.approx(plain.grad_norms, rel=1e-4)
+    assert compiled.losses == pytest.approx(plain_.losses, rel=2e-6)
+    assert compiled.grad_norms == pytest.approx(plain_.grad_norms, rel=1e-4)

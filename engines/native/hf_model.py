@@ -1,0 +1,61 @@
+"""What is done to a loaded model of transformers before it trains: PEFT's adapter, compilation, an optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from harness.spec import Train
+
+
+def with_adapter(model: Any, adapter: Path, dtype: Any, *, cast_inputs: bool) -> Any:
+    """``model`` with the PEFT adapter of a folder, to be trained in ``dtype``.
+
+    ``cast_inputs``: whether PEFT casts the inputs of an adapter to its dtype, as it does by itself; under autocast they come back down at
+    once, and the same numbers are multiplied without.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):  # what peft.helpers.disable_input_dtype_casting does for the length of a block
+            module.cast_input_dtype_enabled = cast_inputs
+    return model
+
+
+def compile_layers(model: Any, *, with_loss: bool, shapes_vary: bool) -> None:
+    """Compile every decoder layer, and ``with_loss`` the loss from the logits, each by itself; layers of one shape share their code.
+
+    ``shapes_vary``: make code for any number of positions at once, instead of for the first number and then for any.
+    Not the model as a whole: when transformers is traced it makes a mask of positions x positions for what it otherwise leaves to causal
+    attention, and no flash kernel takes one (``find_packed_sequence_indices`` of transformers 5.17).
+    """
+    import torch
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it goes on without compiling, with a line in the log
+    dynamic = True if shapes_vary else None  # None: torch finds out
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    for module in plain.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=dynamic)
+    if with_loss:
+        plain.loss_function = torch.compile(plain.loss_function, dynamic=dynamic)
+
+
+def adamw(parameters: list[Any], schedule: Train, device: str) -> Any:
+    """AdamW as ``schedule`` says, one group (norms and biases decay too); on a GPU torch's fused implementation."""
+    import torch
+
+    return torch.optim.AdamW(
+        parameters,
+        lr=schedule.learning_rate,
+        betas=(schedule.beta1, schedule.beta2),
+        eps=schedule.epsilon,
+        weight_decay=schedule.weight_decay,
+        fused=device == "cuda",
+    )
