@@ -13,7 +13,7 @@ import transformers
 import engines.hf
 from engines.native.hf_batches import inputs
 from harness.compose import compose_all, plain
-from harness.data.tokens import pack
+from harness.data.tokens import pack, pad
 from harness.engine import Job
 from harness.errors import UnsupportedError
 from harness.spec import parse
@@ -53,6 +53,23 @@ class TestHf(EngineConformance):
         assert (direct.losses, direct.grad_norms) == (cast.losses, cast.grad_norms)
         assert exact.losses != cast.losses
         assert exact.losses == pytest.approx(cast.losses, rel=2e-2)
+
+    def test_adapters_fed_directly_keep_less_for_backward(self, job: Job) -> None:
+        """One copy of an input for all linears that read it, not one a linear."""
+        batch = pad(job.tokens.step(job.workload.train, 0))
+        kept: dict[str, dict[int, torch.Tensor]] = {"float32": {}, "autocast": {}, "direct": {}}
+        for how, tensors in kept.items():
+            knobs = parse(engines.hf.Knobs, {**KNOBS, "compute_dtype": "bfloat16", "adapter_compute": how})
+            model = engines.hf._load(job, knobs)
+
+            def keep(tensor: torch.Tensor, tensors: dict[int, torch.Tensor] = tensors) -> torch.Tensor:
+                tensors[tensor.untyped_storage().data_ptr()] = tensor
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), engines.hf._autocast(knobs, "cpu"):
+                model(**inputs(batch, "cpu", packed=False, bounds=False), labels=torch.from_numpy(batch.labels), use_cache=False)
+        num_bytes = {how: sum(tensor.untyped_storage().nbytes() for tensor in tensors.values()) for how, tensors in kept.items()}
+        assert num_bytes["direct"] < num_bytes["autocast"] < num_bytes["float32"]
 
     @pytest.mark.parametrize(("how", "casts", "dtype"), [("autocast", 1, "bfloat16"), ("direct", 0, "bfloat16"), ("float32", 1, "float32")])
     def test_what_adapters_are_fed_and_compute_in(
