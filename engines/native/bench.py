@@ -7,8 +7,8 @@ import itertools
 import re
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ import yaml
 
 from engines.native.checkpoint import Placement, build_weights
 from engines.native.decoder import Decoder
+from engines.native.footprint import Load, MemoryModel
 from engines.native.fused_ops import FUSED
+from engines.native.host import Host, usable_bytes
 from engines.native.kernels.adamw import FlatAdamW
-from engines.native.layer import KEEP_ALL
 from engines.native.lora import Adapter
 from engines.native.optimizer import step_scalars
 from engines.native.packed import Angles
-from engines.native.planner import Load, MemoryModel, plans_within
+from engines.native.plan import KEEP_ALL
+from engines.native.planner import choose
 from engines.native.shape import LlamaShape, read_shape
 from engines.native.steps import ReplayedSteps, Steps
 from engines.native.weights import trained_weights
@@ -33,7 +35,7 @@ from harness.data.tokens import IGNORE, Batch
 from harness.spec import Train
 
 _CONF = Path(__file__).parents[2] / "conf" / "model"
-_RANK = 16
+RANK = 16
 _SCHEDULE = Train(
     steps=1000, samples_per_step=1, learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.01, beta1=0.9, beta2=0.999,
     epsilon=1e-8, max_grad_norm=1.0, seed=0,
@@ -66,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="cut the model to so many layers")
     parser.add_argument("--batch", nargs="+", default=["4x2048"], help="documents x tokens of each")
     parser.add_argument("--memory-gib", type=float, nargs="+", default=[None], help="budgets; without one everything is kept")
-    parser.add_argument("--chunk", type=int, default=2048, help="rows of logits at one time")
+    parser.add_argument("--no-offload", action="store_true", help="keep or make again, send nothing to the host")
+    parser.add_argument("--chunk", type=int, default=2048, help="rows of logits at one time, fewer where a budget asks for it")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--eager", action="store_true", help="launch every step instead of replaying a graph")
     parser.add_argument("--breakdown", action="store_true")
@@ -92,21 +95,28 @@ def model_shape(name: str, num_layers: int | None) -> LlamaShape:
 
 def random_decoder(shape: LlamaShape, options: argparse.Namespace) -> Decoder:
     """A decoder with LoRA of rank 16 on all seven linears."""
-    sizes = dict(_sizes(shape))
-    adapters: dict[str, torch.Tensor] = {}
-    for name, size in sizes.items():
-        if any(linear in name for linear in _LINEARS) and len(size) == 2:
-            stem = f"base_model.model.{name.removesuffix('.weight')}"
-            adapters[f"{stem}.lora_A.weight"] = 0.02 * torch.randn(_RANK, size[1])
-            adapters[f"{stem}.lora_B.weight"] = 0.02 * torch.randn(size[0], _RANK)
-    adapter = Adapter({}, adapters, _RANK, 2.0)
+    sizes = dict(tensor_sizes(shape))
+    adapters = {name: 0.02 * torch.randn(size) for name, size in adapter_sizes(sizes).items()}
+    adapter = Adapter({}, adapters, RANK, 2.0)
     file = RandomFile(sizes)
     placement = Placement(torch.device("cuda"), torch.bfloat16, torch.float32, 64)
     weights = build_weights(dict.fromkeys(sizes, file), shape, placement, adapter)
     return Decoder(shape=shape, weights=weights, ops=FUSED, plans=(KEEP_ALL,) * shape.num_layers, loss_chunk=options.chunk)
 
 
-def _sizes(shape: LlamaShape) -> list[tuple[str, tuple[int, ...]]]:
+def adapter_sizes(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The name and size of every adapter tensor beside the checkpoint tensors ``sizes``."""
+    adapters: dict[str, tuple[int, ...]] = {}
+    for name, size in sizes.items():
+        if any(linear in name for linear in _LINEARS) and len(size) == 2:
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            adapters[f"{stem}.lora_A.weight"] = (RANK, size[1])
+            adapters[f"{stem}.lora_B.weight"] = (size[0], RANK)
+    return adapters
+
+
+def tensor_sizes(shape: LlamaShape) -> list[tuple[str, tuple[int, ...]]]:
+    """The name and size of every tensor of a checkpoint."""
     hidden, inner, queries, keys = shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_size
     sizes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (shape.vocab_size, hidden)), ("model.norm.weight", (hidden,))]
     if not shape.tied_head:
@@ -132,7 +142,8 @@ def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | No
     documents, tokens = size
     model = MemoryModel.of(decoder.shape, decoder.weights, Load(documents * tokens, tokens, documents * (tokens - 1), options.chunk))
     if budget is not None:
-        decoder = replace(decoder, plans=plans_within(model, budget * 2**30))
+        choice = choose(model, budget * 2**30, 0.0 if options.no_offload else usable_bytes())
+        decoder = replace(decoder, plans=choice.plans, loss_chunk=choice.loss_chunk, host=Host())
     arena = decoder.weights.arena
     values = [weight.value for weight in trained_weights(decoder.weights)]
     optimizer = FlatAdamW(arena.masters, values, (0.9, 0.999), 1e-8, 0.01)
@@ -167,7 +178,7 @@ def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | No
     print(
         f"{name} layers {decoder.shape.num_layers} {documents}x{tokens} {_kept(decoder)}: {milliseconds:.2f} ms, "
         f"{count / milliseconds * 1000:,.0f} tokens/s, peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated "
-        f"({model.peak(decoder.plans) / 2**30:.2f} predicted), "
+        f"({model.peak(decoder.plans, decoder.loss_chunk) / 2**30:.2f} predicted), "
         f"first step {first:.1f} s, second {second:.1f} s, losses {losses[0]:.4f} {losses[1]:.4f} {losses[-1]:.4f}",
         flush=True,
     )
@@ -176,9 +187,17 @@ def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | No
 
 
 def _kept(decoder: Decoder) -> str:
-    """How many layers make which tensors again."""
-    dropped = {name: sum(name not in plan for plan in decoder.plans) for name in ("gate_up", "heads", "attended", "middle")}
-    return "again " + ", ".join(f"{name} x{count}" for name, count in dropped.items() if count) if any(dropped.values()) else "all kept"
+    """How many layers make which tensors again, send which to the host, and what is done in parts."""
+    plans = decoder.plans
+    said = []
+    for word, names in (("again", [KEEP_ALL.kept - plan.held for plan in plans]), ("offloaded", [plan.offloaded for plan in plans])):
+        counts = Counter(itertools.chain(*names))
+        if counts:
+            said.append(f"{word} " + ", ".join(f"{name} x{counts[name]}" for name in sorted(counts)))
+    if decoder.host.num_bytes:
+        said.append(f"{decoder.host.num_bytes / 2**30:.2f} GiB pinned")
+    said += [f"{count} layers in {pieces} pieces" for pieces, count in sorted(Counter(plan.pieces for plan in plans).items()) if pieces > 1]
+    return "; ".join([*said, f"{decoder.loss_chunk} rows of logits"]) if said else "all kept"
 
 
 def _breakdown(step: Any) -> None:
