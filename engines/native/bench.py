@@ -8,7 +8,7 @@ import re
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from engines.native.shape import LlamaShape, read_shape
 from engines.native.steps import ReplayedSteps, Steps
 from engines.native.weights import trained_weights
 from harness.data.tokens import IGNORE, Batch
+from harness.errors import UnsupportedError
 from harness.spec import Train
 
 _CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -43,6 +44,7 @@ _SCHEDULE = Train(
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # First match wins; the rest of the names are our own kernels.
 _CATEGORIES = (
+    ("bus, beside the others", r"Memcpy (DtoH|HtoD)"),
     ("attention", r"cudnn|flash|fmha"),
     ("products", r"nvjet|gemm|cutlass|splitK|cublas|sm90_xmma"),
     ("torch", r"at::|elementwise|Memcpy|Memset|reduce_kernel|index"),
@@ -77,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
     for name in options.model:
         shape = model_shape(name, options.layers)
-        decoder = random_decoder(shape, options)
+        decoder = random_decoder(shape, options.chunk)
         for batch in options.batch:
             documents, tokens = (int(part) for part in batch.split("x"))
             for budget in options.memory_gib:
@@ -93,7 +95,7 @@ def model_shape(name: str, num_layers: int | None) -> LlamaShape:
     return shape if num_layers is None else replace(shape, num_layers=num_layers)
 
 
-def random_decoder(shape: LlamaShape, options: argparse.Namespace) -> Decoder:
+def random_decoder(shape: LlamaShape, loss_chunk: int) -> Decoder:
     """A decoder with LoRA of rank 16 on all seven linears."""
     sizes = dict(tensor_sizes(shape))
     adapters = {name: 0.02 * torch.randn(size) for name, size in adapter_sizes(sizes).items()}
@@ -101,7 +103,7 @@ def random_decoder(shape: LlamaShape, options: argparse.Namespace) -> Decoder:
     file = RandomFile(sizes)
     placement = Placement(torch.device("cuda"), torch.bfloat16, torch.float32, 64)
     weights = build_weights(dict.fromkeys(sizes, file), shape, placement, adapter)
-    return Decoder(shape=shape, weights=weights, ops=FUSED, plans=(KEEP_ALL,) * shape.num_layers, loss_chunk=options.chunk)
+    return Decoder(shape=shape, weights=weights, ops=FUSED, plans=(KEEP_ALL,) * shape.num_layers, loss_chunk=loss_chunk)
 
 
 def adapter_sizes(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -138,28 +140,45 @@ def tensor_sizes(shape: LlamaShape) -> list[tuple[str, tuple[int, ...]]]:
     return sizes
 
 
-def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | None, options: argparse.Namespace) -> None:
-    documents, tokens = size
-    model = MemoryModel.of(decoder.shape, decoder.weights, Load(documents * tokens, tokens, documents * (tokens - 1), options.chunk))
-    if budget is not None:
-        choice = choose(model, budget * 2**30, 0.0 if options.no_offload else usable_bytes())
-        decoder = replace(decoder, plans=choice.plans, loss_chunk=choice.loss_chunk, host=Host())
-    arena = decoder.weights.arena
+def random_load(documents: int, tokens: int, loss_chunk: int) -> Load:
+    """So many documents of so many tokens, all of them supervised."""
+    return Load(documents * tokens, tokens, documents * (tokens - 1), loss_chunk)
+
+
+def random_steps(decoder: Decoder, documents: int, tokens: int, *, replay: bool) -> Callable[[int], torch.Tensor]:
+    """An optimizer step by its index, always over the same random tokens; it returns a copy of the loss."""
     values = [weight.value for weight in trained_weights(decoder.weights)]
-    optimizer = FlatAdamW(arena.masters, values, (0.9, 0.999), 1e-8, 0.01)
-    angles = Angles.of(decoder.shape, tokens, torch.device("cuda"))
-    plain = Steps(decoder, angles, optimizer, 1.0)
-    steps = plain if options.eager else ReplayedSteps(plain)
+    optimizer = FlatAdamW(decoder.weights.arena.masters, values, (0.9, 0.999), 1e-8, 0.01)
+    plain = Steps(decoder, Angles.of(decoder.shape, tokens, torch.device("cuda")), optimizer, 1.0)
+    steps = ReplayedSteps(plain) if replay else plain
     ids = np.random.default_rng(0).integers(0, decoder.shape.vocab_size, size=(1, documents * tokens))
     labels = ids.copy()
     labels[0, ::tokens] = IGNORE
     batches = [Batch(ids, labels, ((tokens,) * documents,))]
+
+    def step(index: int) -> torch.Tensor:
+        return steps.run(batches, step_scalars(_SCHEDULE, index, documents * (tokens - 1))).outcome.loss.clone()
+
+    return step
+
+
+def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | None, options: argparse.Namespace) -> None:
+    documents, tokens = size
+    model = MemoryModel.of(decoder.shape, decoder.weights, random_load(documents, tokens, options.chunk))
+    if budget is not None:
+        try:
+            choice = choose(model, budget * 2**30, 0.0 if options.no_offload else usable_bytes())
+        except UnsupportedError as error:  # the next budget may do
+            print(f"{name} layers {decoder.shape.num_layers} {documents}x{tokens}: {error}", flush=True)
+            return
+        decoder = replace(decoder, plans=choice.plans, loss_chunk=choice.loss_chunk, host=Host())
+    run = random_steps(decoder, documents, tokens, replay=not options.eager)
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
     losses = []
 
     def step(index: int) -> None:
-        losses.append(steps.run(batches, step_scalars(_SCHEDULE, index, documents * (tokens - 1))).outcome.loss.clone())
+        losses.append(run(index))
 
     step(0)
     torch.cuda.synchronize()

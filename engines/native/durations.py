@@ -12,7 +12,7 @@ from engines.native.footprint import MemoryModel
 from engines.native.plan import Name, Plan
 
 # What an H100 does a second: products, passes over memory, copies to the host and back (docs/engine.md).
-_FLOPS, _BYTES = 650e12, 2.8e12
+_FLOPS, _BYTES = 680e12, 2.8e12
 _OUTWARD, _INWARD = 51e9, 54e9
 _CHAIN: tuple[Name, ...] = ("heads", "attended", "middle")  # each is made from the one before
 _ATTENTION_BACKWARD = 4.0  # times the forward pass (cuDNN, 0.26 and 0.98 ms at 4 x 2,048)

@@ -18,7 +18,7 @@ from engines.native.plan import KEEP_ALL, Names, Plan
 from harness.errors import UnsupportedError
 
 _GIB = 2**30
-_SLACK = 1.01  # live bytes plus workspaces have been up to 0.4 % below what was measured (docs/engine.md)
+_SLACK = 1.02  # the model has been up to 0.3 % below what was measured (docs/engine.md), offloading excepted: not measured yet
 _PIECES = (1, 2, 4, 8)
 _SMALLEST_CHUNK = 256  # rows of logits; fewer leave the products short of work
 _SWEEPS = 3

@@ -121,16 +121,34 @@ def test_offloading_is_faster_and_needs_less() -> None:
 
 def test_rows_of_logits_and_pieces_shrink_only_when_they_are_the_peak() -> None:
     model = model_of("llama3_1b", 4, 2048)
-    wide, tight = choose(model, 12 * GIB, 64 * GIB), choose(model, 2.95 * GIB, 64 * GIB)
+    wide, tight = choose(model, 12 * GIB, 64 * GIB), choose(model, 3.05 * GIB, 64 * GIB)
     assert wide.loss_chunk == 2048 > tight.loss_chunk
     assert {plan.pieces for plan in wide.plans} == {1} != {plan.pieces for plan in tight.plans}
+
+
+# docs/log.md, 2026-11-24, a memory planner: tokens/s at 4 x 2,048; the layers that made gate and up, heads, attention, the middle again.
+TIMED = [
+    ("llama3_8b", 17316, (0, 0, 0, 0)), ("llama3_8b", 15001, (15, 0, 32, 32)), ("llama3_8b", 13329, (32, 27, 32, 32)),
+    ("llama3_1b", 88780, (0, 0, 0, 0)), ("llama3_1b", 75335, (15, 0, 0, 16)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "rate", "again"), TIMED)
+def test_seconds_are_near_what_was_measured(name: str, rate: float, again: tuple[int, ...]) -> None:
+    durations = Durations(model_of(name, 4, 2048))
+    units: tuple[Names, ...] = tuple(map(frozenset, (("gate_up",), ("heads", "qkv"), ("attended",), ("middle",))))
+    plans = [
+        Plan(KEEP_ALL.kept - frozenset().union(*(unit for unit, layers in zip(units, again, strict=True) if index < layers)))
+        for index in range(durations.memory.shape.num_layers)
+    ]
+    assert durations.step([durations.layer(plan) for plan in plans], 2048) == pytest.approx(8192 / rate, rel=0.06)
 
 
 def test_a_copy_costs_what_the_computation_does_not_hide() -> None:
     durations = Durations(model_of("llama3_8b", 4, 2048))
     away, kept = durations.layer(PLANS["attention_away"]), durations.layer(Plan(SMALL | {"input", "heads", "attended"}))
     hidden = durations.step([kept] * 8, 2048)
-    assert durations.step([away] * 4 + [kept] * 4, 2048) == pytest.approx(hidden, rel=1e-3)
+    assert durations.step([away] * 4 + [kept] * 4, 2048) == pytest.approx(hidden, rel=3e-3)
     slow = replace(away, away=away.attention + away.mlp + 1.0)
     assert durations.step([slow] * 4 + [kept] * 4, 2048) == pytest.approx(hidden + 4, rel=1e-2)
     late = replace(away, early=away.attention_backward + 1.0)
