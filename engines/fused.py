@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,10 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from engines.native.decoder import Decoder
-    from engines.native.layer import Plan
+    from engines.native.footprint import MemoryModel
     from engines.native.lora import Adapter
     from engines.native.ops import Ops
     from engines.native.optimizer import Optimizer
+    from engines.native.plan import Plan
+    from engines.native.planner import Choice
     from engines.native.shape import LlamaShape
     from engines.native.steps import ReplayedSteps, Steps
     from engines.native.weights import DecoderWeights
@@ -39,6 +43,7 @@ class Knobs(Spec):
     micro_batch: Positive
     recompute: Literal["fit", "none", "full"]
     memory_gib: Annotated[float, Field(gt=0)] | None
+    offload: bool
     compute_dtype: Literal["float32", "bfloat16"]
     operations: Literal["reference", "fused"]
     replay: bool
@@ -168,23 +173,42 @@ def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decod
     weights = load_weights(job.base, shape, placement, adapter)
     if adapter is not None:
         adapter.check_nothing_is_left(weights)
-    plans = _plans(job, knobs, shape, weights)
-    return config, adapter, Decoder(shape=shape, weights=weights, ops=_operations(knobs), plans=plans, loss_chunk=knobs.loss_chunk)
+    plans, loss_chunk = _plans(job, knobs, shape, weights)
+    return config, adapter, Decoder(shape=shape, weights=weights, ops=_operations(knobs), plans=plans, loss_chunk=loss_chunk)
 
 
-def _plans(job: Job, knobs: Knobs, shape: LlamaShape, weights: DecoderWeights) -> tuple[Plan, ...]:
-    """What each layer keeps. On a CPU without ``memory_gib`` all of it: the host's memory is not ours alone to plan with."""
-    from engines.native.layer import KEEP_ALL, KEEP_INPUT
-    from engines.native.planner import MemoryModel, largest_load, plans_within
+def _plans(job: Job, knobs: Knobs, shape: LlamaShape, weights: DecoderWeights) -> tuple[tuple[Plan, ...], int]:
+    """What each layer keeps, and rows of logits. On a CPU without ``memory_gib`` all of it: the host's memory is not ours alone."""
+    from engines.native.footprint import MemoryModel, largest_load
+    from engines.native.plan import KEEP_ALL, KEEP_INPUT
 
     if knobs.recompute != "fit" or (job.device == "cpu" and knobs.memory_gib is None):
-        return (KEEP_INPUT if knobs.recompute == "full" else KEEP_ALL,) * shape.num_layers
+        return (KEEP_INPUT if knobs.recompute == "full" else KEEP_ALL,) * shape.num_layers, knobs.loss_chunk
     train = job.workload.train
     steps = (job.tokens.step(train, index) for index in range(train.steps))
     batches = (pack(group) for samples in steps for group in chunks(samples, knobs.micro_batch))
     load = largest_load(batches, knobs.loss_chunk, shared=knobs.replay)
     budget = knobs.memory_gib * 2**30 if knobs.memory_gib is not None else _free_bytes()
-    return plans_within(MemoryModel.of(shape, weights, load), budget)
+    choice = _choice(MemoryModel.of(shape, weights, load), budget, offload=knobs.offload and job.device == "cuda")
+    return choice.plans, choice.loss_chunk
+
+
+def _choice(memory: MemoryModel, budget: float, *, offload: bool) -> Choice:
+    """The planner's choice; says so where the host has too little memory for it."""
+    from engines.native.host import usable_bytes
+    from engines.native.planner import choose
+
+    host = usable_bytes() if offload else 0.0
+    choice = choose(memory, budget, math.inf if offload else 0.0)
+    if choice.host_bytes <= host:
+        return choice
+    warnings.warn(
+        f"{choice.host_bytes / 2**30:.1f} GiB would be offloaded, but only {host / 2**30:.1f} GiB of host memory may be pinned, "
+        "half of what is free: more is made again instead",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return choose(memory, budget, host)
 
 
 def _free_bytes() -> float:

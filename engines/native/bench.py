@@ -7,8 +7,8 @@ import itertools
 import re
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,24 @@ import yaml
 
 from engines.native.checkpoint import Placement, build_weights
 from engines.native.decoder import Decoder
+from engines.native.footprint import Load, MemoryModel
 from engines.native.fused_ops import FUSED
+from engines.native.host import Host, usable_bytes
 from engines.native.kernels.adamw import FlatAdamW
-from engines.native.layer import KEEP_ALL
 from engines.native.lora import Adapter
 from engines.native.optimizer import step_scalars
 from engines.native.packed import Angles
-from engines.native.planner import Load, MemoryModel, plans_within
+from engines.native.plan import KEEP_ALL
+from engines.native.planner import choose
 from engines.native.shape import LlamaShape, read_shape
 from engines.native.steps import ReplayedSteps, Steps
 from engines.native.weights import trained_weights
 from harness.data.tokens import IGNORE, Batch
+from harness.errors import UnsupportedError
 from harness.spec import Train
 
 _CONF = Path(__file__).parents[2] / "conf" / "model"
-_RANK = 16
+RANK = 16
 _SCHEDULE = Train(
     steps=1000, samples_per_step=1, learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.01, beta1=0.9, beta2=0.999,
     epsilon=1e-8, max_grad_norm=1.0, seed=0,
@@ -41,6 +44,7 @@ _SCHEDULE = Train(
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # First match wins; the rest of the names are our own kernels.
 _CATEGORIES = (
+    ("bus, beside the others", r"Memcpy (DtoH|HtoD)"),
     ("attention", r"cudnn|flash|fmha"),
     ("products", r"nvjet|gemm|cutlass|splitK|cublas|sm90_xmma"),
     ("torch", r"at::|elementwise|Memcpy|Memset|reduce_kernel|index"),
@@ -66,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="cut the model to so many layers")
     parser.add_argument("--batch", nargs="+", default=["4x2048"], help="documents x tokens of each")
     parser.add_argument("--memory-gib", type=float, nargs="+", default=[None], help="budgets; without one everything is kept")
-    parser.add_argument("--chunk", type=int, default=2048, help="rows of logits at one time")
+    parser.add_argument("--no-offload", action="store_true", help="keep or make again, send nothing to the host")
+    parser.add_argument("--chunk", type=int, default=2048, help="rows of logits at one time, fewer where a budget asks for it")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--eager", action="store_true", help="launch every step instead of replaying a graph")
     parser.add_argument("--breakdown", action="store_true")
@@ -74,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
     for name in options.model:
         shape = model_shape(name, options.layers)
-        decoder = random_decoder(shape, options)
+        decoder = random_decoder(shape, options.chunk)
         for batch in options.batch:
             documents, tokens = (int(part) for part in batch.split("x"))
             for budget in options.memory_gib:
@@ -90,23 +95,30 @@ def model_shape(name: str, num_layers: int | None) -> LlamaShape:
     return shape if num_layers is None else replace(shape, num_layers=num_layers)
 
 
-def random_decoder(shape: LlamaShape, options: argparse.Namespace) -> Decoder:
+def random_decoder(shape: LlamaShape, loss_chunk: int) -> Decoder:
     """A decoder with LoRA of rank 16 on all seven linears."""
-    sizes = dict(_sizes(shape))
-    adapters: dict[str, torch.Tensor] = {}
-    for name, size in sizes.items():
-        if any(linear in name for linear in _LINEARS) and len(size) == 2:
-            stem = f"base_model.model.{name.removesuffix('.weight')}"
-            adapters[f"{stem}.lora_A.weight"] = 0.02 * torch.randn(_RANK, size[1])
-            adapters[f"{stem}.lora_B.weight"] = 0.02 * torch.randn(size[0], _RANK)
-    adapter = Adapter({}, adapters, _RANK, 2.0)
+    sizes = dict(tensor_sizes(shape))
+    adapters = {name: 0.02 * torch.randn(size) for name, size in adapter_sizes(sizes).items()}
+    adapter = Adapter({}, adapters, RANK, 2.0)
     file = RandomFile(sizes)
     placement = Placement(torch.device("cuda"), torch.bfloat16, torch.float32, 64)
     weights = build_weights(dict.fromkeys(sizes, file), shape, placement, adapter)
-    return Decoder(shape=shape, weights=weights, ops=FUSED, plans=(KEEP_ALL,) * shape.num_layers, loss_chunk=options.chunk)
+    return Decoder(shape=shape, weights=weights, ops=FUSED, plans=(KEEP_ALL,) * shape.num_layers, loss_chunk=loss_chunk)
 
 
-def _sizes(shape: LlamaShape) -> list[tuple[str, tuple[int, ...]]]:
+def adapter_sizes(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The name and size of every adapter tensor beside the checkpoint tensors ``sizes``."""
+    adapters: dict[str, tuple[int, ...]] = {}
+    for name, size in sizes.items():
+        if any(linear in name for linear in _LINEARS) and len(size) == 2:
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            adapters[f"{stem}.lora_A.weight"] = (RANK, size[1])
+            adapters[f"{stem}.lora_B.weight"] = (size[0], RANK)
+    return adapters
+
+
+def tensor_sizes(shape: LlamaShape) -> list[tuple[str, tuple[int, ...]]]:
+    """The name and size of every tensor of a checkpoint."""
     hidden, inner, queries, keys = shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_size
     sizes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (shape.vocab_size, hidden)), ("model.norm.weight", (hidden,))]
     if not shape.tied_head:
@@ -128,27 +140,45 @@ def _sizes(shape: LlamaShape) -> list[tuple[str, tuple[int, ...]]]:
     return sizes
 
 
-def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | None, options: argparse.Namespace) -> None:
-    documents, tokens = size
-    model = MemoryModel.of(decoder.shape, decoder.weights, Load(documents * tokens, tokens, documents * (tokens - 1), options.chunk))
-    if budget is not None:
-        decoder = replace(decoder, plans=plans_within(model, budget * 2**30))
-    arena = decoder.weights.arena
+def random_load(documents: int, tokens: int, loss_chunk: int) -> Load:
+    """So many documents of so many tokens, all of them supervised."""
+    return Load(documents * tokens, tokens, documents * (tokens - 1), loss_chunk)
+
+
+def random_steps(decoder: Decoder, documents: int, tokens: int, *, replay: bool) -> Callable[[int], torch.Tensor]:
+    """An optimizer step by its index, always over the same random tokens; it returns a copy of the loss."""
     values = [weight.value for weight in trained_weights(decoder.weights)]
-    optimizer = FlatAdamW(arena.masters, values, (0.9, 0.999), 1e-8, 0.01)
-    angles = Angles.of(decoder.shape, tokens, torch.device("cuda"))
-    plain = Steps(decoder, angles, optimizer, 1.0)
-    steps = plain if options.eager else ReplayedSteps(plain)
+    optimizer = FlatAdamW(decoder.weights.arena.masters, values, (0.9, 0.999), 1e-8, 0.01)
+    plain = Steps(decoder, Angles.of(decoder.shape, tokens, torch.device("cuda")), optimizer, 1.0)
+    steps = ReplayedSteps(plain) if replay else plain
     ids = np.random.default_rng(0).integers(0, decoder.shape.vocab_size, size=(1, documents * tokens))
     labels = ids.copy()
     labels[0, ::tokens] = IGNORE
     batches = [Batch(ids, labels, ((tokens,) * documents,))]
+
+    def step(index: int) -> torch.Tensor:
+        return steps.run(batches, step_scalars(_SCHEDULE, index, documents * (tokens - 1))).outcome.loss.clone()
+
+    return step
+
+
+def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | None, options: argparse.Namespace) -> None:
+    documents, tokens = size
+    model = MemoryModel.of(decoder.shape, decoder.weights, random_load(documents, tokens, options.chunk))
+    if budget is not None:
+        try:
+            choice = choose(model, budget * 2**30, 0.0 if options.no_offload else usable_bytes())
+        except UnsupportedError as error:  # the next budget may do
+            print(f"{name} layers {decoder.shape.num_layers} {documents}x{tokens}: {error}", flush=True)
+            return
+        decoder = replace(decoder, plans=choice.plans, loss_chunk=choice.loss_chunk, host=Host())
+    run = random_steps(decoder, documents, tokens, replay=not options.eager)
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
     losses = []
 
     def step(index: int) -> None:
-        losses.append(steps.run(batches, step_scalars(_SCHEDULE, index, documents * (tokens - 1))).outcome.loss.clone())
+        losses.append(run(index))
 
     step(0)
     torch.cuda.synchronize()
@@ -167,7 +197,7 @@ def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | No
     print(
         f"{name} layers {decoder.shape.num_layers} {documents}x{tokens} {_kept(decoder)}: {milliseconds:.2f} ms, "
         f"{count / milliseconds * 1000:,.0f} tokens/s, peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated "
-        f"({model.peak(decoder.plans) / 2**30:.2f} predicted), "
+        f"({model.peak(decoder.plans, decoder.loss_chunk) / 2**30:.2f} predicted), "
         f"first step {first:.1f} s, second {second:.1f} s, losses {losses[0]:.4f} {losses[1]:.4f} {losses[-1]:.4f}",
         flush=True,
     )
@@ -176,9 +206,17 @@ def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | No
 
 
 def _kept(decoder: Decoder) -> str:
-    """How many layers make which tensors again."""
-    dropped = {name: sum(name not in plan for plan in decoder.plans) for name in ("gate_up", "heads", "attended", "middle")}
-    return "again " + ", ".join(f"{name} x{count}" for name, count in dropped.items() if count) if any(dropped.values()) else "all kept"
+    """How many layers make which tensors again, send which to the host, and what is done in parts."""
+    plans = decoder.plans
+    said = []
+    for word, names in (("again", [KEEP_ALL.kept - plan.held for plan in plans]), ("offloaded", [plan.offloaded for plan in plans])):
+        counts = Counter(itertools.chain(*names))
+        if counts:
+            said.append(f"{word} " + ", ".join(f"{name} x{counts[name]}" for name in sorted(counts)))
+    if decoder.host.num_bytes:
+        said.append(f"{decoder.host.num_bytes / 2**30:.2f} GiB pinned")
+    said += [f"{count} layers in {pieces} pieces" for pieces, count in sorted(Counter(plan.pieces for plan in plans).items()) if pieces > 1]
+    return "; ".join([*said, f"{decoder.loss_chunk} rows of logits"]) if said else "all kept"
 
 
 def _breakdown(step: Any) -> None:

@@ -5,56 +5,71 @@ Legend: T tokens, H hidden, L supervised rows, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from engines.native.layer import LayerPass, Plan, Stream
+from engines.native.host import Host
+from engines.native.layer import LayerPass, Stream
 from engines.native.ops import Ops
 from engines.native.packed import Packed
+from engines.native.plan import Plan
 from engines.native.shape import LlamaShape
 from engines.native.weights import DecoderWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """A decoder's weights and how it computes. ``plans``: what each layer keeps; ``loss_chunk``: rows of logits at one time."""
+    """A decoder's weights and how it computes. ``plans``: what each layer keeps; ``loss_chunk``: rows of logits at one time;
+    ``host``: where offloaded tensors wait, one pass at a time."""
 
     shape: LlamaShape
     weights: DecoderWeights
     ops: Ops
     plans: tuple[Plan, ...]
     loss_chunk: int
+    host: Host = field(default_factory=Host)
 
     @torch.no_grad()
     def accumulate(self, packed: Packed, scale: Tensor) -> Tensor:
         """Add ``scale`` (a scalar) times the gradient of the summed losses to every trained weight; returns the losses [L], float32."""
         ops, weights, epsilon = self.ops, self.weights, self.shape.norm_epsilon
         stream = Stream(weights.embedding.value[packed.tokens], None)
-        passes = []
+        passes: list[LayerPass] = []
+        self.host.begin()
         for layer, plan in zip(weights.layers, self.plans, strict=True):
-            passes.append(LayerPass(ops, self.shape, layer, packed, stream))
-            stream = passes[-1].forward(plan)
+            passes.append(LayerPass(ops, self.shape, layer, packed, stream, plan, self.host))
+            del stream  # the pass lets go of it once its first norm has read it
+            stream = passes[-1].forward()
+        self.host.settle()
 
         # Only rows that predict a supervised token reach the loss: the rest of the sequence needs no norm and no logits.
         last_LH = stream.x[packed.rows]
         if stream.delta is not None:
             last_LH += stream.delta[packed.rows]
+        del stream
         normed_LH = ops.plain_norm(last_LH, weights.norm, epsilon)
         losses, d_normed_LH = ops.cross_entropy(normed_LH, weights.head, packed.targets, scale, self.loss_chunk)
+        del normed_LH
+        passes[-1].prefetch()
         d_last_LH = ops.plain_norm_backward(d_normed_LH, last_LH, weights.norm, epsilon)
+        del d_normed_LH
 
         rooms = [layer.down.padded_rank for layer in weights.layers]
         d_x_TW: Tensor | None = last_LH.new_zeros(len(packed.tokens), self.shape.hidden_size + rooms[-1])
+        del last_LH
         assert d_x_TW is not None
         d_x_TW[:, : self.shape.hidden_size].index_copy_(0, packed.rows, d_last_LH)
-        del stream, last_LH, normed_LH, d_normed_LH, d_last_LH
+        del d_last_LH
         while passes and d_x_TW is not None:
             # Popped, so that a layer's tensors are freed as soon as it is done; the lowest needs no dx unless it is trained.
             layer_pass = passes.pop()
+            d_x_TW = layer_pass.mlp_backward(d_x_TW)
+            if passes:
+                passes[-1].prefetch()  # while the attention of this layer computes
             needed = bool(passes) or weights.embedding.master is not None
-            d_x_TW = layer_pass.backward(d_x_TW, (rooms[len(passes) - 1] if passes else 0) if needed else None)
+            d_x_TW = layer_pass.attention_backward(d_x_TW, (rooms[len(passes) - 1] if passes else 0) if needed else None)
         if d_x_TW is not None and weights.embedding.gradient is not None:
             gradient = weights.embedding.gradient
             gradient.index_add_(0, packed.tokens, d_x_TW.to(gradient.dtype))

@@ -1,172 +1,180 @@
-"""How much memory a step needs, and which tensors to make again so that it needs no more than there is.
+"""Which tensors each layer keeps, sends to the host or makes again, so that a step fits into a byte budget and takes least time.
 
-Everything that backward reads of a layer may be kept or made again, each on its own: gate and up, the rotated heads, attention's
-output, the sum in the middle. They are given up in the order of bytes freed for time spent, first in the lowest layers: those are
-read last, when what the layers above kept is already free.
-
-Legend: T tokens, H hidden, I intermediate, N columns of query, key and value, C query heads, P padded ranks, L supervised rows.
+Each tensor's choice is its own: gate and up, the rotated heads, attention's output, the sum in the middle, and the input, which can be
+kept or sent away but not made again. Gate and up are never sent: a bus that has room for them has it for the others, whose bytes take as
+long to make again. Layers give up theirs from the lowest: those are read last, when what the layers above kept is already free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations, pairwise, product
 
-from engines.native.buckets import shared_sizes
-from engines.native.layer import KEEP_ALL, Name, Plan
-from engines.native.shape import LlamaShape
-from engines.native.weights import DecoderWeights
-from harness.data.tokens import IGNORE, Batch
+from engines.native.durations import Durations, LayerSeconds
+from engines.native.footprint import LayerBytes, MemoryModel
+from engines.native.host import SLAB_BYTES
+from engines.native.plan import KEEP_ALL, Names, Plan
 from harness.errors import UnsupportedError
 
 _GIB = 2**30
-# Only their ratio counts: what products and passes over memory cost on an H100 (docs/engine.md).
-_FLOPS, _BYTES = 650e12, 2.8e12
-_SLACK = 1.02  # predictions have been up to 1.6 % low (docs/log.md, 2026-11-24)
+_SLACK = 1.02  # the model has been up to 0.3 % below what was measured (docs/engine.md), offloading excepted: not measured yet
+_PIECES = (1, 2, 4, 8)
+_SMALLEST_CHUNK = 256  # rows of logits; fewer leave the products short of work
+_SWEEPS = 3
+# The projection before the heads' norms is worth nothing without the heads, nor they without it: both or none.
+_INPUT: Names = frozenset(("input",))
+_GATE_UP: Names = frozenset(("gate_up",))
+_UNITS: tuple[Names, ...] = (frozenset(("heads", "qkv")), frozenset(("attended",)), frozenset(("middle",)))
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What one forward and backward pass works on: tokens, tokens of the longest document, supervised rows, rows of logits at once."""
+class Choice:
+    """A plan for every layer and the rows of logits at one time, with what is predicted of them; ``seconds`` only rank choices."""
 
-    num_tokens: int
-    longest: int
-    num_rows: int
+    plans: tuple[Plan, ...]
+    loss_chunk: int
+    peak_bytes: int
+    host_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """Judges choices; what is known of a plan is worked out once."""
+
+    memory: MemoryModel
+    durations: Durations
+    known: dict[Plan, tuple[LayerBytes, LayerSeconds]] = field(default_factory=dict)
+
+    def choice(self, plans: Sequence[Plan], loss_chunk: int) -> Choice:
+        for plan in set(plans) - self.known.keys():
+            self.known[plan] = self.memory.layer(plan), self.durations.layer(plan)
+        layers = [self.known[plan] for plan in plans]
+        sizes = [size for size, _ in layers]
+        away = sum(size.away for size in sizes)
+        return Choice(
+            tuple(plans),
+            loss_chunk,
+            self.memory.peak_of(sizes, loss_chunk),
+            -(-away // SLAB_BYTES) * SLAB_BYTES,
+            self.durations.step([seconds for _, seconds in layers], loss_chunk),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A way to need less, step by step: first ``away`` goes to the host, layer by layer; then the units of ``again`` are given up."""
+
+    judge: _Judge
+    away: Names
+    num_away: int
+    again: tuple[Names, ...]
+    pieces: int
     loss_chunk: int
 
+    @property
+    def last(self) -> int:
+        """The last step."""
+        return self.num_away + len(self.again) * self.judge.memory.shape.num_layers
 
-def largest_load(batches: Iterable[Batch], loss_chunk: int, *, shared: bool) -> Load:
-    """The most of each over ``batches`` (packed rows); ``shared``: as replayed steps fill uneven documents up."""
-    tokens = longest = rows = 0
-    for batch in batches:
-        lengths = batch.lengths[0]
-        sizes = shared_sizes(batch) if shared and len(set(lengths)) > 1 else None
-        labelled = int((batch.labels[0] != IGNORE).sum())
-        tokens = max(tokens, sizes.num_tokens if sizes else sum(lengths))
-        longest = max(longest, *lengths)
-        rows = max(rows, sizes.num_rows if sizes else labelled)
-    return Load(tokens, longest, rows, loss_chunk)
+    def choice(self, step: int) -> Choice:
+        """After so many steps."""
+        count = self.judge.memory.shape.num_layers
+        given_up, of_next = divmod(max(0, step - self.num_away), count)
+        num_sent = min(step, self.num_away)
+        edges = sorted({0, num_sent, of_next, count})
+        plans: list[Plan] = []
+        for start, end in pairwise(edges):  # layers that are treated alike
+            sent = self.away if start < num_sent else frozenset()
+            dropped = frozenset().union(*self.again[: given_up + (start < of_next)])
+            plans += [Plan(KEEP_ALL.kept - dropped - sent, sent, self.pieces)] * (end - start)
+        return self.judge.choice(plans, self.loss_chunk)
 
-
-def stored_bytes(weights: DecoderWeights) -> int:
-    """Bytes of all weights, masters and gradients, what shares memory counted once."""
-    tensors = [weights.embedding.value, weights.norm.value, weights.head.value, weights.arena.masters, weights.arena.gradients]
-    for layer in weights.layers:
-        tensors += [norm.value for _, norm in layer.norms]
-        for group in layer.groups:
-            tensors += [group.wide, *([group.bias.value] if group.bias else [])]
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """Padded ranks of the four linear groups of a layer."""
-
-    qkv: int
-    output: int
-    gate_up: int
-    down: int
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryModel:
-    """Bytes of a step by what they are for. ``static``: what is there all the time; ``element_bytes``: of an activation."""
-
-    shape: LlamaShape
-    ranks: Ranks
-    load: Load
-    static: int
-    element_bytes: int
-
-    @classmethod
-    def of(cls, shape: LlamaShape, weights: DecoderWeights, load: Load) -> MemoryModel:
-        """For weights that are loaded: their own bytes, two moments of the trained values, angles and the packed row."""
-        ranks = Ranks(*(group.padded_rank for group in weights.layers[0].groups))
-        moments = 2 * weights.arena.masters.nbytes
-        angles = 4 * shape.head_dim * (load.longest + load.num_tokens)
-        static = stored_bytes(weights) + moments + angles + 24 * load.num_tokens
-        return cls(shape, ranks, load, static, weights.norm.value.element_size())
-
-    def bytes_of(self, name: Name) -> int:
-        """One kept tensor of one layer."""
-        shape, ranks = self.shape, self.ranks
-        columns = {
-            "heads": shape.query_size + 2 * shape.key_size,
-            "qkv": shape.query_size + 2 * shape.key_size if shape.qk_norm else 0,
-            "attended": shape.query_size + ranks.output,
-            "middle": shape.hidden_size,
-            "gate_up": 2 * shape.intermediate_size + ranks.gate_up,
-            "low_qkv": ranks.qkv,
-            "low_gate_up": ranks.gate_up,
-            "low_down": ranks.down,
-        }
-        statistics = {"inverse": 4, "mlp_inverse": 4, "attended": 4 * shape.num_heads}
-        return self.load.num_tokens * (columns.get(name, 0) * self.element_bytes + statistics.get(name, 0))
-
-    def seconds_of(self, name: Name) -> float:
-        """Making one tensor of one layer again."""
-        shape, tokens = self.shape, self.load.num_tokens
-        hidden, inner, heads = shape.hidden_size, shape.intermediate_size, shape.query_size + 2 * shape.key_size
-        flops = {
-            "heads": 2 * hidden * heads,
-            "attended": 2 * self.load.longest * shape.query_size,
-            "middle": 2 * hidden * shape.query_size,
-            "gate_up": 4 * hidden * inner,
-        }
-        passes = {"heads": 3 * hidden + 3 * heads, "attended": 3 * shape.query_size, "middle": hidden, "gate_up": 3 * hidden + 2 * inner}
-        return tokens * (flops.get(name, 0) / _FLOPS + passes.get(name, 0) * self.element_bytes / _BYTES)
-
-    def kept(self, plan: Plan) -> int:
-        """One layer between its forward and its backward pass."""
-        return self.load.num_tokens * self.shape.hidden_size * self.element_bytes + sum(self.bytes_of(name) for name in plan)
-
-    def peak(self, plans: Sequence[Plan]) -> int:
-        """The most that is allocated at one time during a step."""
-        below = [0]
-        for plan in plans:
-            below.append(below[-1] + self.kept(plan))
-        passes = [below[index] + self._backward(plan) for index, plan in enumerate(plans)]
-        return self.static + max(below[-1] + self._loss(), *passes)
-
-    def _loss(self) -> int:
-        """At the end of forward: the stream's last addend, three tensors of supervised rows, a chunk of logits."""
-        load, hidden = self.load, self.shape.hidden_size
-        chunk = min(load.loss_chunk, load.num_rows) * self.shape.vocab_size
-        return self.element_bytes * (load.num_tokens * hidden + 3 * load.num_rows * hidden + chunk)
-
-    def _backward(self, plan: Plan) -> int:
-        """One layer's backward pass: all that it reads, kept or made again, and the larger of its two halves."""
-        shape, ranks, tokens = self.shape, self.ranks, self.load.num_tokens
-        hidden, inner, queries = shape.hidden_size, shape.intermediate_size, shape.query_size
-        heads = queries + 2 * shape.key_size
-        streams = 2 * hidden + ranks.down + ranks.output
-        mlp = streams + inner + (hidden + ranks.gate_up if "gate_up" not in plan else 0)
-        # The attention's backward sums dq in float32 before it is rounded.
-        attention = streams + 2 * queries + 2 * heads + ranks.qkv + queries * 4 // self.element_bytes
-        return self.kept(KEEP_ALL) + tokens * self.element_bytes * max(mlp, attention)
+    def first(self, fits: Callable[[Choice], bool]) -> Choice | None:
+        """The first step that ``fits``, by halving; None when the last one does not."""
+        found, low, high = self.choice(self.last), 0, self.last
+        if not fits(found):
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            choice = self.choice(middle)
+            if fits(choice):
+                found, high = choice, middle
+            else:
+                low = middle + 1
+        return found
 
 
-# Small beside the others, and dear to make again: always kept.
-_ALWAYS: Plan = frozenset(("inverse", "mlp_inverse", "low_qkv", "low_gate_up", "low_down"))
+def choose(memory: MemoryModel, budget_bytes: float, host_bytes: float) -> Choice:
+    """The fastest choice that stays within ``budget_bytes`` on the device and ``host_bytes`` of pinned memory (0: nothing is sent away).
 
-
-def plans_within(model: MemoryModel, budget_bytes: float) -> tuple[Plan, ...]:
-    """What each layer keeps so that a step stays within ``budget_bytes``, at the least recomputation.
-
-    Raises UnsupportedError with what would be needed when even keeping next to nothing is too much.
+    Raises UnsupportedError with what would be needed when nothing fits.
     """
-    plans = [KEEP_ALL] * model.shape.num_layers
-    # The projection before the heads' norms is worth nothing without the heads, nor they without it: both or none.
-    units: list[tuple[Name, ...]] = [("gate_up",), ("heads", "qkv"), ("attended",), ("middle",)]
-    units.sort(key=lambda unit: sum(map(model.seconds_of, unit)) / sum(map(model.bytes_of, unit)))
-    for unit in units:
-        for index in range(len(plans)):
-            if _SLACK * model.peak(plans) <= budget_bytes:
-                return tuple(plans)
-            plans[index] = plans[index] - frozenset(unit)
-    if _SLACK * model.peak(plans) <= budget_bytes:
-        return tuple(plans)
-    raise UnsupportedError(
-        f"this step needs at least {_SLACK * model.peak(plans) / _GIB:.1f} GiB (predicted) with everything made again that can be, "
-        f"and {budget_bytes / _GIB:.1f} GiB are there; use a smaller engine.knobs.micro_batch or loss_chunk, or shorter samples"
+    judge = _Judge(memory, Durations(memory))
+
+    def fits(choice: Choice) -> bool:
+        return _SLACK * choice.peak_bytes <= budget_bytes and choice.host_bytes <= host_bytes
+
+    ways = list(_ways(judge, host_bytes))
+    found = [choice for way in ways if (choice := way.first(fits)) is not None]
+    if not found:
+        least = min((way.choice(way.last) for way in ways), key=lambda choice: choice.peak_bytes)
+        raise UnsupportedError(_nothing_fits(least, budget_bytes))
+    return _polished(judge, min(found, key=lambda choice: choice.seconds), fits)
+
+
+def _nothing_fits(least: Choice, budget_bytes: float) -> str:
+    host = f"{least.host_bytes / _GIB:.1f} GiB more on the host" if least.host_bytes else "nothing on the host"
+    return (
+        f"this step needs at least {_SLACK * least.peak_bytes / _GIB:.1f} GiB (predicted) with everything made again that can be "
+        f"and {host}, and {budget_bytes / _GIB:.1f} GiB are there; use a smaller engine.knobs.micro_batch or shorter samples"
     )
+
+
+def _ways(judge: _Judge, host_bytes: float) -> Iterator[_Way]:
+    """All combinations of what is sent away, how many pieces and how many rows of logits; the plainest first."""
+    memory, durations = judge.memory, judge.durations
+    again = tuple(sorted((_GATE_UP, *_UNITS), key=lambda unit: sum(durations.of(name) for name in unit) / memory.total(unit)))
+    movable = (_INPUT, *_UNITS)
+    for count in range(len(movable) + 1):
+        for sent in combinations(movable, count):
+            away: Names = frozenset().union(*sent)
+            size = memory.total(away)
+            num_away = int(min(memory.shape.num_layers, host_bytes / size)) if size else 0
+            if sent and not num_away:
+                continue
+            for pieces, chunk in product(_PIECES, _chunks(memory.load.loss_chunk)):
+                yield _Way(judge, away, num_away, again, pieces, chunk)
+
+
+def _chunks(largest: int) -> list[int]:
+    chunks = [largest]
+    while chunks[-1] // 2 >= _SMALLEST_CHUNK:
+        chunks.append(chunks[-1] // 2)
+    return chunks
+
+
+def _polished(judge: _Judge, best: Choice, fits: Callable[[Choice], bool]) -> Choice:
+    """Changes of single layers that save time and still fit, from the top: what the layers there hold is nobody's peak for long."""
+    for _ in range(_SWEEPS):
+        before = best
+        for index in reversed(range(len(best.plans))):
+            for plan in _neighbours(best.plans[index]):
+                changed = judge.choice([*best.plans[:index], plan, *best.plans[index + 1 :]], best.loss_chunk)
+                if changed.seconds < best.seconds and fits(changed):
+                    best = changed
+        if best is before:
+            break
+    return best
+
+
+def _neighbours(plan: Plan) -> Iterator[Plan]:
+    """Plans that treat one unit otherwise, or all rows at once."""
+    for unit in (_INPUT, _GATE_UP, *_UNITS):
+        yield replace(plan, kept=plan.kept | unit, offloaded=plan.offloaded - unit)
+        if unit is not _GATE_UP:
+            yield replace(plan, kept=plan.kept - unit, offloaded=plan.offloaded | unit)
+        if unit is not _INPUT:
+            yield replace(plan, kept=plan.kept - unit, offloaded=plan.offloaded - unit)
+    yield replace(plan, pieces=1)

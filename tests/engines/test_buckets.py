@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.native.buckets import filled, rounded_up, shared_sizes
-from engines.native.layer import KEEP_ALL
 from engines.native.packed import Angles
+from engines.native.plan import KEEP_ALL
 from harness.data.tokens import IGNORE, Batch, pack
 from tests.engines.test_fused import decoder, gradients
 from tests.engines.tiny import make_job

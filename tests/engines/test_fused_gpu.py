@@ -19,7 +19,7 @@ from tests.engines.tiny import FAMILIES, LORA, VOCABULARY, RecordingProbe, make_
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
 KNOBS: dict[str, Any] = {
-    "micro_batch": 4, "recompute": "fit", "memory_gib": None,
+    "micro_batch": 4, "recompute": "fit", "memory_gib": None, "offload": True,
     "compute_dtype": "bfloat16", "operations": "fused", "replay": True, "loss_chunk": 7,
 }  # fmt: skip
 EXACT = {"compute_dtype": "float32", "operations": "reference", "replay": False}

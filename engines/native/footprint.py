@@ -1,0 +1,203 @@
+"""How much memory a step needs, by what it is for and by when.
+
+Legend: T tokens, H hidden, I intermediate, N columns of query, key and value, Q of the queries, P padded ranks, L supervised rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from engines.native.buckets import shared_sizes
+from engines.native.plan import Name, Plan
+from engines.native.shape import LlamaShape
+from engines.native.weights import DecoderWeights
+from harness.data.tokens import IGNORE, Batch
+
+# cuBLAS keeps 32 MiB for the stream that launches and as much for the one that is captured (Hopper; less elsewhere).
+_WORKSPACES = 2 * 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one forward and backward pass works on: tokens, tokens of the longest document, supervised rows, rows of logits at once."""
+
+    num_tokens: int
+    longest: int
+    num_rows: int
+    loss_chunk: int
+
+
+def largest_load(batches: Iterable[Batch], loss_chunk: int, *, shared: bool) -> Load:
+    """The most of each over ``batches`` (packed rows); ``shared``: as replayed steps fill uneven documents up."""
+    tokens = longest = rows = 0
+    for batch in batches:
+        lengths = batch.lengths[0]
+        sizes = shared_sizes(batch) if shared and len(set(lengths)) > 1 else None
+        labelled = int((batch.labels[0] != IGNORE).sum())
+        tokens = max(tokens, sizes.num_tokens if sizes else sum(lengths))
+        longest = max(longest, *lengths)
+        rows = max(rows, sizes.num_rows if sizes else labelled)
+    return Load(tokens, longest, rows, loss_chunk)
+
+
+def stored_bytes(weights: DecoderWeights) -> int:
+    """Bytes of all weights, masters and gradients, what shares memory counted once."""
+    tensors = [weights.embedding.value, weights.norm.value, weights.head.value, weights.arena.masters, weights.arena.gradients]
+    for layer in weights.layers:
+        tensors += [norm.value for _, norm in layer.norms]
+        for group in layer.groups:
+            tensors += [group.wide, *([group.bias.value] if group.bias else [])]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Padded ranks of the four linear groups of a layer."""
+
+    qkv: int
+    output: int
+    gate_up: int
+    down: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBytes:
+    """One layer under one plan: what it ``kept`` between its passes, what leaves for the host (``away``), how much of that has to be back
+    ``early``; and its highest points beside what other layers hold, in the two halves of its forward and of its backward pass."""
+
+    kept: int
+    away: int
+    early: int
+    attention: int
+    mlp: int
+    mlp_backward: int
+    attention_backward: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryModel:
+    """Bytes of a step by what they are for. ``static``: what is there all the time; ``element_bytes``: of an activation."""
+
+    shape: LlamaShape
+    ranks: Ranks
+    load: Load
+    static: int
+    element_bytes: int
+
+    @classmethod
+    def of(cls, shape: LlamaShape, weights: DecoderWeights, load: Load) -> MemoryModel:
+        """For weights that are loaded: their own bytes, two moments of the trained values, angles and the packed row."""
+        ranks = Ranks(*(group.padded_rank for group in weights.layers[0].groups))
+        moments = 2 * weights.arena.masters.nbytes
+        angles = 4 * shape.head_dim * (load.longest + load.num_tokens)
+        workspaces = _WORKSPACES if weights.norm.value.is_cuda else 0
+        static = stored_bytes(weights) + moments + angles + 24 * load.num_tokens + workspaces
+        return cls(shape, ranks, load, static, weights.norm.value.element_size())
+
+    def bytes_of(self, name: Name) -> int:
+        """One held tensor of one layer."""
+        shape, ranks = self.shape, self.ranks
+        columns = {
+            "input": shape.hidden_size,
+            "heads": self._heads,
+            "qkv": self._heads if shape.qk_norm else 0,
+            "attended": shape.query_size + ranks.output,
+            "middle": shape.hidden_size,
+            "gate_up": 2 * shape.intermediate_size + ranks.gate_up,
+            "low_qkv": ranks.qkv,
+            "low_gate_up": ranks.gate_up,
+            "low_down": ranks.down,
+        }
+        statistics = {"inverse": 4, "mlp_inverse": 4, "attended": 4 * shape.num_heads}
+        return self.load.num_tokens * (columns.get(name, 0) * self.element_bytes + statistics.get(name, 0))
+
+    def total(self, names: Iterable[Name]) -> int:
+        """All of ``names`` of one layer."""
+        return sum(self.bytes_of(name) for name in names)
+
+    def layer(self, plan: Plan) -> LayerBytes:
+        """A layer under ``plan``."""
+        own = self.total(plan.held)
+        return LayerBytes(
+            self.total(plan.kept),
+            self.total(plan.offloaded),
+            self.total(plan.early),
+            self._attention(),
+            own + self._mlp(plan),
+            own + self._mlp_backward(plan),
+            self.total(plan.held - {"middle", "mlp_inverse", "low_gate_up", "gate_up", "low_down"}) + self._attention_backward(plan),
+        )
+
+    def peak(self, plans: Sequence[Plan], loss_chunk: int | None = None) -> int:
+        """The most that is allocated at one time during a step; ``loss_chunk``: the load's unless it is given."""
+        return self.peak_of([self.layer(plan) for plan in plans], loss_chunk or self.load.loss_chunk)
+
+    def peak_of(self, layers: Sequence[LayerBytes], loss_chunk: int) -> int:
+        """As ``peak``, of layers that are known."""
+        most, below = 0, 0
+        for layer, previous in zip(layers, (None, *layers[:-1]), strict=True):
+            # What the layer before sends away is let go in the middle of this one.
+            most = max(most, below + layer.attention + (previous.away if previous else 0), below + layer.mlp)
+            below += layer.kept
+        most = max(most, below + self._loss(loss_chunk))
+        for layer, under in zip(layers[::-1], (*layers[-2::-1], None), strict=True):
+            below -= layer.kept
+            most = max(most, below + layer.mlp_backward, below + layer.attention_backward + (under.early if under else 0))
+        return self.static + most
+
+    @property
+    def _heads(self) -> int:
+        return self.shape.query_size + 2 * self.shape.key_size
+
+    def _span(self, columns: float) -> int:
+        """Bytes of so many columns of all tokens."""
+        return int(self.load.num_tokens * self.element_bytes * columns)
+
+    def _attention(self) -> int:
+        """Forward up to the sum in the middle: the incoming pair, the input, the heads, attention's output twice, its projection."""
+        hidden, ranks, queries = self.shape.hidden_size, self.ranks, self.shape.query_size
+        wide = hidden + ranks.qkv
+        norm, project = 4 * hidden + ranks.qkv, hidden + wide + self._heads
+        attend = hidden + self._heads + 2 * queries + ranks.output
+        middle = hidden + self._heads + queries + ranks.output + 3 * hidden + ranks.gate_up
+        return self._span(max(norm, project, attend, middle))
+
+    def _mlp(self, plan: Plan) -> int:
+        """Forward from there, beside what the layer holds: the sum and its norm, and gate, up and h of some rows at a time."""
+        shape, ranks = self.shape, self.ranks
+        hidden, inner = shape.hidden_size, shape.intermediate_size
+        whole = "gate_up" in plan.held
+        pieces = 1 if whole else plan.pieces
+        rows = inner + ranks.down + (hidden if whole else max(hidden, 2 * inner + ranks.gate_up))
+        middle = 0 if "middle" in plan.held else hidden
+        return self._span(middle + hidden + ranks.gate_up + max(hidden * (pieces - 1) / pieces + rows / pieces, 2 * hidden))
+
+    def _mlp_backward(self, plan: Plan) -> int:
+        """The gradient that comes in, what is made again for this half, and gate, up and their gradients of some rows at a time."""
+        shape, ranks, pieces, held = self.shape, self.ranks, plan.pieces, plan.held
+        hidden, inner = shape.hidden_size, shape.intermediate_size
+        again = 0
+        if "middle" not in held:
+            again += hidden
+            if "attended" not in held:
+                again += shape.query_size + ranks.output + (0 if "heads" in held else self._heads)
+        gate_up = 0 if "gate_up" in held else 2 * inner + ranks.gate_up
+        normed = 0 if "gate_up" in held else hidden + ranks.gate_up
+        done = (hidden + ranks.output) / pieces
+        last = (pieces - 1) * done + (gate_up + max(inner, hidden + hidden + ranks.output)) / pieces
+        before_last = (pieces - 2) * done + normed + (gate_up + inner) / pieces if pieces > 1 else normed + gate_up
+        return self._span(hidden + ranks.down + again + max(last, before_last, 2 * hidden + normed if again else 0))
+
+    def _attention_backward(self, plan: Plan) -> int:
+        """The gradient in the middle, what is made again, and the gradients of the heads: dq is summed in float32 before it is rounded."""
+        shape, ranks, held = self.shape, self.ranks, plan.held
+        hidden, queries, heads = shape.hidden_size, shape.query_size, self._heads
+        again = (0 if "attended" in held else queries + ranks.output) + (0 if "heads" in held else heads)
+        gradients = max(queries + heads + queries * 4 // self.element_bytes, 2 * heads + ranks.qkv)
+        return self._span(hidden + ranks.output + again + gradients)
+
+    def _loss(self, chunk: int) -> int:
+        """At the end of forward: three tensors of supervised rows and a chunk of logits, or one tensor more."""
+        rows, hidden = self.load.num_rows, self.shape.hidden_size
+        return self.element_bytes * (3 * rows * hidden + max(min(chunk, rows) * self.shape.vocab_size, rows * hidden))

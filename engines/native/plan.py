@@ -1,0 +1,51 @@
+"""What a layer's backward pass finds where: a plan says of every tensor whether it is kept, waits in host memory, or is made again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+# What a layer makes in its forward pass and reads in its backward pass. Norm outputs and h are not among them: what needs them makes them
+# again in one cheap pass, or does without. ``input`` is the sum of the residual stream, which nothing in the layer can make again.
+Name = Literal["input", "inverse", "low_qkv", "qkv", "heads", "attended", "middle", "mlp_inverse", "low_gate_up", "gate_up", "low_down"]
+Names = frozenset[Name]
+MOVABLE: Names = frozenset(("input", "qkv", "heads", "attended", "middle", "gate_up"))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """``kept`` stays on the device, ``offloaded`` waits in host memory, all else is made again by backward.
+
+    ``pieces``: a gate and up that are not held are made, and their gradients too, so many parts of the rows at a time.
+    """
+
+    kept: Names
+    offloaded: Names = frozenset()
+    pieces: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a plan that says two things of one tensor, or that has no input."""
+        if self.kept & self.offloaded or "input" not in self.held or self.offloaded - MOVABLE or self.pieces < 1:
+            raise ValueError(
+                f"{self} is no plan: a name is kept or offloaded, not both, the input one of them; "
+                f"only {', '.join(sorted(MOVABLE))} can be offloaded; there is at least 1 piece"
+            )
+
+    @property
+    def held(self) -> Names:
+        """What need not be made again."""
+        return self.kept | self.offloaded
+
+    @property
+    def early(self) -> Names:
+        """What the first half of backward, the MLP's, needs of the host; the rest is needed in the second half only."""
+        needed: set[Name] = {"gate_up", "middle"}
+        if "middle" not in self.held:  # made again from the input and from the nearest held tensor before it
+            needed |= {"input", "attended"}
+            if "attended" not in self.held:
+                needed |= {"heads", "qkv"}
+        return self.offloaded & needed
+
+
+KEEP_INPUT = Plan(frozenset(("input",)))
+KEEP_ALL = Plan(frozenset(get_args(Name)))

@@ -1,0 +1,158 @@
+"""The allocations of the fused operations without their kernels: meta tensors of the same sizes, and the most bytes alive at one time.
+
+Legend: T tokens, H hidden, N output and K input columns of a linear group, P its padded ranks, W = N + P, L supervised rows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from engines.native.bench import RANK, adapter_sizes, tensor_sizes
+from engines.native.checkpoint import Placement, build_weights
+from engines.native.decoder import Decoder
+from engines.native.footprint import Load
+from engines.native.fused_ops import FUSED
+from engines.native.lora import Adapter
+from engines.native.ops import Attended, Heads, Input, Normed
+from engines.native.packed import Packed
+from engines.native.plan import Plan
+from engines.native.shape import LlamaShape
+from engines.native.weights import Linear, Weight
+
+META = torch.device("meta")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that are alive, and the most there were, beside those that were there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device == META:
+                storage = leaf.untyped_storage()
+                if id(storage) not in self._known and id(storage) not in before:
+                    self._known.add(id(storage))
+                    self._change(storage.nbytes())
+                    weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+        return result
+
+    def _gone(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self._change(-num_bytes)
+
+    def _change(self, num_bytes: int) -> None:
+        self.now += num_bytes
+        self.most = max(self.most, self.now)
+
+
+def with_low(wide_TW: Tensor, linear: Linear) -> Input:
+    return Input(wide_TW, wide_TW[:, linear.num_inputs :].clone())
+
+
+def norm(x_TH: Tensor, delta_TH: Tensor | None, weight: Weight, epsilon: float, linear: Linear) -> Normed:
+    wide_TW = x_TH.new_empty(len(x_TH), x_TH.shape[1] + linear.padded_rank)
+    sum_TH = x_TH if delta_TH is None else torch.empty_like(x_TH)
+    return Normed(with_low(wide_TW, linear), sum_TH, x_TH.new_empty(len(x_TH), dtype=torch.float32))
+
+
+def norm_backward(dy_TH: Tensor, x_TH: Tensor, inverse_T: Tensor, weight: Weight, residual_TH: Tensor | None, padded_rank: int) -> Tensor:
+    return x_TH.new_empty(len(x_TH), x_TH.shape[1] + padded_rank)
+
+
+def attention(heads: Heads, packed: Packed, linear: Linear) -> Attended:
+    """cuDNN's output, copied into the wide input, and the logarithms of sums."""
+    tokens, num_heads, head_dim = heads.queries.shape
+    output_TK = heads.queries.new_empty(tokens, num_heads * head_dim)
+    wide_TW = output_TK.new_empty(tokens, linear.num_inputs + linear.padded_rank)
+    return Attended(Input(wide_TW, wide_TW[:, linear.num_inputs :]), (output_TK.new_empty(num_heads, tokens, dtype=torch.float32),))
+
+
+def attention_backward(dy_TCD: Tensor, heads: Heads, attended: Attended, packed: Packed) -> Heads:
+    """dq is summed in float32 before it is rounded."""
+    into = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (heads.queries, heads.keys, heads.values)]
+    into[0].new_empty(into[0].shape, dtype=torch.float32)
+    return Heads(*into)
+
+
+def rotate_back(gradients: Heads, packed: Packed, padded_rank: int) -> Tensor:
+    columns = sum(each[0].numel() for each in (gradients.queries, gradients.keys, gradients.values))
+    return gradients.queries.new_empty(len(gradients.queries), columns + padded_rank)
+
+
+def swiglu(gate_up_TN: Tensor, linear: Linear) -> Input:
+    return with_low(gate_up_TN.new_empty(len(gate_up_TN), linear.num_inputs + linear.padded_rank), linear)
+
+
+def swiglu_backward(d_h_TK: Tensor, gate_up_TN: Tensor, padded_rank: int) -> tuple[Tensor, Tensor]:
+    return d_h_TK, gate_up_TN.as_strided((len(gate_up_TN), gate_up_TN.shape[1] + padded_rank), gate_up_TN.stride())
+
+
+def cross_entropy(hidden_LH: Tensor, head: Weight, targets_L: Tensor, scale: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    d_hidden_LH = torch.empty_like(hidden_LH)
+    hidden_LH.new_empty(min(chunk, len(hidden_LH)), len(head.value))
+    return hidden_LH.new_empty(len(hidden_LH), dtype=torch.float32), d_hidden_LH
+
+
+ALLOCATIONS = replace(
+    FUSED,
+    norm=norm,
+    norm_backward=norm_backward,
+    plain_norm=lambda x, weight, epsilon: torch.empty_like(x),
+    plain_norm_backward=lambda dy, x, weight, epsilon: torch.empty_like(x),
+    fill=lambda dy, linear: None,
+    weight_gradients=lambda dy, source, low, linear: None,
+    rotate_=lambda heads, packed: None,
+    rotate_back=rotate_back,
+    attention=attention,
+    attention_backward=attention_backward,
+    swiglu=swiglu,
+    swiglu_backward=swiglu_backward,
+    cross_entropy=cross_entropy,
+)
+
+
+class _Shapes:
+    """Stands for an open file: every tensor on the meta device."""
+
+    def __init__(self, sizes: dict[str, tuple[int, ...]]) -> None:
+        self._sizes = sizes
+
+    def get_tensor(self, name: str) -> Tensor:
+        return torch.empty(self._sizes[name], device=META)
+
+
+def meta_decoder(shape: LlamaShape) -> Decoder:
+    """A decoder of bf16 weights with LoRA on all linears, as the bench makes it, that takes no memory."""
+    sizes = dict(tensor_sizes(shape))
+    adapters = {name: torch.empty(size, device=META) for name, size in adapter_sizes(sizes).items()}
+    placement = Placement(META, torch.bfloat16, torch.float32, 64)
+    weights = build_weights(dict.fromkeys(sizes, _Shapes(sizes)), shape, placement, Adapter({}, adapters, RANK, 2.0))
+    return Decoder(shape=shape, weights=weights, ops=ALLOCATIONS, plans=(), loss_chunk=1)
+
+
+def transient_bytes(decoder: Decoder, load: Load, plans: Sequence[Plan]) -> int:
+    """The most that a pass of ``plans`` allocates at one time, beside weights, optimizer and the packed row."""
+    tokens, half = load.num_tokens, decoder.shape.head_dim // 2
+    documents = tokens // load.longest
+    ids = torch.empty(tokens, dtype=torch.int64, device=META)
+    rows = torch.empty(load.num_rows, dtype=torch.int64, device=META)
+    cosine, starts = torch.empty(tokens, half, device=META), torch.empty(documents + 1, dtype=torch.int32, device=META)
+    row = Packed(ids, cosine, cosine, (load.longest,) * documents, starts, load.longest, rows, rows)
+    scale = torch.empty((), device=META)
+    with LiveBytes() as live:
+        replace(decoder, plans=tuple(plans), loss_chunk=load.loss_chunk).accumulate(row, scale)
+    return live.most
