@@ -28,13 +28,13 @@ from engines.native.packed import Angles
 from engines.native.planner import Load, MemoryModel, plans_within
 from engines.native.shape import LlamaShape, read_shape
 from engines.native.steps import ReplayedSteps, Steps
-from engines.native.weights import trained_weights
+from engines.native.weights import DecoderWeights, trained_weights
 from harness.data.tokens import IGNORE, Batch
 from harness.spec import Train
 
-_CONF = Path(__file__).parents[2] / "conf" / "model"
-_RANK = 16
-_SCHEDULE = Train(
+CONF = Path(__file__).parents[2] / "conf" / "model"
+RANK = 16
+SCHEDULE = Train(
     steps=1000, samples_per_step=1, learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.01, beta1=0.9, beta2=0.999,
     epsilon=1e-8, max_grad_norm=1.0, seed=0,
 )  # fmt: skip
@@ -52,11 +52,12 @@ class RandomFile:
     """Stands for an open safetensors file: every tensor drawn on the device when it is asked for."""
 
     sizes: dict[str, tuple[int, ...]]
+    device: str = "cuda"
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """Normal values, standard deviation 0.02; ones for norms."""
         size = self.sizes[name]
-        return torch.ones(size, device="cuda") if len(size) == 1 else 0.02 * torch.randn(size, device="cuda")
+        return torch.ones(size, device=self.device) if len(size) == 1 else 0.02 * torch.randn(size, device=self.device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -74,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
     for name in options.model:
         shape = model_shape(name, options.layers)
-        decoder = random_decoder(shape, options)
+        weights = random_weights(shape, Placement(torch.device("cuda"), torch.bfloat16, torch.float32, 64))
+        decoder = Decoder(shape=shape, weights=weights, ops=FUSED, plans=(KEEP_ALL,) * shape.num_layers, loss_chunk=options.chunk)
         for batch in options.batch:
             documents, tokens = (int(part) for part in batch.split("x"))
             for budget in options.memory_gib:
@@ -85,25 +87,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def model_shape(name: str, num_layers: int | None) -> LlamaShape:
     """The shape of conf/model/``name``.yaml, perhaps cut to fewer layers."""
-    config: dict[str, Any] = yaml.safe_load((_CONF / f"{name}.yaml").read_text())["config"]
+    config: dict[str, Any] = yaml.safe_load((CONF / f"{name}.yaml").read_text())["config"]
     shape = read_shape(config, 1)
     return shape if num_layers is None else replace(shape, num_layers=num_layers)
 
 
-def random_decoder(shape: LlamaShape, options: argparse.Namespace) -> Decoder:
-    """A decoder with LoRA of rank 16 on all seven linears."""
+def random_weights(shape: LlamaShape, placement: Placement) -> DecoderWeights:
+    """A decoder's weights with LoRA of rank 16 on all seven linears."""
     sizes = dict(_sizes(shape))
     adapters: dict[str, torch.Tensor] = {}
     for name, size in sizes.items():
         if any(linear in name for linear in _LINEARS) and len(size) == 2:
             stem = f"base_model.model.{name.removesuffix('.weight')}"
-            adapters[f"{stem}.lora_A.weight"] = 0.02 * torch.randn(_RANK, size[1])
-            adapters[f"{stem}.lora_B.weight"] = 0.02 * torch.randn(size[0], _RANK)
-    adapter = Adapter({}, adapters, _RANK, 2.0)
-    file = RandomFile(sizes)
-    placement = Placement(torch.device("cuda"), torch.bfloat16, torch.float32, 64)
-    weights = build_weights(dict.fromkeys(sizes, file), shape, placement, adapter)
-    return Decoder(shape=shape, weights=weights, ops=FUSED, plans=(KEEP_ALL,) * shape.num_layers, loss_chunk=options.chunk)
+            adapters[f"{stem}.lora_A.weight"] = 0.02 * torch.randn(RANK, size[1])
+            adapters[f"{stem}.lora_B.weight"] = 0.02 * torch.randn(size[0], RANK)
+    adapter = Adapter({}, adapters, RANK, 2.0)
+    file = RandomFile(sizes, placement.device.type)
+    return build_weights(dict.fromkeys(sizes, file), shape, placement, adapter)
 
 
 def _sizes(shape: LlamaShape) -> list[tuple[str, tuple[int, ...]]]:
@@ -148,7 +148,7 @@ def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | No
     losses = []
 
     def step(index: int) -> None:
-        losses.append(steps.run(batches, step_scalars(_SCHEDULE, index, documents * (tokens - 1))).outcome.loss.clone())
+        losses.append(steps.run(batches, step_scalars(SCHEDULE, index, documents * (tokens - 1))).outcome.loss.clone())
 
     step(0)
     torch.cuda.synchronize()
