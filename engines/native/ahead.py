@@ -93,7 +93,7 @@ def specimens() -> tuple[Specimen, ...]:
         ),
         Specimen(
             "cross_entropy", cross_entropy._cross_entropy, {"logits": "h", "targets": "l", "losses": "f", "scale": "f"},
-            {"BLOCK": 8192, "LOWEST": -3.0e38}, 16,
+            {"BLOCK": 8192, "LOWEST": -3.0e38, "FIRST": "", "SECOND": ""}, 16,
         ),
         Specimen("outer", outer._outer, thin, {"SPLITS": 2, "NORMED": False, **tile}, 4, odd=("R", "rank_stride"), has_dot=True),
         Specimen("outer_normed", outer._outer, thin, {"SPLITS": 9, "NORMED": True, **tile}, 4, odd=("R", "rank_stride"), has_dot=True),

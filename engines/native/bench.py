@@ -30,14 +30,14 @@ from engines.native.plan import KEEP_ALL
 from engines.native.planner import choose
 from engines.native.shape import LlamaShape, read_shape
 from engines.native.steps import ReplayedSteps, Steps
-from engines.native.weights import trained_weights
+from engines.native.weights import DecoderWeights, trained_weights
 from harness.data.tokens import IGNORE, Batch
 from harness.errors import UnsupportedError
 from harness.spec import Train
 
-_CONF = Path(__file__).parents[2] / "conf" / "model"
+CONF = Path(__file__).parents[2] / "conf" / "model"
 RANK = 16
-_SCHEDULE = Train(
+SCHEDULE = Train(
     steps=1000, samples_per_step=1, learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.01, beta1=0.9, beta2=0.999,
     epsilon=1e-8, max_grad_norm=1.0, seed=0,
 )  # fmt: skip
@@ -56,11 +56,12 @@ class RandomFile:
     """Stands for an open safetensors file: every tensor drawn on the device when it is asked for."""
 
     sizes: dict[str, tuple[int, ...]]
+    device: str = "cuda"
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """Normal values, standard deviation 0.02; ones for norms."""
         size = self.sizes[name]
-        return torch.ones(size, device="cuda") if len(size) == 1 else 0.02 * torch.randn(size, device="cuda")
+        return torch.ones(size, device=self.device) if len(size) == 1 else 0.02 * torch.randn(size, device=self.device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,20 +91,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def model_shape(name: str, num_layers: int | None) -> LlamaShape:
     """The shape of conf/model/``name``.yaml, perhaps cut to fewer layers."""
-    config: dict[str, Any] = yaml.safe_load((_CONF / f"{name}.yaml").read_text())["config"]
+    config: dict[str, Any] = yaml.safe_load((CONF / f"{name}.yaml").read_text())["config"]
     shape = read_shape(config, 1)
     return shape if num_layers is None else replace(shape, num_layers=num_layers)
 
 
 def random_decoder(shape: LlamaShape, loss_chunk: int) -> Decoder:
-    """A decoder with LoRA of rank 16 on all seven linears."""
+    """A decoder on the GPU that keeps everything."""
+    weights = random_weights(shape, Placement(torch.device("cuda"), torch.bfloat16, torch.float32, 64))
+    return Decoder(shape=shape, weights=weights, ops=FUSED, plans=(KEEP_ALL,) * shape.num_layers, loss_chunk=loss_chunk)
+
+
+def random_weights(shape: LlamaShape, placement: Placement) -> DecoderWeights:
+    """A decoder's weights with LoRA of rank 16 on all seven linears."""
     sizes = dict(tensor_sizes(shape))
     adapters = {name: 0.02 * torch.randn(size) for name, size in adapter_sizes(sizes).items()}
-    adapter = Adapter({}, adapters, RANK, 2.0)
-    file = RandomFile(sizes)
-    placement = Placement(torch.device("cuda"), torch.bfloat16, torch.float32, 64)
-    weights = build_weights(dict.fromkeys(sizes, file), shape, placement, adapter)
-    return Decoder(shape=shape, weights=weights, ops=FUSED, plans=(KEEP_ALL,) * shape.num_layers, loss_chunk=loss_chunk)
+    file = RandomFile(sizes, placement.device.type)
+    return build_weights(dict.fromkeys(sizes, file), shape, placement, Adapter({}, adapters, RANK, 2.0))
 
 
 def adapter_sizes(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -157,7 +161,7 @@ def random_steps(decoder: Decoder, documents: int, tokens: int, *, replay: bool)
     batches = [Batch(ids, labels, ((tokens,) * documents,))]
 
     def step(index: int) -> torch.Tensor:
-        return steps.run(batches, step_scalars(_SCHEDULE, index, documents * (tokens - 1))).outcome.loss.clone()
+        return steps.run(batches, step_scalars(SCHEDULE, index, documents * (tokens - 1))).outcome.loss.clone()
 
     return step
 

@@ -8,26 +8,42 @@ Legend: L rows, V vocabulary. Kept for backward: nothing; the gradient is made h
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from engines.native.kernels.launching import check_rows
 
-_BLOCK = 8192
-_WARPS = 16
 _LOWEST = -3.0e38  # stands for minus infinity, but its difference with itself is a number
 
 
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """How a program walks along its row: columns at a time, warps, and what the L2 cache is told to do with either pass ("": nothing)."""
+
+    block: int
+    warps: int
+    first: str = ""
+    second: str = ""
+
+
+SWEEP = Sweep(block=8192, warps=16)
+
+
 @triton.jit
-def _cross_entropy(logits, targets, losses, scale, V, stride, BLOCK: tl.constexpr, LOWEST: tl.constexpr):
+def _cross_entropy(
+    logits, targets, losses, scale, V, stride,
+    BLOCK: tl.constexpr, LOWEST: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * stride
     highest = tl.full((BLOCK,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, V, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        z = tl.load(start + columns, mask=columns < V, other=LOWEST).to(tl.float32)
+        z = tl.load(start + columns, mask=columns < V, other=LOWEST, eviction_policy=FIRST).to(tl.float32)
         above = tl.maximum(highest, z)
         total = total * tl.exp(highest - above) + tl.exp(z - above)
         highest = above
@@ -40,12 +56,12 @@ def _cross_entropy(logits, targets, losses, scale, V, stride, BLOCK: tl.constexp
     factor = tl.where(counts, tl.load(scale), 0.0)
     for first in range(0, V, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        z = tl.load(start + columns, mask=columns < V, other=LOWEST).to(tl.float32)
+        z = tl.load(start + columns, mask=columns < V, other=LOWEST, eviction_policy=SECOND).to(tl.float32)
         p = tl.exp(z - top) / above_all - tl.where(columns == target, 1.0, 0.0)
         tl.store(start + columns, (p * factor).to(logits.dtype.element_ty), mask=columns < V)
 
 
-def cross_entropy_(logits_LV: Tensor, targets_L: Tensor, losses_L: Tensor, scale: Tensor) -> None:
+def cross_entropy_(logits_LV: Tensor, targets_L: Tensor, losses_L: Tensor, scale: Tensor, sweep: Sweep = SWEEP) -> None:
     """Write float32 ``losses`` and leave ``scale`` (one float32 on the device) times the gradient in ``logits``.
 
     A row whose target is negative counts nothing: loss and gradient are zero.
@@ -54,7 +70,8 @@ def cross_entropy_(logits_LV: Tensor, targets_L: Tensor, losses_L: Tensor, scale
     check_rows("logits", logits_LV, rows, vocabulary)
     if targets_L.shape != (rows,) or losses_L.shape != (rows,):
         raise ValueError(f"targets {list(targets_L.shape)} and losses {list(losses_L.shape)} do not fit {rows} rows of logits")
-    block = min(_BLOCK, triton.next_power_of_2(vocabulary))
+    block = min(sweep.block, triton.next_power_of_2(vocabulary))
     _cross_entropy[(rows,)](
-        logits_LV, targets_L, losses_L, scale, vocabulary, logits_LV.stride(0), BLOCK=block, LOWEST=_LOWEST, num_warps=_WARPS
-    )
+        logits_LV, targets_L, losses_L, scale, vocabulary, logits_LV.stride(0),
+        BLOCK=block, LOWEST=_LOWEST, FIRST=sweep.first, SECOND=sweep.second, num_warps=sweep.warps,
+    )  # fmt: skip

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 from torch import Tensor
 
 MAX_ROW = 16384  # widest row that one program holds in registers
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a kernel that sums over tokens cuts its work: tokens at a time, warps a program, stages of its pipeline."""
+
+    tokens: int
+    warps: int
+    stages: int
 
 
 def check_rows(name: str, x: Tensor, num_rows: int, num_columns: int) -> None:

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engines.native.kernels.launching import check_rows
+from engines.native.kernels.launching import Tile, check_rows
 
 COLUMNS = 64  # a tile; blocks must begin at multiples of it
-_TOKENS = 128
+TILE = Tile(tokens=128, warps=4, stages=3)
 _PROGRAMS = 528  # four for each of an H100's 132 multiprocessors
 _MAX_BLOCKS = 3
 
@@ -74,6 +74,7 @@ def add_outer_(
     arrived: Tensor,
     norm: tuple[Tensor, Tensor] | None = None,
     starts: Sequence[int] = (),
+    tile: Tile = TILE,
 ) -> None:
     """gradient[N, R] += x^T thin; with ``norm`` = (1/rms [T], w [N]) the x that counts is x w / rms. Any strides of ``gradient``.
 
@@ -90,8 +91,8 @@ def add_outer_(
     tiles = triton.cdiv(columns, COLUMNS)
     if len(arrived) < tiles or arrived.dtype != torch.int32:
         raise ValueError(f"arrived holds {len(arrived)} counters of {arrived.dtype}; expected at least {tiles} of torch.int32")
-    splits = max(1, min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(tokens, 2 * _TOKENS)))
-    tokens_each = triton.cdiv(triton.cdiv(tokens, splits), _TOKENS) * _TOKENS
+    splits = max(1, min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(tokens, 2 * tile.tokens)))
+    tokens_each = triton.cdiv(triton.cdiv(tokens, splits), tile.tokens) * tile.tokens
     splits = triton.cdiv(tokens, tokens_each)
     partial = torch.empty(splits if splits > 1 else 0, columns, ranks, dtype=torch.float32, device=x_TN.device)
     inverse, weight = (x_TN, x_TN) if norm is None else norm
@@ -99,6 +100,6 @@ def add_outer_(
     _outer[(tiles, splits)](
         x_TN, thin_TR, inverse, weight, partial, arrived, gradient_NR, tokens, columns, ranks, second, third,
         x_TN.stride(0), thin_TR.stride(0), gradient_NR.stride(0), gradient_NR.stride(1), tokens_each,
-        SPLITS=splits, NORMED=norm is not None, BT=_TOKENS, BN=COLUMNS, BR=max(16, triton.next_power_of_2(ranks)),
-        num_warps=4, num_stages=3,
+        SPLITS=splits, NORMED=norm is not None, BT=tile.tokens, BN=COLUMNS, BR=max(16, triton.next_power_of_2(ranks)),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -17,14 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engines.native.kernels.launching import check_rows
+from engines.native.kernels.launching import Tile, check_rows
 from engines.native.kernels.swiglu import _differentiate, _zero_rooms
 
 COLUMNS = 64  # a tile
-_TOKENS = 32  # more would not fit into registers
+TILE = Tile(tokens=32, warps=4, stages=3)  # three sums and three inputs: 128 tokens would not fit into registers
 _PROGRAMS = 528  # four for each of an H100's 132 multiprocessors
-_WARPS = 4
-_STAGES = 3
 
 
 @triton.jit
@@ -106,6 +104,7 @@ def swiglu_gradients_(
     d_input_RK: Tensor,
     d_outputs_NR: Tensor,
     arrived: Tensor,
+    tile: Tile = TILE,
 ) -> Tensor:
     """The gradient [T, 2K + ``room``] in the place of ``gate_up``, whose rows must have that room in memory; dh is left as it is.
 
@@ -123,15 +122,15 @@ def swiglu_gradients_(
     tiles = triton.cdiv(columns, COLUMNS)
     if len(arrived) < tiles or arrived.dtype != torch.int32:
         raise ValueError(f"arrived holds {len(arrived)} counters of {arrived.dtype}; expected at least {tiles} of torch.int32")
-    splits = max(1, min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(tokens, 2 * _TOKENS)))
-    tokens_each = triton.cdiv(triton.cdiv(tokens, splits), _TOKENS) * _TOKENS
+    splits = max(1, min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(tokens, 2 * tile.tokens)))
+    tokens_each = triton.cdiv(triton.cdiv(tokens, splits), tile.tokens) * tile.tokens
     splits = triton.cdiv(tokens, tokens_each)
     partial = torch.empty(splits if splits > 1 else 0, 3, columns, ranks, dtype=torch.float32, device=dh_TK.device)
     _swiglu_gradients[(tiles, splits)](
         dh_TK, gate_up_TN, thin_TR, low_TP, partial, arrived, d_input_RK, d_outputs_NR, tokens, columns, ranks,
         dh_TK.stride(0), gate_up_TN.stride(0), thin_TR.stride(0), low_TP.stride(0),
         d_input_RK.stride(1), d_input_RK.stride(0), d_outputs_NR.stride(0), tokens_each,
-        SPLITS=splits, BT=_TOKENS, BN=COLUMNS, BR=max(16, triton.next_power_of_2(ranks)), P=room, PAD=triton.next_power_of_2(max(1, room)),
-        num_warps=_WARPS, num_stages=_STAGES,
+        SPLITS=splits, BT=tile.tokens, BN=COLUMNS, BR=max(16, triton.next_power_of_2(ranks)),
+        P=room, PAD=triton.next_power_of_2(max(1, room)), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return gate_up_TN.as_strided((tokens, 2 * columns + room), gate_up_TN.stride())

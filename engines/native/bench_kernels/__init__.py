@@ -1,0 +1,1 @@
+"""Every kernel timed on a GPU: ``python -m engines.native.bench_kernels``."""

@@ -1,0 +1,93 @@
+"""The rows of attention: the engine's two back ends, forward and backward, beside torch's own choice for the same documents.
+
+Legend: T tokens of documents of S tokens, C query heads, G key-value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engines.native import attention as attend
+from engines.native.bench_kernels.setting import Call, Row, Setting, bare
+from engines.native.ops import Heads
+
+_FORWARD, _BACKWARD = 2, 5  # products over the causal half: q k^T, p v; q k^T again, dy v^T, dv, dk, dq
+
+
+def attention_rows() -> Mapping[str, Callable[[Setting], Row]]:
+    """Even documents go to cuDNN, uneven ones to FlashAttention 2."""
+    return {
+        "attention_even": partial(_forward, is_even=True),
+        "attention_even_backward": partial(_backward, is_even=True),
+        "attention_uneven": partial(_forward, is_even=False),
+        "attention_uneven_backward": partial(_backward, is_even=False),
+    }
+
+
+def causal_flops(s: Setting, lengths: Sequence[int], num_products: int) -> int:
+    """Two operations for each of D columns, for every pair of a token and one not after it."""
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    return 2 * num_products * pairs * s.shape.query_size
+
+
+def _forward(s: Setting, *, is_even: bool) -> Row:
+    lengths = s.even if is_even else s.uneven
+    heads, packed, plain = s.heads(), s.packed(lengths), bare(s.shape.query_size, s)
+    parts = _by_document(heads, lengths, is_even)
+    return Row(
+        kernel=attend.attention,
+        size=_size(s, lengths),
+        ours=Call(lambda: attend.attention(heads, packed, plain)),
+        reference=Call(lambda: [_attend(part) for part in parts]),
+        num_bytes=s.item * s.tokens * 2 * (s.shape.query_size + s.shape.key_size),
+        flops=causal_flops(s, lengths, _FORWARD),
+        is_compiled=False,
+    )
+
+
+def _backward(s: Setting, *, is_even: bool) -> Row:
+    lengths = s.even if is_even else s.uneven
+    heads, packed, dy = s.heads(), s.packed(lengths), s.random(s.tokens, s.shape.num_heads, s.shape.head_dim)
+    attended = attend.attention(heads, packed, bare(s.shape.query_size, s))
+    with torch.enable_grad():
+        leaves = Heads(*(x.detach().requires_grad_() for x in (heads.queries, heads.keys, heads.values)))
+        parts = _by_document(leaves, lengths, is_even)
+        outputs = [_attend(part) for part in parts]
+    gradients = _split(dy, lengths, is_even)
+    inputs = [x for part in parts for x in part]
+    return Row(
+        kernel=attend.attention_backward,
+        size=_size(s, lengths),
+        ours=Call(lambda: attend.attention_backward(dy, heads, attended, packed)),
+        reference=Call(lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)),
+        num_bytes=s.item * s.tokens * 4 * (s.shape.query_size + s.shape.key_size),
+        flops=causal_flops(s, lengths, _BACKWARD),
+        is_compiled=False,
+    )
+
+
+def _size(s: Setting, lengths: Sequence[int]) -> str:
+    documents = f"{len(lengths)} × {lengths[0]:,}" if len(set(lengths)) == 1 else " + ".join(f"{length:,}" for length in lengths)
+    return f"{documents}, {s.shape.num_heads}/{s.shape.num_kv_heads} heads of {s.shape.head_dim}"
+
+
+def _attend(part: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    q, k, v = part
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _by_document(heads: Heads, lengths: Sequence[int], is_even: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+    parts = (_split(x, lengths, is_even) for x in (heads.queries, heads.keys, heads.values))
+    return list(zip(*parts, strict=True))
+
+
+def _split(x_TCD: Tensor, lengths: Sequence[int], is_even: bool) -> list[Tensor]:
+    """[1, C, S, D] for each document, or one [B, C, S, D] where all are equally long; views."""
+    if is_even:
+        return [x_TCD.view(len(lengths), lengths[0], *x_TCD.shape[1:]).transpose(1, 2)]
+    return [document.transpose(0, 1).unsqueeze(0) for document in torch.split(x_TCD, list(lengths))]

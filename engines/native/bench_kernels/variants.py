@@ -1,0 +1,167 @@
+"""Other ways to cut the work of some kernels, and other products, timed beside what the engine does now.
+
+Legend: T tokens, K input and N output columns of a linear group, R its ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from engines.native import fused_ops
+from engines.native.bench_kernels.setting import Call, Setting, restore
+from engines.native.kernels import cross_entropy, outer, swiglu_gradients
+from engines.native.kernels.cross_entropy import Sweep, cross_entropy_
+from engines.native.kernels.launching import Tile
+from engines.native.kernels.outer import add_outer_
+from engines.native.kernels.swiglu_gradients import swiglu_gradients_
+from engines.native.weights import Linear, LowRank, Weight
+
+_COMPILERS = 8  # threads that launch variants for the first time: Triton compiles outside of the interpreter's lock
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way; ``is_current`` marks the engine's."""
+
+    label: str
+    call: Call
+    is_current: bool
+
+
+def compared(name: str, setting: Setting, milliseconds: Callable[[Call], float], failures: tuple[type[Exception], ...]) -> Iterator[str]:
+    """A line for each variant, the fastest first, then those that failed."""
+    chosen = VARIANTS[name](setting)
+    _compile(chosen)
+    timed: list[tuple[float, Variant]] = []
+    failed = []
+    for variant in chosen:
+        try:
+            timed.append((milliseconds(variant.call), variant))
+        except failures as error:
+            failed.append(f"  {variant.label}: failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
+    yield name
+    for time, variant in sorted(timed, key=lambda pair: pair[0]):
+        yield f"  {time:8.4f} ms  {variant.label}{'  <- now' if variant.is_current else ''}"
+    yield from failed
+
+
+def _compile(chosen: Sequence[Variant]) -> None:
+    """Launch each once, several at a time; what one raises it raises again when it is timed."""
+    chosen[0].call.run()
+    with ThreadPoolExecutor(_COMPILERS) as pool:
+        wait([pool.submit(variant.call.run) for variant in chosen[1:]])
+
+
+def _swiglu_gradients(s: Setting) -> list[Variant]:
+    columns, group, ranks = s.shape.intermediate_size, s.layer.gate_up, _lora(s.layer.down).up.shape[1]
+    room = group.padded_rank
+    gate_up, dh = s.random(s.tokens, 2 * columns, room=room), s.random(s.tokens, columns)
+    thin, low = s.random(s.tokens, ranks), s.random(s.tokens, room)
+    d_input, d_outputs = (torch.zeros(size, device=s.device) for size in ((ranks, columns), (2 * columns, ranks)))
+    arrived, put_back = _lora(s.layer.down).arrived, restore(gate_up)
+
+    def variant(tile: Tile) -> Variant:
+        def run() -> object:
+            return swiglu_gradients_(dh, gate_up, room, thin, low, d_input, d_outputs, arrived, tile)
+
+        return Variant(_label(tile), Call(run, put_back), tile == swiglu_gradients.TILE)
+
+    return [variant(Tile(*sizes)) for sizes in itertools.product((16, 32, 64), (4, 8), (1, 2, 3, 4))]
+
+
+def _outer_down(s: Setting) -> list[Variant]:
+    group, hidden = s.layer.gate_up, s.shape.hidden_size
+    ranks = len(_lora(group).down.value)
+    x, thin = s.random(s.tokens, hidden), s.random(s.tokens, ranks, room=group.num_outputs)
+    norm = torch.rand(s.tokens, device=s.device) + 0.5, s.layer.mlp_norm.value
+    gradient = torch.zeros(ranks, hidden, device=s.device).t()
+    return _outer(lambda tile: add_outer_(gradient, x, thin, _lora(group).arrived, norm, tile=tile))
+
+
+def _outer_up(s: Setting) -> list[Variant]:
+    group = s.layer.qkv
+    lora = _lora(group)
+    x, thin = s.random(s.tokens, group.num_outputs, room=group.padded_rank), s.random(s.tokens, group.padded_rank)
+    gradient = torch.zeros(group.num_outputs, lora.up.shape[1], device=s.device)
+    starts = [block.output.start for block in lora.blocks[1:]]
+    return _outer(lambda tile: add_outer_(gradient, x, thin, lora.arrived, starts=starts, tile=tile))
+
+
+def _outer(run: Callable[[Tile], object]) -> list[Variant]:
+    def variant(tile: Tile) -> Variant:
+        return Variant(_label(tile), Call(lambda: run(tile)), tile == outer.TILE)
+
+    return [variant(Tile(tokens, 4, stages)) for tokens, stages in itertools.product((64, 128, 256), (2, 3, 4))]
+
+
+def _cross_entropy(s: Setting) -> list[Variant]:
+    rows, vocabulary = min(s.tokens, 2048), s.shape.vocab_size
+    logits, losses = s.random(rows, vocabulary), torch.empty(rows, dtype=torch.float32, device=s.device)
+    targets = torch.randint(vocabulary, (rows,), device=s.device)
+    scale, put_back = torch.full((), 1 / rows, device=s.device), restore(logits)
+
+    def variant(sweep: Sweep) -> Variant:
+        label = f"block {sweep.block}, {sweep.warps} warps{', hints to the cache' if sweep.first else ''}"
+        return Variant(label, Call(lambda: cross_entropy_(logits, targets, losses, scale, sweep), put_back), sweep == cross_entropy.SWEEP)
+
+    plain = [Sweep(*sizes) for sizes in itertools.product((4096, 8192, 16384), (8, 16, 32))]
+    return [variant(each) for sweep in plain for each in (sweep, replace(sweep, first="evict_last", second="evict_first"))]
+
+
+def _fill(s: Setting, group: Linear) -> list[Variant]:
+    dy = s.random(s.tokens, group.num_outputs + group.padded_rank)
+
+    def together(ranks: int) -> Callable[[], object]:
+        """B of all blocks at once, a block-diagonal matrix; its padding is zero."""
+        inputs, outputs = group.num_inputs, group.num_outputs
+        up, into = group.wide[:outputs, inputs : inputs + ranks], dy[:, outputs : outputs + ranks]
+        return lambda: torch.addmm(into, dy[:, :outputs], up, beta=0, alpha=_lora(group).scale, out=into)
+
+    exact, padded = len(_lora(group).down.value), group.padded_rank
+    return [
+        Variant("a product a block", Call(lambda: fused_ops.fill(dy, group)), True),
+        Variant(f"one product, {exact} columns", Call(together(exact)), False),
+        Variant(f"one product, {padded} columns", Call(together(padded)), False),
+    ]
+
+
+def _head(s: Setting) -> list[Variant]:
+    hidden, vocabulary = s.shape.hidden_size, s.shape.vocab_size
+    x, targets = s.random(s.tokens, hidden), torch.randint(vocabulary, (s.tokens,), device=s.device)
+    head: Weight = Weight(_scaled(s.random(vocabulary, hidden)))
+    scale = torch.full((), 1 / s.tokens, device=s.device)
+
+    def variant(chunk: int) -> Variant:
+        return Variant(f"chunk {chunk}", Call(lambda: fused_ops.cross_entropy(x, head, targets, scale, chunk)), chunk == 2048)
+
+    return [variant(chunk) for chunk in (1024, 2048, 4096, 8192)]
+
+
+VARIANTS: Mapping[str, Callable[[Setting], list[Variant]]] = {
+    "swiglu_gradients": _swiglu_gradients,
+    "outer_dA": _outer_down,
+    "outer_dB": _outer_up,
+    "cross_entropy": _cross_entropy,
+    "fill_qkv": lambda s: _fill(s, s.layer.qkv),
+    "fill_gate_up": lambda s: _fill(s, s.layer.gate_up),
+    "head": _head,
+}
+
+
+def _lora(group: Linear) -> LowRank:
+    assert group.lora is not None
+    return group.lora
+
+
+def _scaled(weight: Tensor) -> Tensor:
+    return weight.mul_(0.02)
+
+
+def _label(tile: Tile) -> str:
+    return f"{tile.tokens} tokens, {tile.warps} warps, {tile.stages} stages"
