@@ -116,18 +116,22 @@ def _cross_entropy(s: Setting) -> list[Variant]:
 
 def _fill(s: Setting, group: Linear) -> list[Variant]:
     dy = s.random(s.tokens, group.num_outputs + group.padded_rank)
+    lora, inputs, outputs = _lora(group), group.num_inputs, group.num_outputs
 
-    def together(ranks: int) -> Callable[[], object]:
-        """B of all blocks at once, a block-diagonal matrix; its padding is zero."""
-        inputs, outputs = group.num_inputs, group.num_outputs
+    def apart() -> None:
+        for block in lora.blocks:
+            into = dy[:, outputs + block.rank.start : outputs + block.rank.stop]
+            torch.addmm(into, dy[:, block.output], block.up.value, beta=0, alpha=lora.scale, out=into)
+
+    def without_padding() -> None:
+        ranks = len(lora.down.value)
         up, into = group.wide[:outputs, inputs : inputs + ranks], dy[:, outputs : outputs + ranks]
-        return lambda: torch.addmm(into, dy[:, :outputs], up, beta=0, alpha=_lora(group).scale, out=into)
+        torch.addmm(into, dy[:, :outputs], up, beta=0, alpha=lora.scale, out=into)
 
-    exact, padded = len(_lora(group).down.value), group.padded_rank
     return [
-        Variant("a product a block", Call(lambda: fused_ops.fill(dy, group)), True),
-        Variant(f"one product, {exact} columns", Call(together(exact)), False),
-        Variant(f"one product, {padded} columns", Call(together(padded)), False),
+        Variant("one product", Call(lambda: fused_ops.fill(dy, group)), True),
+        Variant("one product without the padding", Call(without_padding), False),
+        Variant("a product a block", Call(apart), False),
     ]
 
 
