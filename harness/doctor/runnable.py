@@ -13,8 +13,8 @@ import yaml
 from harness.compose import CONF
 from harness.config import Request, requests
 from harness.doctor.finding import Finding
-from harness.errors import HarnessError
 from harness.engine import load, requires
+from harness.errors import HarnessError
 from harness.interpreter import interpreter, lack
 from harness.plan import plan
 from harness.weights import resolve_source

@@ -139,7 +139,7 @@ class EngineConformance:
     def test_a_document_does_not_see_its_neighbour_in_a_batch(self, job: Job) -> None:
         """One supervised document beside one that is not: whatever the other says, loss and gradient stay, however they are laid out."""
         told = [
-            self.run(with_train(_two_documents(job, seed), f"neighbour {seed}", steps=2, warmup_steps=1), micro_batch=2) for seed in (1, 2)
+            self.run(with_train(two_documents(job, seed), f"neighbour {seed}", steps=2, warmup_steps=1), micro_batch=2) for seed in (1, 2)
         ]
         assert told[0].tokens[0].sha256 != told[1].tokens[0].sha256
         assert told[1].losses == pytest.approx(told[0].losses, rel=SAME)
@@ -185,7 +185,7 @@ class EngineConformance:
         assert "bfloat16" in self.engine.unsupported(rounded, knobs, CPU)
 
 
-def _two_documents(job: Job, seed: int) -> Job:
+def two_documents(job: Job, seed: int) -> Job:
     """Every step: the same supervised document of 11 tokens, and one of 7 without labels, drawn with ``seed``."""
     right, other = np.random.default_rng(0).integers(0, VOCABULARY, 11), np.random.default_rng(seed).integers(0, VOCABULARY, 7)
     ids = np.concatenate([other, right]).astype(np.int32)

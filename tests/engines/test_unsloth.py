@@ -1,0 +1,136 @@
+"""Unsloth's own package: conformance on its CPU backend, which shares our adapter but not its GPU kernels, and what its adapter refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+import engines.unsloth
+from harness.compose import CONF
+from harness.engine import Job, Machine
+from harness.errors import UnsupportedError
+from harness.spec import parse
+from tests.engines.conformance import EngineConformance, two_documents
+from tests.engines.peers import knobs, peer
+from tests.engines.tiny import CPU, FULL, GPU, LLAMA, LORA, VOCABULARY, make_job, make_workload, plain_training, with_train
+
+UNSLOTH, MARKS = peer("unsloth", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+KNOBS: dict[str, Any] = {**knobs("unsloth/nockpt+padded"), "micro_batch": 2}
+VARIANTS = sorted(path.stem for path in (CONF / "engine" / "unsloth").glob("*.yaml"))
+GPU_KNOBS: dict[str, Any] = {**knobs("unsloth"), "compute_dtype": "bfloat16"}
+
+
+class TestUnsloth(EngineConformance):
+    pytestmark = MARKS
+    engine = UNSLOTH  # type: ignore[assignment]
+    knobs = KNOBS
+
+    @pytest.mark.parametrize("knob", [{"recompute": "full"}, {"recompute": "unsloth"}, {"layout": "packed"}], ids=str)
+    def test_a_knob_changes_no_loss(self, job: Job, knob: dict[str, Any]) -> None:
+        usual, other = self.run(with_train(job, "usual")), self.run(job, **knob)
+        assert other.losses == pytest.approx(usual.losses, rel=2e-5)
+        assert other.grad_norms == pytest.approx(usual.grad_norms, rel=1e-4)
+
+    def test_packed_documents_do_not_see_each_other(self, job: Job) -> None:
+        told = [
+            self.run(with_train(two_documents(job, seed), f"packed {seed}", steps=2, warmup_steps=1), micro_batch=2, layout="packed")
+            for seed in (1, 2)
+        ]
+        assert told[0].tokens[0].sha256 != told[1].tokens[0].sha256
+        assert told[1].losses == pytest.approx(told[0].losses, rel=2e-6)
+        assert told[1].grad_norms == pytest.approx(told[0].grad_norms, rel=2e-5)
+
+    @pytest.mark.parametrize("family", ["llama3_rope", "tied", "mistral", "qwen2", "qwen3"])
+    def test_families_follow_a_plain_loop(self, family: str, tmp_path: Path) -> None:
+        job = make_job(tmp_path, family)
+        probe, plain = self.run(job, layout="packed"), list(plain_training(job))
+        assert probe.losses == pytest.approx([loss for loss, _, _ in plain], rel=2e-5)
+        assert probe.grad_norms == pytest.approx([norm for _, norm, _ in plain], rel=1e-4)
+
+    def test_what_only_the_open_weights_reveal(self, job: Job) -> None:
+        raw = job.workload.model_dump(mode="json")
+        longer = parse(type(job.workload), {**raw, "data": {**raw["data"], "sequence_length": 65}})
+        with pytest.raises(UnsupportedError, match="65 tokens make Unsloth rescale the positions of a model made for 64"):
+            self.run(replace(job, workload=longer))
+
+
+@pytest.mark.parametrize("named", [None, 0, 1])
+def test_the_tokenizer_it_is_given_needs_no_repair(named: int | None, tmp_path: Path) -> None:
+    """Unsloth changes the embedding when the padding token is missing, is the end token, or is the one that the model's config names."""
+    job = make_job(tmp_path)
+    folder = engines.unsloth._folder(job, {"pad_token_id": named})
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.pad_token_id not in (None, named, tokenizer.eos_token_id)
+    assert len(tokenizer) <= VOCABULARY
+    assert (folder / "model.safetensors").samefile(job.base / "model.safetensors")
+
+
+@pytest.mark.parametrize("option", VARIANTS)
+def test_a_variant_is_called_what_its_file_is(option: str) -> None:
+    assert engines.unsloth.variant(parse(engines.unsloth.Knobs, knobs(f"unsloth/{option}"))) == option
+
+
+def test_every_knob_but_the_micro_batch_and_the_type_has_a_name() -> None:
+    """So that verdicts and tables keep variants apart."""
+    usual = {**GPU_KNOBS, "layout": "padded"}
+    others = {
+        "recompute": ["full", "none"], "checkpoint_skip_layers": ["auto", 3], "layout": ["packed"], "block_compile": ["off", "forced"],
+        "cuda_graphs": [True],
+    }  # fmt: skip
+    changed = [usual, *({**usual, key: value} for key, values in others.items() for value in values)]
+    names = [engines.unsloth.variant(parse(engines.unsloth.Knobs, one)) for one in changed]
+    assert len(set(names)) == len(changed)
+    assert names[:3] == ["default+padded", "ckpt+padded", "nockpt+padded"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "machine", "reason"),
+    [
+        ({"cuda_graphs": True, "layout": "padded"}, CPU, "on a GPU only"),
+        ({"block_compile": "off", "layout": "padded"}, CPU, "on a GPU only"),
+        ({"checkpoint_skip_layers": "auto"}, CPU, "is for a GPU"),
+        ({"cuda_graphs": True}, GPU, "compiles no packed batches"),
+        ({"block_compile": "forced"}, GPU, "compiles no packed batches"),
+        ({"cuda_graphs": True, "layout": "padded", "block_compile": "off"}, GPU, "captures compiled blocks"),
+        ({"checkpoint_skip_layers": 2, "recompute": "none"}, GPU, "with recompute=none use null"),
+    ],
+)
+def test_impossible_knobs_are_refused(changed: dict[str, Any], machine: Machine, reason: str) -> None:
+    said = engines.unsloth.unsupported(make_workload(LLAMA, LORA), parse(engines.unsloth.Knobs, {**GPU_KNOBS, **changed}), machine)
+    assert said is not None
+    assert reason in said
+
+
+def test_what_is_possible_is_not_refused() -> None:
+    work = make_workload(LLAMA, LORA)
+    for changed in ({}, {"layout": "padded", "cuda_graphs": True}, {"checkpoint_skip_layers": "auto"}, {"recompute": "none"}):
+        assert engines.unsloth.unsupported(work, parse(engines.unsloth.Knobs, {**GPU_KNOBS, **changed}), GPU) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "reason"),
+    [
+        ({**LLAMA, "model_type": "mamba"}, LORA, "model_type=mamba"),
+        ({**LLAMA, "attention_dropout": 0.1}, LORA, "attention_dropout is 0.1"),
+        ({**LLAMA, "max_position_embeddings": 16}, LORA, "rescale the positions"),
+        (LLAMA, FULL, "use layout=padded"),
+        (LLAMA, {**LORA, "dtype": "bfloat16"}, "use method.dtype=float32"),
+    ],
+)
+def test_impossible_workloads_are_refused(config: dict[str, Any], method: dict[str, Any], reason: str) -> None:
+    said = engines.unsloth.unsupported(make_workload(config, method), parse(engines.unsloth.Knobs, GPU_KNOBS), GPU)
+    assert said is not None
+    assert reason in said
+
+
+@pytest.mark.parametrize(
+    ("changed", "fraction"),
+    [({}, 1.0), ({"recompute": "none"}, 0.0), ({"checkpoint_skip_layers": "auto"}, None), ({"checkpoint_skip_layers": 1}, 0.5)],
+)
+def test_what_is_recomputed(changed: dict[str, Any], fraction: float | None) -> None:
+    knobs_ = parse(engines.unsloth.Knobs, {**GPU_KNOBS, **changed})
+    assert engines.unsloth.recomputed_fraction(make_workload(LLAMA, LORA), knobs_) == fraction
