@@ -99,7 +99,7 @@ def _run(path: Path, job: Job, *, cache: Path) -> None:
     from axolotl.cli.train import do_train
 
     datasets.config.HF_DATASETS_CACHE = cache
-    AcceleratorState._reset_state(reset_partial_state=True)  # of a run before this one in the same process: its precision
+    AcceleratorState._reset_state()  # its precision, of a run before this one in the same process
     cfg = load_cfg(str(path))
     if job.device == "cpu":
         cfg.device_map = {"": "cpu"}  # with more than one rank it has taken their numbers for those of GPUs

@@ -36,6 +36,10 @@ class Reporting(BasePlugin):  # type: ignore[misc]
         super().__init__()
         self._run = RUN.get()
 
+    def get_training_args(self, cfg: Any) -> dict[str, Any]:
+        """What no key of its YAML says."""
+        return {"use_cpu": self._run.job.device == "cpu"}
+
     def create_lr_scheduler(self, cfg: Any, trainer: Any, optimizer: Any, num_training_steps: int) -> LambdaLR:
         """The workload's learning rates, exactly; also its decay, which Axolotl would spare norms and biases."""
         train = self._run.job.workload.train
