@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import os
 import sys
 import tempfile
 import types
@@ -87,11 +88,14 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
             _run(path, job, cache=scratch / "cache")
         finally:
             RUN.reset(token)
-        keep(scratch / "out", job)
+        if int(os.environ.get("RANK", "0")) == 0:  # of those that torchrun starts, the one that saves
+            keep(scratch / "out", job)
 
 
 def _run(path: Path, job: Job, *, cache: Path) -> None:
     """What ``axolotl train`` does with a YAML file; ``cache`` is for the rows as datasets reads them."""
+    if job.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # read when it is imported; without it two ranks on a CPU are two runs
     import datasets
     from accelerate.state import AcceleratorState
     from axolotl.cli.args import TrainerCliArgs

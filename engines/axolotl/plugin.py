@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
@@ -70,7 +70,8 @@ class Looking:
         """The collator's batch with one entry more, a :class:`Batch`."""
         made = self._collator(features, *args, **kwargs)
         lengths = _packed_lengths(made) if self._packed else _padded_lengths(made)
-        made[_SEEN] = Batch(made["input_ids"].numpy(), made["labels"].numpy(), lengths)
+        # Copies: a loader's process gives the memory of a tensor away when it sends it.
+        made[_SEEN] = Batch(made["input_ids"].numpy().copy(), made["labels"].numpy().copy(), lengths)
         return made
 
 
@@ -83,6 +84,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         self._batches: Sequence[Batch] = ()
         self._loss: Tensor | None = None
         self._grad_norm: Tensor | float | None = None
+        self._hosts: Any = None  # process group for what never was on a GPU
 
     def seeing_batches(self, get: Callable[..., Any]) -> Callable[..., Any]:
         """``Trainer.get_batch_samples``, which draws the micro-batches of a step."""
@@ -115,17 +117,31 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         return seen
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set-up is over. Its loss must be of the kind that we say it is."""
+        """Set-up is over. Its ranks must be those of the job, and its loss of the kind that we say it is."""
+        if args.world_size != self._run.job.processes:
+            raise RuntimeError(f"axolotl trains on {args.world_size} rank(s), not on {self._run.job.processes}")
         if not self._trainer.model_accepts_loss_kwargs:
             raise RuntimeError("axolotl averages this model's micro-batches, because its loss takes no num_items_in_batch")
+        if self._run.job.processes > 1:
+            self._hosts = distributed.new_group(backend="gloo")
         self._run.probe.ready()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One optimizer step has been issued."""
         if self._loss is None:
             raise RuntimeError("axolotl made an optimizer step without a training step")
-        self._run.probe.step(loss=self._loss, grad_norm=self._grad_norm, tokens=StepTokens.of(self._batches))
+        loss, batches = self._over_all_ranks(self._loss, self._batches)
+        self._run.probe.step(loss=loss, grad_norm=self._grad_norm, tokens=StepTokens.of(batches))
         self._loss = self._grad_norm = None
+
+    def _over_all_ranks(self, loss: Tensor, batches: Sequence[Batch]) -> tuple[Tensor, Sequence[Batch]]:
+        """The mean of the ranks' losses, as its gradients are averaged, and every rank's batches."""
+        ranks = self._run.job.processes
+        if ranks == 1:
+            return loss, batches
+        every: list[Sequence[Batch]] = [()] * ranks
+        distributed.all_gather_object(every, batches, group=self._hosts)
+        return self._trainer.accelerator.reduce(loss, reduction="mean"), [batch for one in every for batch in one]
 
 
 def _padded_lengths(made: Any) -> tuple[tuple[int, ...], ...]:

@@ -150,8 +150,6 @@ def _compute(job: Job, knobs: Knobs) -> dict[str, Any]:
         chosen = ()  # left to itself it would turn them on, and they need a GPU
     if chosen is not None:
         values |= {f"lora_{name}_kernel": name in chosen for name in ("mlp", "qkv", "o")} | {"lora_embedding_kernel": False}
-    if job.device == "cpu":
-        values |= {"dataloader_num_workers": 0, "dataloader_pin_memory": False}
     return values
 
 
