@@ -42,12 +42,12 @@ def loss_norm(processes: int) -> LossNorm:
 
 
 def variant(knobs: Knobs) -> str:
-    """For example ``default`` (nothing said of its kernels), ``kernels+liger``, ``kernels+liger+ckpt``, ``plain``."""
-    kernels = "default" if knobs.lora_kernels is None else _some("kernels", knobs.lora_kernels, _LORA_KERNELS)
-    parts = [kernels, _some("liger", knobs.liger, _LIGER)]
+    """For example ``default`` (nothing said of its kernels), ``kernels+liger``, ``kernels+liger+ckpt``, ``plain`` (none of them)."""
+    parts = ["default" if knobs.lora_kernels is None else _some("kernels", knobs.lora_kernels, _LORA_KERNELS) or "plain"]
+    parts += [_some("liger", knobs.liger, _LIGER)]
     parts += ["ckpt" if knobs.recompute == "full" else "", "packed" if knobs.layout == "packed" else ""]
     parts += [knobs.attention if knobs.attention != "sdpa" else "", knobs.distributed if knobs.distributed != "none" else ""]
-    return "+".join(part for part in parts if part) or "plain"
+    return "+".join(part for part in parts if part)
 
 
 def _some(name: str, chosen: tuple[str, ...], known: tuple[str, ...]) -> str:
