@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.data.tokens import Batch, Sample, StepTokens, chunks, pack, pad
 from harness.engine import Job, Machine, Probe
-from harness.errors import ConfigError, UnsupportedError
+from harness.errors import UnsupportedError
 from harness.spec import Lora, Positive, Spec, Workload
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def _with_adapter(fast: Any, model: Any, job: Job, method: Lora, checkpointing: 
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     result = set_peft_model_state_dict(model, initial)
     if len(initial) != len(trained) or result.unexpected_keys:
-        raise ConfigError(f"Unsloth made {len(trained)} adapter tensors, the initial adapter has {len(initial)}; see method.targets")
+        raise UnsupportedError(f"Unsloth made {len(trained)} adapter tensors, the initial adapter has {len(initial)}; see method.targets")
     for parameter in trained.values():
         parameter.data = parameter.data.float()
     return model

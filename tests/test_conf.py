@@ -11,7 +11,11 @@ from harness.compose import CONF, compose_all, compose_one, plain
 from harness.config import Request, Settings, requests
 from harness.errors import ConfigError
 
-GROUPS = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
+GROUPS = {
+    folder.name: sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    for folder in CONF.iterdir()
+    if folder.is_dir()
+}
 OPTIONS = [f"{group}={option}" for group, options in GROUPS.items() if group != "sweep" for option in options]
 FAKES = f"hydra.searchpath=[file://{Path(__file__).resolve().parent / 'fakes' / 'conf'}]"
 
@@ -32,7 +36,7 @@ def test_every_option_composes_into_a_valid_cell(option: str, cache: Path, tmp_p
     _, (request,) = ask(cache, option, *extra)
     group, _, name = option.partition("=")
     chosen = {
-        "engine": request.cell.engine.name,
+        "engine": request.cell.engine.title if "/" in name else request.cell.engine.name,  # a variant's file is called what its knobs are
         "model": request.cell.workload.model.name,
         "data": request.cell.workload.data.name,
         "method": request.cell.workload.method.name,

@@ -17,7 +17,7 @@ from harness.spec import Cell
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = ("engine", "model", "method", "data", "train")
-FILLED_IN = ("model.fingerprint", "data.sha256")  # content hashes, made when the cell is made
+FILLED_IN = ("model.fingerprint", "data.sha256", "engine.variant")  # content hashes, and a name that follows from the knobs
 MISSING = "???"  # Hydra's mark for a value that must be given
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where it is built in, takes a tenth of the time for the same values
 
@@ -25,8 +25,17 @@ Options = Mapping[str, Mapping[str, Mapping[str, Any]]]  # group -> option -> it
 
 
 def options(conf: Path = CONF) -> Options:
-    """The values of every option of every group of ``conf``; nothing when there is no such folder."""
-    return {group: {path.stem: _read(path) for path in sorted((conf / group).glob("*.yaml"))} for group in GROUPS}
+    """The values of every option of every group of ``conf``; nothing when there is no such folder.
+
+    Of ``engine`` also the variants: the values of the engine, but for the knobs that a variant changes.
+    """
+    found = {group: {path.stem: _read(path) for path in sorted((conf / group).glob("*.yaml"))} for group in GROUPS}
+    variants = {
+        f"{path.parent.name}/{path.stem}": {**engine, "knobs": {**engine["knobs"], **_read(path).get("knobs", {})}}
+        for path in sorted((conf / "engine").glob("*/*.yaml"))
+        if (engine := found["engine"].get(path.parent.name))
+    }
+    return {**found, "engine": {**found["engine"], **variants}}
 
 
 def command(cell: Cell, machine: Machine, repeats: Sequence[int], known: Options) -> str:

@@ -10,7 +10,6 @@ import pytest
 from transformers import AutoTokenizer
 
 import engines.unsloth
-from harness.compose import CONF
 from harness.engine import Job, Machine
 from harness.errors import UnsupportedError
 from harness.spec import parse
@@ -20,7 +19,6 @@ from tests.engines.tiny import CPU, FULL, GPU, LLAMA, LORA, VOCABULARY, make_job
 
 UNSLOTH, MARKS = peer("unsloth", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 KNOBS: dict[str, Any] = {**knobs("unsloth/nockpt+padded"), "micro_batch": 2}
-VARIANTS = sorted(path.stem for path in (CONF / "engine" / "unsloth").glob("*.yaml"))
 GPU_KNOBS: dict[str, Any] = {**knobs("unsloth"), "compute_dtype": "bfloat16"}
 
 
@@ -67,11 +65,6 @@ def test_the_tokenizer_it_is_given_needs_no_repair(named: int | None, tmp_path: 
     assert tokenizer.pad_token_id not in (None, named, tokenizer.eos_token_id)
     assert len(tokenizer) <= VOCABULARY
     assert (folder / "model.safetensors").samefile(job.base / "model.safetensors")
-
-
-@pytest.mark.parametrize("option", VARIANTS)
-def test_a_variant_is_called_what_its_file_is(option: str) -> None:
-    assert engines.unsloth.variant(parse(engines.unsloth.Knobs, knobs(f"unsloth/{option}"))) == option
 
 
 def test_every_knob_but_the_micro_batch_and_the_type_has_a_name() -> None:

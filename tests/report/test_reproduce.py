@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.compose import compose_all, plain
-from harness.engine import Machine
+from harness.engine import Machine, load, variant
 from harness.report.reproduce import GROUPS, command, hydra_value, options
 from harness.spec import Cell, Data, EngineSpec, Fields, parse
 from tests import records
@@ -35,7 +35,8 @@ def of_options(**chosen: str) -> Cell:
     own = ["model.weights=dir:mine"] if chosen.get("model") == "local" else []
     ((_, config),) = compose_all([f"{group}={name}" for group, name in chosen.items()] + [*own, "machine=cpu"], multirun=False)
     raw = plain(config)
-    engine = {key: raw["engine"][key] for key in EngineSpec.model_fields}
+    engine = {key: raw["engine"][key] for key in EngineSpec.model_fields if key != "variant"}
+    engine["variant"] = variant(load(parse(EngineSpec, engine)), engine["knobs"])
     if raw["data"].get("path") is None and raw["data"]["source"] == "jsonl":
         raw["data"]["path"] = "my.jsonl"
     return parse(Cell, {"workload": {key: raw[key] for key in ("model", "data", "method", "train")}, "engine": engine, "repeat": 0})
@@ -47,8 +48,8 @@ def assert_same(cell: Cell, machine: Machine = records.CPU) -> None:
     for group in GROUPS:
         spec = cell.engine if group == "engine" else getattr(cell.workload, group)
         again = parse(type(spec), {key: raw[group][key] for key in type(spec).model_fields if key in raw[group]})
-        wanted = spec.model_dump(exclude={"fingerprint", "sha256"})
-        assert again.model_dump(exclude={"fingerprint", "sha256"}) == wanted
+        wanted = spec.model_dump(exclude={"fingerprint", "sha256", "variant"})
+        assert again.model_dump(exclude={"fingerprint", "sha256", "variant"}) == wanted
     assert raw["machine"]["device"] == machine.device
     assert raw["machine"]["memory_cap_gib"] == machine.memory_cap_gib
 
@@ -62,9 +63,10 @@ def changed(cell: Cell, group: str, **update: Any) -> Cell:
 def test_a_cell_of_plain_options_needs_few_words(engine: str) -> None:
     cell = of_options(engine=engine, model="smollm2_135m", data="python_docs", method="lora", train="short")
     text = command(cell, records.CPU, [0], KNOWN)
-    assert text.startswith(f"python -m harness engine={engine} ")
+    assert text.startswith(f"python -m harness engine={engine.removesuffix('/default')} ")
     for choice in ("model=smollm2_135m", "method=lora", "data=python_docs", "train=short", "machine=cpu", "repeat=0"):
         assert choice in words(text)
+    assert len([word for word in words(text) if word.startswith("engine.")]) <= 3  # what follows the machine
     assert len([word for word in words(text) if "." in word]) <= len(cell.engine.knobs)
     assert_same(cell)
 
