@@ -9,8 +9,6 @@ from pathlib import Path
 from harness.engine import Job
 from harness.spec import Lora
 
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-
 
 def keep(saved: Path, job: Job) -> None:
     """Move the weights and their configuration from ``saved`` into ``job.out``. Raises RuntimeError when there are none."""
@@ -24,11 +22,11 @@ def keep(saved: Path, job: Job) -> None:
         config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
         _write(job.out / "adapter_config.json", {**config, "base_model_name_or_path": job.workload.model.name})
     else:
-        _keep_checkpoint(saved, job)
+        _keep_checkpoint(job)
 
 
-def _keep_checkpoint(saved: Path, job: Job) -> None:
-    """In the stored type, and with the base's special tokens: the trainer took those of the tokenizer that only pads."""
+def _keep_checkpoint(job: Job) -> None:
+    """In the stored type, with the base's configuration: the trainer gave it the special tokens of the tokenizer that only pads."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -36,10 +34,8 @@ def _keep_checkpoint(saved: Path, job: Job) -> None:
     for path in job.out.glob("*.safetensors"):
         weights = {name: tensor.to(getattr(torch, stored)) for name, tensor in load_file(path).items()}
         save_file(weights, path, metadata={"format": "pt"})
-    config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
     base = json.loads((job.base / "config.json").read_text(encoding="utf-8"))
-    special = {name: base.get(name) for name in _SPECIAL}
-    _write(job.out / "config.json", {**config, **special, "dtype": stored})
+    _write(job.out / "config.json", {**base, "dtype": stored})
 
 
 def _write(path: Path, values: dict[str, object]) -> None:

@@ -79,11 +79,6 @@ def read(option: str = "axolotl", **changed: Any) -> engines.axolotl.Knobs:
     return parse(engines.axolotl.Knobs, {**knobs(option), "micro_batch": 1, **changed})
 
 
-@pytest.mark.parametrize("option", VARIANTS)
-def test_a_variant_is_called_what_its_file_is(option: str) -> None:
-    assert engines.axolotl.variant(read(f"axolotl/{option}")) == option
-
-
 def test_every_knob_but_the_micro_batch_and_the_type_has_a_name() -> None:
     """So that verdicts and tables keep variants apart."""
     others = {
