@@ -57,11 +57,12 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 # The lock is whole and hashed, so nothing is resolved; torch is not in it, because the hardware decides which build.
+# Axolotl declares Python 3.12 and passes its tests here on 3.11, too.
 .venv-%/.installed: engines/requirements/%.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet $(TORCH)
 	$(@D)/bin/python -c "import triton" 2>/dev/null || $(@D)/bin/python -m pip install --quiet $(TRITON)
-	$(@D)/bin/python -m pip install --quiet --no-deps --require-hashes --requirement $<
+	$(@D)/bin/python -m pip install --quiet --no-deps --require-hashes --ignore-requires-python --requirement $<
 	touch $@
 
 clean:

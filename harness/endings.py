@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.events import LOST_LOG, Event, ending
+from harness.events import LOST_LOG, Event
+from harness.ranks import ended
 from harness.record import Measurement, Status
 from harness.steady import steady
 
@@ -32,7 +33,7 @@ class Ending:
 
 def classify(how: Ending, events: Sequence[Event], work: Path) -> tuple[Status, str | None]:
     """Status and reason of a cell whose worker ended like this; ``work`` is its folder. ``ok`` needs its word and its exit code."""
-    last = ending(events)
+    last = ended(events, work)
     if how.garbage is not None:
         return "crash", _scrub(f"the worker wrote {how.garbage}", work)
     if how.stopped:

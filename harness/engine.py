@@ -83,7 +83,8 @@ K = TypeVar("K")
 
 
 class Engine(Protocol[K]):
-    """What a module must have to be an engine. It may also say ``loss_norm``, a :data:`LossNorm`, which is recorded and shown;
+    """What a module must have to be an engine. It may also say ``loss_norm``, a :data:`LossNorm` or a function of the number of
+    processes that gives one, which is recorded and shown;
     ``recomputed_fraction(workload, knobs)``: of the layers' forward pass, what backward does again; None when it cannot tell beforehand;
     ``requires``: packages without which it cannot start; ``variant(knobs)``: the name that its users have for these knobs.
     """
@@ -115,9 +116,10 @@ def load(spec: EngineSpec) -> Engine[Any]:
     return cast("Engine[Any]", module)
 
 
-def loss_norm(engine: object) -> LossNorm | None:
-    """What ``engine`` says its loss is a mean of; None when it does not say."""
-    return cast("LossNorm | None", getattr(engine, "loss_norm", None))
+def loss_norm(engine: object, processes: int = 1) -> LossNorm | None:
+    """What ``engine`` says its loss is a mean of on ``processes``; None when it does not say."""
+    said = getattr(engine, "loss_norm", None)
+    return cast("LossNorm | None", said(processes) if callable(said) else said)
 
 
 def requires(engine: object) -> tuple[str, ...]:
@@ -134,6 +136,6 @@ def variant(engine: Engine[Any], knobs: Mapping[str, Any]) -> str | None:
 def declared_loss_norm(spec: EngineSpec) -> LossNorm | None:
     """:func:`loss_norm` of the engine that ``spec`` names. What cannot be loaded says nothing; its record's status says why."""
     try:
-        return loss_norm(load(spec))
+        return loss_norm(load(spec), spec.processes)
     except ConfigError:
         return None

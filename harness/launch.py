@@ -24,6 +24,7 @@ from harness.interpreter import environment, interpreter
 from harness.machine import driver_version, host_id
 from harness.monitor import Monitor, monitoring
 from harness.places import Prepared, WorkerJob
+from harness.ranks import worker_command
 from harness.record import Artifacts, Provenance, Record, Status
 from harness.spec import Spec, parse
 from harness.store import commit_of, write_at_once, writing
@@ -177,7 +178,7 @@ def _run_worker(
 
     kills_before = _kernel_oom_kills()
     write_at_once(work / "job.json", job.model_dump_json(indent=1).encode())
-    command = [request.python or sys.executable, "-m", "harness.worker", str(work / "job.json")]
+    command = worker_command(request.python or sys.executable, work / "job.json", request.cell.engine.processes)
     with writing(work):
         log, reader = (work / "log.txt").open("wb"), EventReader(work / "events.jsonl")
     with log, reader:

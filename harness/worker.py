@@ -23,6 +23,7 @@ from harness.gates import counting
 from harness.gemm import gemm_peak_flops
 from harness.places import WorkerJob
 from harness.probe import StepProbe
+from harness.ranks import FAILED, own_log, rank
 from harness.record import Status
 from harness.spec import Workload, parse
 from harness.startup import ImportClock
@@ -30,21 +31,26 @@ from harness.weights import adapter_sha256
 
 
 def main(path: str) -> None:
-    """Train the cell and log how it went. Every ending of the engine becomes an event; the exit code is 0 for all of them."""
+    """Train the cell and log how it went. Every ending of the engine becomes an event; the exit code is 0 for all of them, but for
+    a failing one of several ranks: the others must not wait for it.
+    """
     began = time.monotonic()
     imports = ImportClock()
     _die_with_parent()
     job = parse(WorkerJob, json.loads(Path(path).read_text(encoding="utf-8")))
     try:
-        with EventLog(Path(job.events)) as log:
+        with EventLog(own_log(Path(job.events))) as log:
             log.write("started", {"process_seconds": began - job.launched_monotonic})
             try:
-                adapter = _train(job, log, imports, began)
-                log.write("finished", {"adapter_sha256": adapter, **_wall(job)})
+                _train(job, log, imports, began)
+                if rank() == 0:
+                    log.write("finished", {"adapter_sha256": adapter_sha256(Path(job.out)), **_wall(job)})
             except BaseException as error:  # the one broad except of the house: whatever an engine raises is a result
                 log.write("failed", {"status": _classify(error), "reason": _reason(error), **_wall(job)})
                 if isinstance(error, KeyboardInterrupt):
                     raise
+                if job.cell.engine.processes > 1:
+                    sys.exit(FAILED)
     except OSError as error:
         print(f"{job.events}: cannot write the event log: {error}", file=sys.stderr)
         sys.exit(LOST_LOG)
@@ -54,7 +60,7 @@ def _wall(job: WorkerJob) -> dict[str, float]:
     return {"wall_seconds": time.monotonic() - job.launched_monotonic}
 
 
-def _train(job: WorkerJob, log: EventLog, imports: ImportClock, began: float) -> str:
+def _train(job: WorkerJob, log: EventLog, imports: ImportClock, began: float) -> None:
     cell = job.cell
     engine = load(cell.engine)
     knobs = parse(engine.Knobs, cell.engine.knobs, at="engine.knobs")
@@ -83,7 +89,6 @@ def _train(job: WorkerJob, log: EventLog, imports: ImportClock, began: float) ->
         raise RuntimeError(f"the engine reported {probe.num_steps} of {num_steps} steps")
     known = _work(job, tokens, _recomputed_fraction(engine, cell.workload, knobs))
     log.write("work", {**known, "gemm_peak_flops": gemm_peak_flops() if job.machine.device == "cuda" else None})
-    return adapter_sha256(out)
 
 
 def _cap_memory(machine: Machine) -> None:

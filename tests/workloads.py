@@ -69,14 +69,16 @@ def make(folder: Path) -> Made:
     )
 
 
-def request(work: Workload, *, engine: str = "faulty", repeat: int = 0, limits: Limits | None = None, **knobs: Any) -> Request:
+def request(
+    work: Workload, *, engine: str = "faulty", repeat: int = 0, limits: Limits | None = None, processes: int = 1, **knobs: Any
+) -> Request:
     return Request(
         cell=Cell(
             workload=work,
             engine=EngineSpec(
                 name=engine,
                 module=f"tests.fakes.{engine}",
-                processes=1,
+                processes=processes,
                 environment={},
                 knobs={"behaviour": "ok", "at_step": 1, "step_seconds": 0.0, "shift": 0.0, **knobs},
             ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def plain_loss(model: Any, samples: tuple[Sample, ...]) -> torch.Tensor:
     return total / count
 
 
-def plain_training(job: Job) -> Iterator[tuple[float, float, Any]]:
+def plain_training(job: Job, loss_of: Callable[[Any, tuple[Sample, ...]], torch.Tensor] = plain_loss) -> Iterator[tuple[float, float, Any]]:
     """(loss, gradient norm before clipping, model after the update) of every step of a plain loop."""
     train, model = job.workload.train, plain_model(job)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -135,7 +135,7 @@ def plain_training(job: Job) -> Iterator[tuple[float, float, Any]]:
     optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=betas, eps=train.epsilon, weight_decay=train.weight_decay)
     for index in range(train.steps):
         optimizer.zero_grad()
-        loss = plain_loss(model, job.tokens.step(train, index))
+        loss = loss_of(model, job.tokens.step(train, index))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm or math.inf)
         optimizer.param_groups[0]["lr"] = train.learning_rate_at(index)

@@ -44,6 +44,7 @@ Behaviour = Literal[
     "cut_log",
     "full_disk",
     "full_log",
+    "one_rank",
 ]
 
 
@@ -68,7 +69,7 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
         time.sleep(knobs.step_seconds)
         loss = float("nan") if knobs.behaviour == "nan" else 5.0 / (index + 1)
         probe.step(loss=loss, grad_norm=1.0, tokens=StepTokens.expected(job.tokens.step(job.workload.train, index)))
-    if knobs.behaviour != "no_adapter":
+    if knobs.behaviour != "no_adapter" and os.environ.get("RANK", "0") == "0":
         _save(job, knobs.shift)
     _diary(job, "end")
 
@@ -92,7 +93,7 @@ def _misbehave(behaviour: Behaviour, job: Job) -> None:
         time.sleep(3600)
     if behaviour == "linger":
         threading.Thread(target=time.sleep, args=(3600,)).start()
-    if behaviour in ("host_oom", "address_space", "oom"):
+    if behaviour in ("host_oom", "address_space", "oom", "one_rank"):
         _run_out_of_memory(behaviour)
     if behaviour in ("fork", "escape"):
         _leave_a_child(behaviour, job)
@@ -150,6 +151,8 @@ def _run_out_of_memory(behaviour: Behaviour) -> None:
     if behaviour == "address_space":
         resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
         np.ones(2**33)
+    if behaviour == "one_rank" and os.environ["RANK"] == "0":
+        time.sleep(3600)
     import torch
 
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
