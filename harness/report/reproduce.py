@@ -17,7 +17,7 @@ from harness.spec import Cell
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = ("engine", "model", "method", "data", "train")
-FILLED_IN = ("model.fingerprint", "data.sha256")  # content hashes, made when the cell is made
+FILLED_IN = ("model.fingerprint", "model.tokenizer_fingerprint", "data.sha256")  # content hashes, made when the cell is made
 MISSING = "???"  # Hydra's mark for a value that must be given
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where it is built in, takes a tenth of the time for the same values
 
