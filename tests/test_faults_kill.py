@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from harness.events import EventReader, ending
@@ -16,6 +17,9 @@ KILLS = 50
 CELLS = 36
 EARLY = 15  # of the kills come at any time after the start, the others once the first cell has begun: that is where there is most to lose
 LATEST_SECONDS = 0.5  # with everything imported a sweep prepares for 0.4 s, then runs three to four cells a second
+KILLS_WHILE_SCORING = 5
+LONGEST_SCORING_SECONDS = 8.0  # most of them go into importing torch, on two quiet cores
+WITH_HELD_OUT_ROWS = ("data=python_docs", "data.sequence_length=64", "data.held_out_samples=8")
 
 
 def test_killed_at_50_random_instants_nothing_is_lost_or_run_twice(cache: Path, tmp_path: Path) -> None:
@@ -58,11 +62,48 @@ def test_killed_at_50_random_instants_nothing_is_lost_or_run_twice(cache: Path, 
     assert sum(sweeps.diary().begun.values()) > CELLS, "no kill met a running cell: the test is too weak"
 
 
+def test_killed_while_it_scores_no_cell_runs_again_and_all_is_scored(cache: Path, tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    sweeps = Sweeps.of(cache, tmp_path / "runs", *WITH_HELD_OUT_ROWS, "repeat=range(2)")
+    begun, records = None, {}
+    for _ in range(KILLS_WHILE_SCORING):
+        process = sweeps.start()
+        _until_it_says("scoring", sweeps, process)
+        if begun is None:
+            begun, records = sweeps.diary().begun, _records(sweeps.runs)
+        time.sleep(chance.uniform(0, LONGEST_SCORING_SECONDS))
+        process.kill()
+        process.join()
+        assert sweeps.left_alive(within_seconds=5) == []
+    last = sweeps.start()
+    last.join()
+    assert last.exitcode == 0, sweeps.printed()
+    assert sweeps.left_alive(within_seconds=5) == []
+
+    assert len(records) == 2
+    assert (_records(sweeps.runs), sweeps.diary().begun) == (records, begun), "the kills came after the cells"
+    results = load(sweeps.runs)
+    assert results.problems == ()
+    assert all(stored.score and stored.base_score for stored in results.stored)
+    assert list((sweeps.runs / "adapters").iterdir()) == [], "scored, they are not kept"
+    assert (sweeps.runs / "report.html").is_file()
+
+
 def _until_it_runs_a_cell(sweeps: Sweeps) -> None:
     began = time.monotonic()
     before = sweeps.printed().count("[1/")
     while sweeps.printed().count("[1/") == before:
         assert time.monotonic() < began + 60, sweeps.printed()
+        time.sleep(0.01)
+
+
+def _until_it_says(word: str, sweeps: Sweeps, process: ForkServerProcess) -> None:
+    """Or has ended: then there was nothing left to do."""
+    path = sweeps.runs.with_name("printed.txt")
+    before = path.read_text().count(word) if path.exists() else 0
+    while process.is_alive() and (not path.exists() or sweeps.printed().count(word) == before):
         time.sleep(0.01)
 
 
