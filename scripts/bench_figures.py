@@ -185,7 +185,7 @@ def tokenise_figures(sizes: Sizes, folder: Path) -> Iterable[Figure]:
     how = (
         f"the shipped sample's text in rows of {long['tokens_per_row']:.0f} tokens, SmolLM2's tokenizer; ours, from JSONL lines to samples "
         f"with their answers marked: {long['ours']:,.0f} tokens/s; the fast tokenizer called with batches of texts rendered before: "
-        f"{long['bare']:,.0f}; medians of {sizes.rounds} alternated rounds. With what preparing does besides, checking all lines before and "
+        f"{long['bare']:,.0f}; medians of {sizes.rounds} alternated rounds. With what preparing does besides, checking all lines and "
         f"writing the token file: {long['file']:,.0f}, {100 * long['file'] / long['bare']:.0f} %. In the sample's own rows, "
         f"{short['tokens_per_row']:.0f} tokens each, where rendering weighs more: {short['ours']:,.0f} and {short['bare']:,.0f}, "
         f"{100 * short['ours'] / short['bare']:.0f} %"
