@@ -17,7 +17,8 @@ KILLS = 50
 CELLS = 24  # at first; a sweep that is done before its kill is given MORE
 MORE = 12
 EARLY = 15  # of the kills come at any time after the start, with everything imported
-FROM_CELL = 15  # come at any time after the first cell was launched, the others after its engine began: that is where there is most to lose
+LAUNCHED = 15  # come at any time after the first cell was launched
+RECORDED = 10  # just after a cell was recorded; the others while an engine is at work: that is where there is most to lose
 LATEST_SECONDS = 0.5  # after the start or the launch: on a quiet machine a sweep prepares for 0.4 s, then runs three to four cells a second
 LATEST_IN_ENGINE_SECONDS = 0.2  # an engine takes at least 0.12 s
 INTERRUPTED = 5  # engines at least that a kill must meet at work, however slow the machine: more kills are made until it is so
@@ -35,6 +36,7 @@ def test_killed_at_50_random_instants_nothing_is_lost_or_run_twice(cache: Path, 
     assert warm.exitcode == 0, "nothing is killed yet: it only makes the base model, which takes longer than we let a sweep live"
     killed, cells = 0, CELLS
     sweeps = _sweeps(cache, tmp_path / "runs", cells)
+    recorded = 0
     while killed < KILLS or _interrupted(sweeps) < INTERRUPTED:
         assert killed < 3 * KILLS, "hardly a kill meets a running engine: the test is too weak"
         answered, records, begun = _answered(sweeps), _records(sweeps.runs), sweeps.diary().begun
@@ -52,6 +54,8 @@ def test_killed_at_50_random_instants_nothing_is_lost_or_run_twice(cache: Path, 
         assert records.items() <= _records(sweeps.runs).items(), "a record was changed or lost"
         again = set(sweeps.diary().begun - begun) & answered
         assert not again, f"{again} had finished, and began again after kill {killed}"
+        recorded = len(records)
+    assert recorded >= RECORDED, "hardly a kill had a record to harm: the test is too weak"
     last = sweeps.start()
     last.join()
     assert last.exitcode == 0, sweeps.printed()
@@ -102,9 +106,12 @@ def _sweeps(cache: Path, runs: Path, cells: int) -> Sweeps:
 def _wait_for_the_instant(killed: int, sweeps: Sweeps, process: ForkServerProcess, chance: random.Random) -> None:
     if killed < EARLY:
         time.sleep(chance.uniform(0, LATEST_SECONDS))
-    elif killed < EARLY + FROM_CELL:
+    elif killed < EARLY + LAUNCHED:
         _until_it_says("[1/", sweeps, process)
         time.sleep(chance.uniform(0, LATEST_SECONDS))
+    elif killed < EARLY + LAUNCHED + RECORDED:
+        _until_it_says("faulty, repeat", sweeps, process)
+        time.sleep(chance.uniform(0, LATEST_IN_ENGINE_SECONDS))
     else:
         _until_an_engine_begins(sweeps, process)
         time.sleep(chance.uniform(0, LATEST_IN_ENGINE_SECONDS))

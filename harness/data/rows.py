@@ -148,9 +148,11 @@ def _object(raw: bytes | None) -> Mapping[str, Any]:
 
 def _refuse_a_document(text: str) -> None:
     """Alpaca and ShareGPT are published as one list over several lines: say how it becomes lines."""
-    if (opened := text.strip()) in ("[", "[{", "{"):
-        remedy = _JQ_LIST if opened.startswith("[") else "jq -c . FILE > FILE.jsonl"
-        raise BadRowError(f"found the start of a JSON document of several lines; expected one JSON object a line: {remedy}")
+    opened = text.strip()
+    if opened in ("[", "[{"):
+        raise BadRowError(f"found the start of a list that goes on below; expected one JSON object a line: {_JQ_LIST}")
+    if opened == "{":
+        raise BadRowError("found the start of an object that goes on below; expected all of it on one line")
 
 
 def _shown(text: str, place: int) -> str:
