@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,8 @@ from harness.places import Sources
 from harness.record import Price
 from harness.spec import Cell, Data, DataFile, DType, EngineSpec, Method, Model, Name, Positive, Spec, Train, Workload, parse
 from harness.weights import fingerprint, resolve_source
+from harness.weights.sources import tokenizer_fingerprint
+from harness.weights.vocabulary import check_fits, num_entries, num_rows
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -100,10 +103,12 @@ def requests(overrides: Sequence[str], *, multirun: bool) -> tuple[Settings, lis
     found: list[Request] = []
     settings: list[Settings] = []
     problems: dict[str, None] = {}
+    entries = functools.cache(num_entries)  # a sweep asks about few tokenizers often
     for own, composed in compose_all(overrides, multirun=multirun):
         try:
             config = _config(plain(composed))
             found.append(request(config, own))
+            _check_vocabulary(found[-1], entries)
             settings.append(Settings(**{name: getattr(config, name) for name in Settings.model_fields}))
         except HarnessError as error:
             problems.update(dict.fromkeys(str(error).splitlines()))
@@ -199,12 +204,23 @@ def _named(entry: DataFile, path: Path, cache: Path) -> DataFile:
 
 def _model(model: Model, cache: Path) -> tuple[Model, str | None, str | None]:
     weights, tokenizer = _located("model.weights", model.weights), _located("model.tokenizer", model.tokenizer)
+    foreign = tokenizer if model.tokenizer.startswith("dir:") and model.tokenizer != model.weights else None
     update = {
         "weights": _without_path(model.weights),
         "tokenizer": _without_path(model.tokenizer),
         "fingerprint": fingerprint(weights, cache) if weights else None,
+        "tokenizer_fingerprint": tokenizer_fingerprint(foreign, cache) if foreign else None,
     }
     return model.model_copy(update=update), str(weights) if weights else None, str(tokenizer) if tokenizer else None
+
+
+def _check_vocabulary(asked: Request, entries: Callable[[Path], int | None]) -> None:
+    """What cannot fit is refused before anything is prepared. Weights that bring their own tokenizer are left to prepare."""
+    model, at = asked.cell.workload.model, asked.sources
+    if at.tokenizer is None or at.tokenizer == at.weights:
+        return
+    weights = Path(at.weights) if at.weights else None
+    check_fits(num_rows(model.config, weights), entries(Path(at.tokenizer)), model.tokenizer)
 
 
 def _located(key: str, source: str) -> Path | None:

@@ -31,7 +31,8 @@ class Model(Spec):
     ``weights`` and ``tokenizer`` are sources: ``random`` (weights only; seeded, from ``config``), ``dir:PATH``,
     ``hub:OWNER/NAME[@REVISION]`` or ``package:PACKAGE/FILE`` (a file inside an installed Python package).
     ``config`` is the transformers configuration of the architecture, needed for ``random`` weights only.
-    ``dtype`` is the stored type of the base weights. ``fingerprint`` is the content hash of ``dir:`` and ``package:`` sources.
+    ``dtype`` is the stored type of the base weights. ``fingerprint`` is the content hash of ``dir:`` and ``package:`` weights,
+    ``tokenizer_fingerprint`` that of a ``dir:`` tokenizer which is not the weights' own; both are filled in when the cell is made.
     """
 
     name: Name
@@ -41,6 +42,7 @@ class Model(Spec):
     seed: int = 0
     config: dict[str, JsonValue] | None = None
     fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
 
     @model_validator(mode="after")
     def _random_weights_need_a_config(self) -> Model:

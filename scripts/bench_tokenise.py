@@ -9,12 +9,15 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from harness.data.build import build_jsonl, unwatched
 from harness.data.rows import Row, open_rows
 from harness.data.tokenise import BATCH_ROWS, Tokenised, tokenise
+from harness.data.tokens import TokenFile
+from harness.spec import Data
 from harness.weights.tokenizer_files import load_tokenizer, write_tokenizer
 
 SAMPLE = Path(__file__).resolve().parent.parent / "harness" / "data" / "samples" / "python_docs.jsonl"
@@ -31,11 +34,16 @@ def main(folder: Path, num_rows: int, joined: int, rounds: int) -> None:
     rows = list(_rows(path))
     texts = [_text(row, tokenizer) for row in rows]
     tokens = sum(_bare(texts, tokenizer))
-    bare, ours = [], []
+    works: dict[str, Callable[[], Iterator[int]]] = {
+        "bare": lambda: _bare(texts, tokenizer),
+        "ours": lambda: _ours(path, tokenizer),
+        "file": lambda: _file(path, tokenizer),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
-        bare.append(tokens / _seconds(_bare(texts, tokenizer)))
-        ours.append(tokens / _seconds(_ours(path, tokenizer)))
-    print(json.dumps({"bare": bare, "ours": ours, "tokens_per_row": tokens / len(rows)}))
+        for name, work in works.items():
+            speeds[name].append(tokens / _seconds(work(), tokens))
+    print(json.dumps({**speeds, "tokens_per_row": tokens / len(rows)}))
 
 
 def _write(folder: Path, num_rows: int, joined: int) -> Path:
@@ -50,10 +58,12 @@ def _write(folder: Path, num_rows: int, joined: int) -> Path:
     return path
 
 
-def _seconds(counts: Iterator[int]) -> float:
+def _seconds(counts: Iterator[int], tokens: int) -> float:
     began = time.perf_counter()
-    sum(counts)
-    return time.perf_counter() - began
+    found = sum(counts)
+    seconds = time.perf_counter() - began
+    assert found == tokens, f"{found} tokens instead of {tokens}: this is not the same work"
+    return seconds
 
 
 def _bare(texts: list[str], tokenizer: Any) -> Iterator[int]:
@@ -68,6 +78,13 @@ def _ours(path: Path, tokenizer: Any) -> Iterator[int]:
     for item in tokenise(_rows(path), tokenizer, sequence_length=1_000_000, supervise="answers"):
         assert isinstance(item, Tokenised), item
         yield len(item.sample)
+
+
+def _file(path: Path, tokenizer: Any) -> Iterator[int]:
+    """All of what prepare does with a file: check every line, tokenise, write the token file."""
+    data = Data(name="rows", source="jsonl", path=path.name, sequence_length=1_000_000)
+    built = build_jsonl(data, [path], tokenizer, path.parent / "tokens", unwatched)
+    yield TokenFile.open(built.path).metadata["counts"]["tokens_input"]
 
 
 def _rows(path: Path) -> Iterator[Row]:

@@ -40,12 +40,26 @@ def test_a_sweep_records_reports_and_resumes(cache: Path, tmp_path: Path) -> Non
     assert len(load(runs).stored) == 8
 
 
-def test_a_failing_cell_does_not_stop_the_others(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("endings", "limits"),
+    [
+        (
+            {
+                "raise": "crash", "segfault": "crash", "garbage": "crash", "full_disk": "crash", "full_log": "crash",
+                "host_oom": "oom_host", "oom": "oom", "unsupported": "unsupported", "ok": "ok",
+            },
+            (),
+        ),
+        ({"fork": "no_progress", "ok": "ok"}, ("limits.no_progress_seconds=15.0",)),  # fork leaves a child and hangs
+    ],
+    ids=["at once", "silent"],
+)  # fmt: skip
+def test_failing_cells_do_not_stop_the_others(cache: Path, tmp_path: Path, endings: dict[str, str], limits: tuple[str, ...]) -> None:
+    """Whatever happens to a worker is a row of its own, and the last cell runs as if nothing had been."""
     runs = tmp_path / "runs"
-    done = harness(cache, runs, "-m", "engine.knobs.behaviour=raise,segfault,oom,unsupported,ok")
+    done = harness(cache, runs, "-m", f"engine.knobs.behaviour={','.join(endings)}", *limits)
     assert done.returncode == 5, done.stdout + done.stderr
-    statuses = sorted(stored.record.status for stored in load(runs).stored)
-    assert statuses == ["crash", "crash", "ok", "oom", "unsupported"]
+    assert {str(stored.record.cell.engine.knobs["behaviour"]): stored.record.status for stored in load(runs).stored} == endings
 
 
 def test_nothing_measured_is_never_success(cache: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from harness.data.counts import DataCounts, FileCounts
 from harness.data.dense import dense_samples
-from harness.data.rows import MAX_PROBLEMS, BadRow, Row, RowFile, open_rows
+from harness.data.rows import MAX_PROBLEMS, BadRow, Row, RowFile, open_rows, short_names
 from harness.data.split import HeldOut, is_held_out, times
 from harness.data.tokenise import VERSION, Tokenised, tokenise
 from harness.data.tokens import Ints
@@ -39,7 +39,7 @@ def build_jsonl(data: Data, paths: Sequence[Path], tokenizer: Any, folder: Path,
     Every line is checked before the first one is tokenised. Raises DataError naming files and lines, or what is left of them.
     """
     files = _open(data, paths)
-    problems = _Problems([path.name for path in paths], stops=data.on_bad_row == "error")
+    problems = _Problems([file.name for file in files], stops=data.on_bad_row == "error")
     num_rows = _check(files, problems, watch)
     rows = (row for row in itertools.chain.from_iterable(files) if isinstance(row, Row))
     with TokenFileWriter(folder) as writer:
@@ -135,9 +135,9 @@ class _Problems:
 
 def _open(data: Data, paths: Sequence[Path]) -> list[RowFile]:
     files, problems = [], []
-    for number, path in enumerate(paths):
+    for number, (path, name) in enumerate(zip(paths, short_names(paths), strict=True)):
         try:
-            files.append(open_rows(path, layout=data.layout, fields=data.fields, number=number))
+            files.append(open_rows(path, layout=data.layout, fields=data.fields, number=number, name=name))
         except DataError as error:
             problems.append(str(error))
     if problems:

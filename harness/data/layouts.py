@@ -23,6 +23,7 @@ SPEAKERS = {
 EXAMPLE = "data.fields='{prompt: question, completion: answer}'"
 _SHOWN = 10  # names in a message
 _WIDTH = 60  # characters of a value in a message
+_PROBLEMS = 5  # of one row that are named: a long conversation can have hundreds
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +35,25 @@ class Message:
 
 
 class BadRowError(Exception):
-    """What is wrong with a row: what was found, and what was expected."""
+    """All that is wrong with a row: of each problem what was found, and what was expected."""
+
+    def __init__(self, *problems: str) -> None:
+        more = [f"and {len(problems) - _PROBLEMS} more problems"] if len(problems) > _PROBLEMS else []
+        super().__init__("; ".join([*problems[:_PROBLEMS], *more]))
 
 
 Reader = Callable[[Mapping[str, Any]], tuple[Message, ...]]
+_Read = Callable[[Mapping[str, Any], list[str]], tuple[Message, ...]]  # adds to the list what is wrong
 
 
 def reader(layout: Layout) -> Reader:
     """What turns an object of this layout into its messages, or raises BadRowError."""
-    return _READERS[layout]
+    return _checked(_READERS[layout])
 
 
 def pair_reader(fields: Fields) -> Reader:
     """The reader of rows whose prompt and completion stand under these two keys."""
-
-    def read(row: Mapping[str, Any]) -> tuple[Message, ...]:
-        return Message("user", _text(row, fields.prompt)), Message("assistant", _text(row, fields.completion))
-
-    return read
+    return _checked(_pair(fields.prompt, fields.completion))
 
 
 def detect(row: Mapping[str, Any]) -> Layout | None:
@@ -76,28 +78,46 @@ def kind(value: Any) -> str:
     return kinds[type(value)]
 
 
-def _read_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    return _turns(row, "messages", "role", "content", {role: role for role in ROLES}, "a list of {role, content} objects")
+def _checked(read: _Read) -> Reader:
+    def checked(row: Mapping[str, Any]) -> tuple[Message, ...]:
+        problems: list[str] = []
+        messages = read(row, problems)
+        if problems:
+            raise BadRowError(*problems)
+        return messages
+
+    return checked
 
 
-def _read_sharegpt(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    turns = _turns(row, "conversations", "from", "value", SPEAKERS, "a list of {from, value} objects")
-    system = _optional(row, "system")
-    if system and turns[0].role == "system":
-        raise BadRowError("a field 'system' and a first turn from system; expected one of them")
+def _pair(prompt: str, completion: str) -> _Read:
+    def read(row: Mapping[str, Any], problems: list[str]) -> tuple[Message, ...]:
+        return Message("user", _text(row, prompt, problems)), Message("assistant", _text(row, completion, problems))
+
+    return read
+
+
+def _read_messages(row: Mapping[str, Any], problems: list[str]) -> tuple[Message, ...]:
+    return _turns(row, _Turns("messages", "role", "content", {role: role for role in ROLES}), problems)
+
+
+def _read_sharegpt(row: Mapping[str, Any], problems: list[str]) -> tuple[Message, ...]:
+    turns = _turns(row, _Turns("conversations", "from", "value", SPEAKERS), problems)
+    system = _optional(row, "system", problems)
+    if system and turns and turns[0].role == "system":
+        problems.append("a field 'system' and a first turn from system; expected one of them")
     return (Message("system", system), *turns) if system else turns
 
 
-def _read_alpaca(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    instruction, given, output = _text(row, "instruction"), _optional(row, "input"), _text(row, "output")
-    system = _optional(row, "system")
+def _read_alpaca(row: Mapping[str, Any], problems: list[str]) -> tuple[Message, ...]:
+    instruction, given = _text(row, "instruction", problems), _optional(row, "input", problems)
+    output, system = _text(row, "output", problems), _optional(row, "system", problems)
     prompt = f"{instruction}\n\n{given}" if given else instruction
     turns = (Message("user", prompt), Message("assistant", output))
     return (Message("system", system), *turns) if system else turns
 
 
-def _read_text(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    return (Message(TEXT, _text(row, "text")),)
+def _read_text(row: Mapping[str, Any], problems: list[str]) -> tuple[Message, ...]:
+    return (Message(TEXT, _text(row, "text", problems)),)
 
 
 _KEYS: Mapping[Layout, frozenset[str]] = {
@@ -107,62 +127,86 @@ _KEYS: Mapping[Layout, frozenset[str]] = {
     "prompt_completion": frozenset({"prompt", "completion"}),
     "text": frozenset({"text"}),
 }
-_READERS: Mapping[Layout, Reader] = {
+_READERS: Mapping[Layout, _Read] = {
     "messages": _read_messages,
     "sharegpt": _read_sharegpt,
     "alpaca": _read_alpaca,
-    "prompt_completion": pair_reader(Fields(prompt="prompt", completion="completion")),
+    "prompt_completion": _pair("prompt", "completion"),
     "text": _read_text,
 }
 EXPECTED = "; ".join(f"{layout}: {', '.join(sorted(keys))}" for layout, keys in _KEYS.items())
 
 
-def _turns(row: Mapping[str, Any], key: str, who: str, what: str, roles: Mapping[str, str], expected: str) -> tuple[Message, ...]:
+@dataclass(frozen=True, slots=True)
+class _Turns:
+    """Under which names the turns of a conversation stand: the list, who says what, and the role of every speaker."""
+
+    key: str
+    who: str
+    what: str
+    roles: Mapping[str, str]
+
+
+def _turns(row: Mapping[str, Any], named: _Turns, problems: list[str]) -> tuple[Message, ...]:
+    key, objects = named.key, f"{{{named.who}, {named.what}}} objects"
+    turns = row.get(key)
     if key not in row:
-        raise BadRowError(f"no field '{key}' (found {names(row)}); every row of a file needs the same fields")
-    turns = row[key]
-    if not isinstance(turns, list) or not turns:
-        raise BadRowError(f"'{key}' is {kind(turns)}; expected {expected}")
-    messages = tuple(_turn(f"{key}[{index}]", turn, who, what, roles) for index, turn in enumerate(turns))
-    _check_order(messages, turns, key, who)
-    return messages
+        problems.append(f"no field '{key}' (found {names(row)}); expected the same fields in every row of a file")
+    elif not isinstance(turns, list) or not turns:
+        problems.append(f"'{key}' is {kind(turns)}; expected a list of {objects}")
+    else:
+        before = len(problems)
+        messages = tuple(_turn(f"{key}[{index}]", turn, named, problems) for index, turn in enumerate(turns))
+        if len(problems) == before:
+            _check_order(messages, turns, named, problems)
+        return messages
+    return ()
 
 
-def _turn(where: str, turn: Any, who: str, what: str, roles: Mapping[str, str]) -> Message:
+def _turn(where: str, turn: Any, named: _Turns, problems: list[str]) -> Message:
     if not isinstance(turn, dict):
-        raise BadRowError(f"{where} is {kind(turn)}; expected an object with {who} and {what}")
-    role = turn.get(who)
-    if not isinstance(role, str) or role not in roles:
-        raise BadRowError(f"{where}.{who} is {_brief(role)}; expected one of {', '.join(roles)}")
-    return Message(roles[role], _text(turn, what, where=f"{where}."))
+        problems.append(f"{where} is {kind(turn)}; expected an object with {named.who} and {named.what}")
+        return Message("", "")
+    role = turn.get(named.who)
+    if not isinstance(role, str) or role not in named.roles:
+        problems.append(f"{where}.{named.who} is {_brief(role)}; expected one of {', '.join(named.roles)}")
+        role = None
+    return Message(named.roles.get(role or "", ""), _text(turn, named.what, problems, where=f"{where}."))
 
 
-def _check_order(messages: Sequence[Message], turns: Sequence[Mapping[str, Any]], key: str, who: str) -> None:
+def _check_order(messages: Sequence[Message], turns: Sequence[Mapping[str, Any]], named: _Turns, problems: list[str]) -> None:
     late = next((index for index, message in enumerate(messages) if message.role == "system" and index > 0), None)
     if late is not None:
-        raise BadRowError(f"{key}[{late}] is a system message; expected system only as the first message")
+        problems.append(f"{named.key}[{late}] is a system message; expected system only as the first message")
     if messages[-1].role != "assistant":
-        raise BadRowError(f"the last message is the {turns[-1][who]}'s; expected the assistant's answer: drop the unanswered turns")
+        problems.append(f"the last message is the {turns[-1][named.who]}'s; expected the assistant's answer: drop the unanswered turns")
 
 
-def _optional(row: Mapping[str, Any], field: str) -> str | None:
+def _optional(row: Mapping[str, Any], field: str, problems: list[str]) -> str | None:
     """The text of ``field``; None where it is missing, null or blank."""
     value = row.get(field)
     blank = value is None or (isinstance(value, str) and not value.strip())
-    return None if blank else _text(row, field)
+    return None if blank else _text(row, field, problems)
 
 
-def _text(row: Mapping[str, Any], field: str, where: str = "") -> str:
+def _text(row: Mapping[str, Any], field: str, problems: list[str], where: str = "") -> str:
+    """The text of ``field``; an empty one, and why, where it cannot be trained on."""
+    value = row.get(field)
+    if isinstance(value, str) and value.strip() and not _is_torn(value):
+        return value
     if field not in row:
-        raise BadRowError(f"no field '{where}{field}' (found {names(row)})")
-    value = row[field]
-    if not isinstance(value, str):
-        raise BadRowError(f"'{where}{field}' is {kind(value)}; expected text")
-    if not value.strip():
-        raise BadRowError(f"'{where}{field}' is empty; expected text")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise BadRowError(f"'{where}{field}' holds half a surrogate pair (\\ud800 to \\udfff), which is no text; expected valid Unicode")
-    return value
+        problems.append(f"no field '{where}{field}' (found {names(row)}); expected one that holds text")
+    elif not isinstance(value, str):
+        problems.append(f"'{where}{field}' is {kind(value)}; expected text")
+    elif not value.strip():
+        problems.append(f"'{where}{field}' is empty; expected text")
+    else:
+        problems.append(f"'{where}{field}' holds half a surrogate pair (\\ud800 to \\udfff), which is no text; expected valid Unicode")
+    return ""
+
+
+def _is_torn(text: str) -> bool:
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _brief(value: Any) -> str:

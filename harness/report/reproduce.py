@@ -17,7 +17,8 @@ from harness.spec import Cell
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = ("engine", "model", "method", "data", "train")
-FILLED_IN = ("model.fingerprint", "data.sha256", "engine.variant")  # content hashes, and a name that follows from the knobs
+# Content hashes, made when the cell is made, and a name that follows from the knobs.
+FILLED_IN = ("model.fingerprint", "model.tokenizer_fingerprint", "data.sha256", "engine.variant")
 MISSING = "???"  # Hydra's mark for a value that must be given
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where it is built in, takes a tenth of the time for the same values
 

@@ -18,7 +18,7 @@ from harness.places import Sources
 from harness.spec import Model
 from harness.weights.hub import snapshot
 from harness.weights.random_init import random_values
-from harness.weights.sources import TOKENIZER_FILES, fingerprint, resolve_source, write_atomically
+from harness.weights.sources import TOKENIZER_FILES, fingerprint, resolve_source, tokenizer_fingerprint, write_atomically
 from harness.weights.tensors import CODES, adapter_sha256, read_tensors, write_model
 from harness.weights.tokenizer_files import write_tokenizer
 
@@ -59,8 +59,9 @@ def prepare_base(model: Model, sources: Sources, cache: Path) -> Base:
     if model.fingerprint not in (None, content):
         raise WeightsError(f"'{model.weights}': its files changed since the run was planned; run again")
     identity["weights"] = content or {"seed": model.seed}
-    names = TOKENIZER_FILES if tokenizer.is_dir() else None
-    identity["tokenizer"] = fingerprint(tokenizer, cache, names=names)
+    identity["tokenizer"] = tokenizer_fingerprint(tokenizer, cache)
+    if model.tokenizer_fingerprint not in (None, identity["tokenizer"]):
+        raise WeightsError(f"'{model.tokenizer}': its files changed since the run was planned; run again")
     folder = cache / "base" / _hash(identity)[:20]
     found = _read(folder)
     if found is not None:

@@ -67,6 +67,11 @@ def fingerprint(path: Path, cache: Path, *, names: tuple[str, ...] | None = None
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def tokenizer_fingerprint(path: Path, cache: Path) -> str:
+    """Content hash of the tokenizer in ``path``, whatever else lies in the folder."""
+    return fingerprint(path, cache, names=TOKENIZER_FILES if path.is_dir() else None)
+
+
 def relevant_files(folder: Path) -> list[Path]:
     """The files of ``folder`` that decide what is trained: configuration, weights and tokenizer, by name."""
     named = {*TOKENIZER_FILES, *MODEL_FILES}

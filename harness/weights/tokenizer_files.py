@@ -8,6 +8,7 @@ from typing import Any
 
 from harness.errors import WeightsError
 from harness.weights.sources import TOKENIZER_FILES
+from harness.weights.vocabulary import check_fits
 
 
 def write_tokenizer(source: Path, folder: Path, *, vocab_size: int | None) -> None:
@@ -21,11 +22,7 @@ def write_tokenizer(source: Path, folder: Path, *, vocab_size: int | None) -> No
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
     tokenizer = load_tokenizer(folder, source.name)
-    if vocab_size is not None and len(tokenizer) > vocab_size:
-        raise WeightsError(
-            f"vocabulary smaller than tokenizer: the model has {vocab_size:,} entries, the tokenizer {source.name} has {len(tokenizer):,}; "
-            "choose a model.tokenizer that fits"
-        )
+    check_fits(vocab_size, len(tokenizer), source.name)
 
 
 def load_tokenizer(folder: Path, name: str) -> Any:

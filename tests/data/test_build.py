@@ -188,6 +188,16 @@ def test_all_problems_of_all_files_come_at_once_up_to_twenty(tmp_path: Path, tok
     assert lines[20] == "(the first 20 problems; there are more)"
 
 
+def test_files_of_one_name_are_told_apart(tmp_path: Path, tokenizer: Any) -> None:
+    paths = [tmp_path / folder / "train.jsonl" for folder in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(json.dumps(BAD) + "\n")
+    with pytest.raises(DataError) as caught:
+        build(tmp_path, tokenizer, dict.fromkeys(paths, 1.0))
+    assert [line.partition(": ")[0] for line in str(caught.value).splitlines()] == ["a/train.jsonl:1", "b/train.jsonl:1"]
+
+
 def test_skipped_rows_are_counted_and_the_first_reasons_kept(tmp_path: Path, tokenizer: Any) -> None:
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"  # 'return' is one token

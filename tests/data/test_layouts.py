@@ -68,13 +68,23 @@ def test_a_row_of_no_layout_is_not_guessed() -> None:
         ([{"role": "user", "content": None}], "'messages[0].content' is null; expected text"),
         ([{"role": "user", "content": "x"}], "the last message is the user's"),
         ([{"role": "user", "content": "x"}, {"role": "system", "content": "x"}], "messages[1] is a system message"),
+        ([{"role": "user", "content": "x"}, {"role": "system", "content": "x"}], "first message; the last message is the system's"),
+        ([{"role": "tool"}, {"role": "user", "content": 3}], "expected one of system, user, assistant; no field 'messages[0].content'"),
+        ([{"role": "user"}, {"role": "user", "content": 3}], "that holds text; 'messages[1].content' is a number; expected text"),
     ],
 )  # fmt: skip
 def test_a_bad_conversation_is_named(messages: object, said: str) -> None:
     with pytest.raises(BadRowError) as caught:
         reader("messages")({"messages": messages})
     assert said in str(caught.value)
-    assert len(str(caught.value)) < 200
+    assert len(str(caught.value)) < 300
+
+
+def test_of_a_row_with_many_problems_the_first_five_are_named() -> None:
+    with pytest.raises(BadRowError) as caught:
+        reader("messages")({"messages": [{"role": "user", "content": ""}] * 200})
+    wanted = [f"'messages[{place}].content' is empty; expected text" for place in range(5)]
+    assert str(caught.value) == "; ".join([*wanted, "and 195 more problems"])
 
 
 @pytest.mark.parametrize(
@@ -85,6 +95,11 @@ def test_a_bad_conversation_is_named(messages: object, said: str) -> None:
         ("sharegpt", {"conversations": TURNS[:1]}, "the last message is the human's"),
         ("sharegpt", {"conversations": [{"from": "system", "value": "a"}, *TURNS], "system": "b"}, "a field 'system' and a first turn"),
         ("sharegpt", {"conversations": TURNS, "system": 3}, "'system' is a number; expected text"),
+        (
+            "sharegpt",
+            {"conversations": {}, "system": 3},
+            "'conversations' is an object; expected a list of {from, value} objects; 'system' is",
+        ),
         ("alpaca", {"instruction": "x", "input": ["y"], "output": "z"}, "'input' is a list; expected text"),
         ("alpaca", {"instruction": "x", "output": ""}, "'output' is empty"),
         ("text", {"text": "\n"}, "'text' is empty"),

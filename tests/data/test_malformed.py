@@ -81,6 +81,7 @@ def test_rows_or_a_data_error_and_both_ways_agree(tokenizer: Any, file: tuple[bo
         return
     good = [row for row in read if isinstance(row, Row)]
     bad = [f"rows:{row.line}: {row.problem}" for row in read if isinstance(row, BadRow)]
+    assert all("expected" in problem and len(problem.splitlines()) == 1 for problem in bad)
     if bad:
         assert strict is None
         assert stopped.splitlines()[:MAX_PROBLEMS] == bad

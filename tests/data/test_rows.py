@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from harness.data import rows as reading
 from harness.data.layouts import Message
-from harness.data.rows import BadRow, Row, open_rows
+from harness.data.rows import BadRow, Row, open_rows, short_names
 from harness.errors import DataError
 
 GOOD = {"prompt": "Why?", "completion": "Because."}
@@ -43,8 +43,12 @@ def test_byte_order_mark_crlf_and_blank_lines_are_tolerated(tmp_path: Path, end:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"prompt": "x", ', "broken JSON at column"),
-        ("[1, 2]", "found a list; expected a JSON object"),
+        ('{"prompt": "x", ', "broken JSON at column 17: found the end of the line (Expecting property name"),
+        ('{"prompt": "é", completion: "y"}', "broken JSON at column 17: found 'completion: \"y\"}' (Expecting property name"),
+        ("prompt,completion and so on,\u2028", "broken JSON at column 1: found 'prompt,completion an…' (Expecting value)"),
+        ("[1, 2]", "found a list; expected a JSON object a line: jq -c '.[]' FILE > FILE.jsonl"),
+        ("[", "found the start of a list that goes on below; expected one JSON object a line: jq -c '.[]' FILE > FILE.jsonl"),
+        (" {", "found the start of an object that goes on below; expected all of it on one line"),
         ("3", "found a number; expected a JSON object"),
         ("null", "found null; expected a JSON object"),
         ({"prompt": "x"}, "no field 'completion' (found prompt)"),
@@ -53,6 +57,8 @@ def test_byte_order_mark_crlf_and_blank_lines_are_tolerated(tmp_path: Path, end:
         ({"prompt": "x", "completion": None}, "'completion' is null; expected text"),
         ({"prompt": "x", "completion": ["a"]}, "'completion' is a list; expected text"),
         ({"prompt": "x", "completion": " \n"}, "'completion' is empty; expected text"),
+        ({"prompt": 1, "completion": []}, "'prompt' is a number; expected text; 'completion' is an empty list; expected text"),
+        ({"prompt": ""}, "'prompt' is empty; expected text; no field 'completion' (found prompt); expected one that holds text"),
         (b'{"prompt": "\xff", "completion": "x"}', "not UTF-8 (byte 0xff at column 13)"),
         (r'{"prompt": "\ud800", "completion": "x"}', "half a surrogate pair"),
         ("[" * 100_000, "nested too deeply"),
@@ -69,6 +75,12 @@ def test_a_bad_line_is_named(tmp_path: Path, line: object, said: str) -> None:
     assert said in problem.problem
     assert len(problem.problem.splitlines()) == 1
     assert len(problem.problem) < 300
+
+
+def test_short_names_hold_as_many_folders_as_tell_files_apart() -> None:
+    paths = [Path(name) for name in ("/a/x/train", "/a/y/train", "/b/x/train", "/a/x/test", "/test/train")]
+    assert short_names(paths) == ["a/x/train", "y/train", "b/x/train", "test", "test/train"]
+    assert short_names([]) == []
 
 
 def test_a_line_that_is_too_long_is_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
