@@ -39,7 +39,7 @@ class TestUnsloth(EngineConformance):
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
     @pytest.mark.parametrize("layout", ["padded", "packed"])
     def test_a_gpu_computes_what_a_cpu_does(self, tmp_path: Path, layout: str) -> None:  # type: ignore[override]
-        """In a process of its own: what Unsloth is, it decides when it is imported. Where the base is float32 its LoRA kernels stand aside."""
+        """In a process of its own: Unsloth decides what it is when it is imported. Beside a float32 base its LoRA kernels stand aside."""
         job, (there, _) = make_job(tmp_path), peer("unsloth", **OFFLINE)
         on_cpu, on_gpu, rounded = self.run(with_train(job, "cpu")), RecordingProbe(), RecordingProbe()
         for name, dtype, probe in (("exact", "float32", on_gpu), ("rounded", "bfloat16", rounded)):
