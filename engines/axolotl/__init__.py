@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -161,9 +162,11 @@ def _model_reasons(config: dict[str, Any], knobs: Knobs) -> list[str]:
 
 
 def _check_here(job: Job, knobs: Knobs) -> None:
-    """What only the running process can tell."""
+    """What only the running process and the open weights can tell."""
     import torch
 
+    if reasons := _model_reasons(json.loads((job.base / "config.json").read_text(encoding="utf-8")), knobs):
+        raise UnsupportedError("; ".join(reasons))
     if job.processes > 1 and knobs.distributed == "none":
         raise UnsupportedError(f"distributed=none with {job.processes} processes; set distributed=ddp, fsdp2, zero1, zero2 or zero3")
     if job.processes == 1 and knobs.distributed != "none":

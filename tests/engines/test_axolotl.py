@@ -76,6 +76,14 @@ class TestAxolotl(EngineConformance):
             self.run(job, micro_batch=2)
 
 
+def test_a_model_with_dropout_is_refused_when_the_weights_are_open(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    config = job.base / "config.json"
+    config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.1'))
+    with pytest.raises(UnsupportedError, match=r"attention_dropout is 0\.1"):
+        engines.axolotl._check_here(job, read())
+
+
 def read(option: str = "axolotl", **changed: Any) -> engines.axolotl.Knobs:
     return parse(engines.axolotl.Knobs, {**knobs(option), "micro_batch": 1, **changed})
 
