@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 loss_norm = "token_global"
 requires = ("unsloth", "unsloth_zoo", "bitsandbytes")  # without the last, Unsloth does not load 16-bit weights either
-TRIED = ("llama", "mistral", "qwen2", "qwen3")  # those with a fast path of their own whose losses have been compared
+TRIED = ("llama", "mistral", "qwen2", "qwen3")  # each compared with a plain loop in tests/engines/test_unsloth.py
 
 
 class Knobs(Spec):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -59,7 +60,7 @@ def _some(name: str, chosen: tuple[str, ...], known: tuple[str, ...]) -> str:
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
     """Every reason why this cannot run here, or None."""
     reasons = [
-        *_dtype_reasons(workload, knobs),
+        *_method_reasons(workload, knobs),
         *_batch_reasons(workload, knobs, machine),
         *_kernel_reasons(workload, knobs, machine),
         *_model_reasons(workload.model.config or {}, knobs),
@@ -82,18 +83,18 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
 
     with tempfile.TemporaryDirectory(prefix="axolotl-", dir=job.out.parent) as name:
         scratch = Path(name)
-        path = write_settings(scratch, settings(job, knobs, scratch))
+        values = settings(job, knobs, scratch)
         token = RUN.set(Run(job, probe))
         try:
-            _run(path, job, cache=scratch / "cache")
+            _run(write_settings(scratch, values), values, job, cache=scratch / "cache")
         finally:
             RUN.reset(token)
         if int(os.environ.get("RANK", "0")) == 0:  # of those that torchrun starts, the one that saves
             keep(scratch / "out", job)
 
 
-def _run(path: Path, job: Job, *, cache: Path) -> None:
-    """What ``axolotl train`` does with a YAML file; ``cache`` is for the rows as datasets reads them."""
+def _run(path: Path, values: dict[str, Any], job: Job, *, cache: Path) -> None:
+    """What ``axolotl train`` does with a YAML file, which holds ``values``; ``cache`` is for the rows as datasets reads them."""
     if job.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"  # read when it is imported; without it two ranks on a CPU are two runs
     import datasets
@@ -102,23 +103,27 @@ def _run(path: Path, job: Job, *, cache: Path) -> None:
     from axolotl.cli.config import load_cfg
     from axolotl.cli.train import do_train
 
+    from engines.axolotl.settings import not_taken
+
     datasets.config.HF_DATASETS_CACHE = cache
     AcceleratorState._reset_state()  # its precision, of a run before this one in the same process
     cfg = load_cfg(str(path))
+    if refused := not_taken(values, cfg):
+        raise UnsupportedError(f"axolotl does not do as it is told here: {'; '.join(refused)}")
     if job.device == "cpu":
         cfg.device_map = {"": "cpu"}  # with more than one rank it has taken their numbers for those of GPUs
     do_train(cfg, TrainerCliArgs())
 
 
-def _dtype_reasons(workload: Workload, knobs: Knobs) -> list[str]:
+def _method_reasons(workload: Workload, knobs: Knobs) -> list[str]:
     method = workload.method
     if method.dtype == "float16":
         return ["method.dtype=float16 needs loss scaling, whose skipped steps no other engine makes; use float32 or bfloat16"]
-    if isinstance(method, Lora):
-        return [] if method.dtype == "float32" else [f"axolotl keeps adapters in float32, not {method.dtype}; set method.dtype=float32"]
-    if method.dtype != knobs.compute_dtype:
-        return [f"axolotl trains all weights in the type it computes in; method.dtype={method.dtype}, compute_dtype={knobs.compute_dtype}"]
-    return []
+    if not isinstance(method, Lora):
+        told = f"method.dtype={method.dtype}, compute_dtype={knobs.compute_dtype}"
+        return [] if method.dtype == knobs.compute_dtype else [f"axolotl trains all weights in the type it computes in: {told}"]
+    reasons = [] if method.dtype == "float32" else [f"axolotl keeps adapters in float32, not {method.dtype}; set method.dtype=float32"]
+    return reasons if method.alpha.is_integer() else [*reasons, f"axolotl's lora_alpha is a whole number, method.alpha is {method.alpha}"]
 
 
 def _batch_reasons(workload: Workload, knobs: Knobs, machine: Machine) -> list[str]:
@@ -157,9 +162,11 @@ def _model_reasons(config: dict[str, Any], knobs: Knobs) -> list[str]:
 
 
 def _check_here(job: Job, knobs: Knobs) -> None:
-    """What only the running process can tell."""
+    """What only the running process and the open weights can tell."""
     import torch
 
+    if reasons := _model_reasons(json.loads((job.base / "config.json").read_text(encoding="utf-8")), knobs):
+        raise UnsupportedError("; ".join(reasons))
     if job.processes > 1 and knobs.distributed == "none":
         raise UnsupportedError(f"distributed=none with {job.processes} processes; set distributed=ddp, fsdp2, zero1, zero2 or zero3")
     if job.processes == 1 and knobs.distributed != "none":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,14 @@ def settings(job: Job, knobs: Knobs, folder: Path) -> dict[str, Any]:
         **_compute(job, knobs),
         **_distributed(knobs, folder),
     }
+
+
+def not_taken(values: dict[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Keys of ``values`` that Axolotl's ``config``, made of them, lacks or holds otherwise: it is silent about both. Sections that it
+    rewrites are not compared.
+    """
+    plain = {key: value for key, value in values.items() if key not in ("datasets", "fsdp_config", "deepspeed") and value is not None}
+    return [f"{key}={value!r} became {config.get(key)!r}" for key, value in plain.items() if config.get(key) != value]
 
 
 def write_settings(folder: Path, values: dict[str, Any]) -> Path:

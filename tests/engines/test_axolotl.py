@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import engines.axolotl
+from engines.axolotl.settings import not_taken
 from harness.compose import CONF
 from harness.engine import Job, Machine, loss_norm
 from harness.errors import UnsupportedError
@@ -75,6 +76,14 @@ class TestAxolotl(EngineConformance):
             self.run(job, micro_batch=2)
 
 
+def test_a_model_with_dropout_is_refused_when_the_weights_are_open(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    config = job.base / "config.json"
+    config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.1'))
+    with pytest.raises(UnsupportedError, match=r"attention_dropout is 0\.1"):
+        engines.axolotl._check_here(job, read())
+
+
 def read(option: str = "axolotl", **changed: Any) -> engines.axolotl.Knobs:
     return parse(engines.axolotl.Knobs, {**knobs(option), "micro_batch": 1, **changed})
 
@@ -95,6 +104,12 @@ def test_every_knob_but_the_micro_batch_and_the_type_has_a_name() -> None:
 
 def test_the_order_of_kernels_changes_no_name() -> None:
     assert engines.axolotl.variant(read(lora_kernels=["o", "mlp", "qkv"])) == "kernels"
+
+
+def test_a_setting_that_it_ignores_or_changes_is_told() -> None:
+    told = {"bf16": True, "lora_typo": 3, "lora_o_kernel": True, "datasets": [1], "seed": 0, "adapter": None}
+    config = {"bf16": True, "lora_o_kernel": False, "seed": 0}
+    assert not_taken(told, config) == ["lora_typo=3 became None", "lora_o_kernel=True became False"]
 
 
 def test_says_what_its_loss_is_a_mean_of_on_several_ranks() -> None:
@@ -126,6 +141,7 @@ def test_impossible_knobs_are_refused(changed: dict[str, Any], machine: Machine,
         ({**LLAMA, "model_type": "falcon"}, LORA, {"distributed": "fsdp2"}, "refuses FSDP for Falcon"),
         (LLAMA, {**LORA, "dtype": "bfloat16"}, {}, "set method.dtype=float32"),
         (LLAMA, FULL, {"compute_dtype": "bfloat16"}, "trains all weights in the type it computes in"),
+        (LLAMA, {**LORA, "alpha": 1.5}, {}, "a whole number"),
         (LLAMA, FULL, {"lora_kernels": ["o"]}, "lora_kernels are for method=lora"),
     ],
 )

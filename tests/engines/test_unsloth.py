@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 import engines.unsloth
@@ -15,9 +16,10 @@ from harness.errors import UnsupportedError
 from harness.spec import parse
 from tests.engines.conformance import EngineConformance, two_documents
 from tests.engines.peers import knobs, peer
-from tests.engines.tiny import CPU, FULL, GPU, LLAMA, LORA, VOCABULARY, make_job, make_workload, plain_training, with_train
+from tests.engines.tiny import CPU, FULL, GPU, LLAMA, LORA, VOCABULARY, RecordingProbe, make_job, make_workload, plain_training, with_train
 
-UNSLOTH, MARKS = peer("unsloth", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # as launch sets for every worker
+UNSLOTH, MARKS = peer("unsloth", **OFFLINE)
 KNOBS: dict[str, Any] = {**knobs("unsloth/nockpt+padded"), "micro_batch": 2}
 GPU_KNOBS: dict[str, Any] = {**knobs("unsloth"), "compute_dtype": "bfloat16"}
 
@@ -32,6 +34,20 @@ class TestUnsloth(EngineConformance):
         usual, other = self.run(with_train(job, "usual")), self.run(job, **knob)
         assert other.losses == pytest.approx(usual.losses, rel=2e-5)
         assert other.grad_norms == pytest.approx(usual.grad_norms, rel=1e-4)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+    @pytest.mark.parametrize("layout", ["padded", "packed"])
+    def test_a_gpu_computes_what_a_cpu_does(self, tmp_path: Path, layout: str) -> None:  # type: ignore[override]
+        """In a process of its own: Unsloth decides what it is when it is imported. Beside a float32 base its LoRA kernels stand aside."""
+        job, (there, _) = make_job(tmp_path), peer("unsloth", **OFFLINE)
+        on_cpu, on_gpu, rounded = self.run(with_train(job, "cpu")), RecordingProbe(), RecordingProbe()
+        for name, dtype, probe in (("exact", "float32", on_gpu), ("rounded", "bfloat16", rounded)):
+            own = replace(with_train(job, name), device="cuda")
+            there.train(own, parse(engines.unsloth.Knobs, {**KNOBS, "layout": layout, "compute_dtype": dtype}), probe)
+        assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=2e-5)
+        assert on_gpu.grad_norms == pytest.approx(on_cpu.grad_norms, rel=1e-3)
+        assert rounded.losses == pytest.approx(on_cpu.losses, rel=2e-2)
 
     def test_packed_documents_do_not_see_each_other(self, job: Job) -> None:
         told = [
