@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from harness.errors import StoreError
 from harness.rank import Group
@@ -48,6 +48,7 @@ def _html(results: Results, groups: tuple[Group, ...], known: Options) -> str:
     look = looks(groups)
     sections = [section(group, known, results.floors, plots(group, look), look) for group in groups]
     environment = _environment(autoescape=True)
+    environment.filters["breakable"] = _breakable
     return environment.get_template("report.html.j2").render(_context(results, sections, environment))
 
 
@@ -84,6 +85,11 @@ def _context(results: Results, sections: list[Section], environment: Environment
         "num_machines": len({record.machine.key for record in records}),
         "newest": max((record.provenance.started_utc for record in records), default="none"),
     }
+
+
+def _breakable(name: str) -> Markup:
+    """The name of a variant, with the places where a narrow column may break it."""
+    return Markup(re.sub(r"([/+=_])", r"\1<wbr>", str(escape(name))))
 
 
 def _escaped(value: Any) -> Any:

@@ -90,6 +90,7 @@ def section(group: Group, known: Options, floors: Floors, drawn: Sequence[Plot] 
         f"{work.data.sequence_length:,} tokens at most a sample",
         f"{work.train.samples_per_step} samples a step",
         f"{work.train.steps} steps",
+        f"seed {work.train.seed}",
         f"workload {work.key}",
     )
     return Section(
