@@ -97,8 +97,8 @@ def swiglu(gate_up_TN: Tensor, linear: Linear) -> Input:
     return with_low(gate_up_TN.new_empty(len(gate_up_TN), linear.num_inputs + linear.padded_rank), linear)
 
 
-def swiglu_backward(d_h_TK: Tensor, gate_up_TN: Tensor, padded_rank: int) -> tuple[Tensor, Tensor]:
-    return d_h_TK, gate_up_TN.as_strided((len(gate_up_TN), gate_up_TN.shape[1] + padded_rank), gate_up_TN.stride())
+def swiglu_backward(d_h_TK: Tensor, gate_up_TN: Tensor, dy_TW: Tensor, low_TP: Tensor | None, down: Linear, group: Linear) -> Tensor:
+    return gate_up_TN.as_strided((len(gate_up_TN), gate_up_TN.shape[1] + group.padded_rank), gate_up_TN.stride())
 
 
 def cross_entropy(hidden_LH: Tensor, head: Weight, targets_L: Tensor, scale: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,8 @@ ALLOCATIONS = replace(
     plain_norm=lambda x, weight, epsilon: torch.empty_like(x),
     plain_norm_backward=lambda dy, x, weight, epsilon: torch.empty_like(x),
     fill=lambda dy, linear: None,
-    weight_gradients=lambda dy, source, low, linear: None,
+    weight_gradients=lambda dy, source, linear: None,
+    up_gradients=lambda dy, low, linear: None,
     rotate_=lambda heads, packed: None,
     rotate_back=rotate_back,
     attention=attention,
