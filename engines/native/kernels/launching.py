@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 from torch import Tensor
 
@@ -25,6 +26,19 @@ def check_rows(name: str, x: Tensor, num_rows: int, num_columns: int) -> None:
         raise ValueError(
             f"{name} is {list(x.shape)} with strides {list(x.stride())}; expected [{num_rows}, >={num_columns}], columns adjacent"
         )
+
+
+def check_counters(arrived: Tensor, num_tiles: int) -> None:
+    """Raise ValueError unless ``arrived`` holds a counter for every tile."""
+    if len(arrived) < num_tiles or arrived.dtype != torch.int32:
+        raise ValueError(f"arrived holds {len(arrived)} counters of {arrived.dtype}; expected at least {num_tiles} of torch.int32")
+
+
+def split_tokens(num_tokens: int, num_tiles: int, tile: Tile, num_programs: int) -> tuple[int, int]:
+    """Over how many programs the tokens of each tile are split, and how many each gets: about ``num_programs`` in all, none without work."""
+    splits = max(1, min(triton.cdiv(num_programs, num_tiles), triton.cdiv(num_tokens, 2 * tile.tokens)))
+    tokens_each = triton.cdiv(triton.cdiv(num_tokens, splits), tile.tokens) * tile.tokens
+    return triton.cdiv(num_tokens, tokens_each), tokens_each
 
 
 def row_block(num_columns: int) -> int:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engines.native.kernels.launching import Tile, check_rows
+from engines.native.kernels.launching import Tile, check_counters, check_rows, split_tokens
 
 COLUMNS = 64  # a tile; blocks must begin at multiples of it
 TILE = Tile(tokens=128, warps=4, stages=3)
@@ -89,11 +89,8 @@ def add_outer_(
     if len(starts) >= _MAX_BLOCKS or any(start % COLUMNS for start in starts):
         raise ValueError(f"blocks begin at {list(starts)}; expected at most {_MAX_BLOCKS - 1} multiples of {COLUMNS}")
     tiles = triton.cdiv(columns, COLUMNS)
-    if len(arrived) < tiles or arrived.dtype != torch.int32:
-        raise ValueError(f"arrived holds {len(arrived)} counters of {arrived.dtype}; expected at least {tiles} of torch.int32")
-    splits = max(1, min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(tokens, 2 * tile.tokens)))
-    tokens_each = triton.cdiv(triton.cdiv(tokens, splits), tile.tokens) * tile.tokens
-    splits = triton.cdiv(tokens, tokens_each)
+    check_counters(arrived, tiles)
+    splits, tokens_each = split_tokens(tokens, tiles, tile, _PROGRAMS)
     partial = torch.empty(splits if splits > 1 else 0, columns, ranks, dtype=torch.float32, device=x_TN.device)
     inverse, weight = (x_TN, x_TN) if norm is None else norm
     second, third = [*starts, columns, columns][:2]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engines.native.kernels.launching import Tile, check_rows
+from engines.native.kernels.launching import Tile, check_counters, check_rows, split_tokens
 from engines.native.kernels.swiglu import _differentiate, _zero_rooms
 
 COLUMNS = 64  # a tile
@@ -121,11 +121,8 @@ def swiglu_gradients_(
     if gate_up_TN.stride(0) < 2 * columns + room:
         raise ValueError(f"gate_up has rows of {gate_up_TN.stride(0)} elements in memory; expected {2 * columns} and a room of {room}")
     tiles = triton.cdiv(columns, COLUMNS)
-    if len(arrived) < tiles or arrived.dtype != torch.int32:
-        raise ValueError(f"arrived holds {len(arrived)} counters of {arrived.dtype}; expected at least {tiles} of torch.int32")
-    splits = max(1, min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(tokens, 2 * tile.tokens)))
-    tokens_each = triton.cdiv(triton.cdiv(tokens, splits), tile.tokens) * tile.tokens
-    splits = triton.cdiv(tokens, tokens_each)
+    check_counters(arrived, tiles)
+    splits, tokens_each = split_tokens(tokens, tiles, tile, _PROGRAMS)
     partial = torch.empty(splits if splits > 1 else 0, 3, columns, ranks, dtype=torch.float32, device=dh_TK.device)
     _swiglu_gradients[(tiles, splits)](
         dh_TK, gate_up_TN, thin_TR, low_TP, partial, arrived, d_input_RK, d_outputs_NR, tokens, columns, ranks,
