@@ -35,7 +35,7 @@ def check_counters(arrived: Tensor, num_tiles: int) -> None:
 
 
 def split_tokens(num_tokens: int, num_tiles: int, tile: Tile, num_programs: int) -> tuple[int, int]:
-    """Over how many programs the tokens of each tile are split, and how many each gets: about ``num_programs`` in all, none without work."""
+    """How many programs share the tokens of each tile, and how many each gets: about ``num_programs`` in all, none without work."""
     splits = max(1, min(triton.cdiv(num_programs, num_tiles), triton.cdiv(num_tokens, 2 * tile.tokens)))
     tokens_each = triton.cdiv(triton.cdiv(num_tokens, splits), tile.tokens) * tile.tokens
     return triton.cdiv(num_tokens, tokens_each), tokens_each
