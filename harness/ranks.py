@@ -33,16 +33,21 @@ def own_log(events: Path) -> Path:
     return events if rank() == 0 else events.with_name(f"{events.stem}-rank{rank()}{events.suffix}")
 
 
+def memory_of_the_others(work: Path) -> list[Event]:
+    """What the ranks beside rank 0 logged of their memory in ``work``, the cell's folder: each has a device of its own, and not all need
+    the same of it.
+    """
+    return [event for said in _of_the_others(work).values() for event in said if event["event"] == "memory"]
+
+
 def ended(events: Sequence[Event], work: Path) -> Event | None:
     """How the cell ended by its workers' own words: the first failure of any rank, or else the ending in ``events``, rank 0's log.
 
     The failure of one of several ranks names it; what is ``unsupported`` all of them say.
     """
-    others = sorted(work.glob("events-rank*.jsonl"))
+    others = _of_the_others(work)
     endings = [_of_rank(0, ending(events)) if others else ending(events)]
-    for path in others:
-        with EventReader(path) as reader:
-            endings.append(_of_rank(int(path.stem.removeprefix("events-rank")), ending(reader.new())))
+    endings += [_of_rank(number, ending(said)) for number, said in others.items()]
     failed = [one for one in endings if one is not None and one["event"] == "failed"]
     return min(failed, key=lambda one: float(one["wall_seconds"])) if failed else endings[0]
 
@@ -57,6 +62,14 @@ def died(printed: str, *, told: bool) -> tuple[int, int] | None:
     quiet = {0, FAILED, LOST_LOG, -signal.SIGTERM, *((-signal.SIGABRT,) if told else ())}
     found = [(int(rank), int(code)) for rank, code in _REPORTED.findall(report)]
     return next(((rank, code) for rank, code in found if code not in quiet), None)
+
+
+def _of_the_others(work: Path) -> dict[int, list[Event]]:
+    logged = {}
+    for path in work.glob("events-rank*.jsonl"):
+        with EventReader(path) as reader:
+            logged[int(path.stem.removeprefix("events-rank"))] = reader.new()
+    return dict(sorted(logged.items()))
 
 
 def _of_rank(number: int, event: Event | None) -> Event | None:

@@ -26,6 +26,10 @@ def test_two_ranks_leave_one_record_with_the_steps_of_the_first(prepared: Made, 
     assert record.measurement is not None
     assert record.measurement.steps.losses == (5.0, 2.5, 5.0 / 3, 1.25)
     assert record.measurement.artifacts.adapter_sha256
+    assert [(one.rank, one.phase) for one in record.measurement.memory] == [
+        (rank, phase) for rank in (0, 1) for phase in ("setup", "first_step", "steady")
+    ]
+    assert all(one.peak_rss_bytes for one in record.measurement.memory if one.phase == "setup")
     begun = [line for line in (tmp_path / "work" / "diary.txt").read_text().splitlines() if line.startswith("begin")]
     assert len(begun) == 2
 
