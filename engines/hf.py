@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from engines.native.hf_reasons import class_reasons, dropout_reasons
 from harness.data.tokens import Batch, StepTokens, chunks, pack, pad
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
@@ -51,7 +51,7 @@ def variant(knobs: Knobs) -> str:
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
     """Every reason why this cannot run here, or None."""
     config = workload.model.config or {}
-    reasons = [*_dtype_reasons(workload, knobs), *_liger_reasons(knobs, machine, config), *_dropout_reasons(config)]
+    reasons = [*_dtype_reasons(workload, knobs), *_liger_reasons(knobs, machine, config), *dropout_reasons(config)]
     reasons += _attention_reasons(workload, knobs, machine)
     return "; ".join(reasons) or None
 
@@ -65,13 +65,13 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     """Train with AdamW on every trained tensor (norms and biases decay too), and save into ``job.out``."""
     import torch
 
-    from engines.native.hf_model import adamw
+    from engines.native.hf_model import adamw, exact_float32
 
     if job.processes != 1:
         raise UnsupportedError(f"engine.processes is {job.processes}; hf trains in one process, use engine.processes=1")
     schedule = job.workload.train
     torch.manual_seed(schedule.seed)
-    _exact_float32()
+    exact_float32()
     model = _load(job, knobs)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = adamw(parameters, schedule, job.device)
@@ -154,21 +154,6 @@ def _cudnn_reasons(workload: Workload, knobs: Knobs, config: dict[str, Any]) -> 
     return reasons
 
 
-def _dropout_reasons(config: dict[str, Any]) -> list[str]:
-    """A workload has no dropout, and masks drawn by each engine could not agree; a model that asks for it is refused."""
-    names = [name for name, value in config.items() if name.endswith(("dropout", "pdrop")) and value]
-    return [f"the model's {name} is {config[name]}, training here has no dropout; set it to 0" for name in names]
-
-
-def _exact_float32() -> None:
-    """TF32 would round float32 products to 10 bits: not the truth others are judged by."""
-    import torch
-
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-
-
 def _load(job: Job, knobs: Knobs) -> Any:
     """The model, ready to train. ``Any``: PEFT's and transformers' own types do not survive their wrappers."""
     import torch
@@ -216,13 +201,8 @@ def _opened_reasons(config: Any, workload: Workload, knobs: Knobs) -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     values = config.to_dict()
-    reasons = _dropout_reasons(values)
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(architecture.forward).parameters.values())
-    if not takes_any:
-        reasons.append(f"{architecture.__name__} takes no num_items_in_batch, so its loss cannot be weighted by token")
-    if knobs.attention in _OURS and not architecture._supports_attention_backend:
-        reasons.append(f"attention={knobs.attention}: {architecture.__name__} cannot be given another attention; set attention=sdpa")
+    reasons = dropout_reasons(values)
+    reasons += class_reasons(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], knobs.attention, _OURS)
     if knobs.attention == "cudnn":
         reasons += _cudnn_reasons(workload, knobs, values)
     if knobs.kernels == "liger":

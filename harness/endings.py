@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.events import LOST_LOG, Event
-from harness.ranks import ended
+from harness.ranks import died, ended
 from harness.record import Measurement, Status
 from harness.steady import steady
 
 TREE = Path(__file__).resolve().parent.parent
 _LAST_LINES = 15
+_SMALLER = "use a smaller model, a smaller micro-batch or more memory"
 _LAST_BYTES = 2**16  # a worker may have printed gigabytes
 
 
@@ -39,16 +40,26 @@ def classify(how: Ending, events: Sequence[Event], work: Path) -> tuple[Status, 
     if how.stopped:
         said = f"stopped by the harness after the last of {len(events)} events; its last lines:\n{last_lines(work / 'log.txt')}"
         return how.stopped, _scrub(said, work)
-    if last is not None and last["event"] == "failed":
+    told = last is not None and last["event"] == "failed"
+    if dead := died(_end(work / "log.txt"), told=told):  # before the words of those that it left
+        return _dead(*dead, how)
+    if last is not None and told:
         return last["status"], _scrub(last["reason"], work)
     if last is not None and how.exit_code == 0 and events[0]["event"] == "started":
         return "ok", None
     if how.exit_code == -signal.SIGKILL and how.oom_kills > 0:
-        return "oom_host", "the kernel ended the worker for lack of host memory; use a smaller model, a smaller micro-batch or more memory"
+        return "oom_host", f"the kernel ended the worker for lack of host memory; {_SMALLER}"
     if how.exit_code == LOST_LOG:
         said = "the worker could not write its event log: is the disk full, or did the engine close or replace its files?"
         return "crash", _scrub(f"{said} Its last lines:\n{last_lines(work / 'log.txt')}", work)
     return "crash", _scrub(f"the worker ended with {_name(how.exit_code)}; its last lines:\n{last_lines(work / 'log.txt')}", work)
+
+
+def _dead(rank: int, exit_code: int, how: Ending) -> tuple[Status, str]:
+    """Of one of several ranks, which could not say anything; the others were stopped for it."""
+    if exit_code == -signal.SIGKILL and how.oom_kills > 0:
+        return "oom_host", f"the kernel ended rank {rank} for lack of host memory; {_SMALLER}, or fewer processes"
+    return "crash", f"rank {rank} ended with {_name(exit_code)} and without a word, the other ranks were stopped; see the cell's log.txt"
 
 
 def doubted(status: Status, reason: str | None, measured: Measurement | None, stranger: str | None) -> tuple[Status, str | None]:
@@ -62,12 +73,15 @@ def doubted(status: Status, reason: str | None, measured: Measurement | None, st
 
 def last_lines(path: Path) -> str:
     """The end of what a process printed to ``path``; nothing when there is no such file."""
+    return "\n".join(_end(path).strip().splitlines()[-_LAST_LINES:])
+
+
+def _end(path: Path) -> str:
     if not path.is_file():
         return ""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _LAST_BYTES))
-        text = file.read().replace(b"\0", b"").decode(errors="replace")
-    return "\n".join(text.strip().splitlines()[-_LAST_LINES:])
+        return file.read().replace(b"\0", b"").decode(errors="replace")
 
 
 def _name(exit_code: int) -> str:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from harness.ranks import rank
+
 Phase = Literal["setup", "first_step", "steady"]
 
 
@@ -22,7 +24,7 @@ class MemoryPeaks:
         """The fields of the record's ``Memory`` for ``phase``, but for what only the launching process can see."""
         peaks: dict[str, Any] = {
             "phase": phase,
-            "rank": 0,
+            "rank": rank(),
             # Where the kernel does not let us reset the high-water mark, later phases would repeat the first one's: say nothing.
             "peak_rss_bytes": status_bytes("VmHWM") if self._per_phase or phase == "setup" else None,
             "peak_allocated_bytes": None,

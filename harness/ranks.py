@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.events import Event, EventReader, ending
+from harness.events import LOST_LOG, Event, EventReader, ending
 
 FAILED = os.EX_SOFTWARE  # the exit code of a rank whose engine failed: torchrun ends the others, which may be waiting for it
+_REPORT = "ChildFailedError"  # torchrun's own last words: a table of the ranks that ended in any other way than well
+_REPORTED = re.compile(r"^ *rank *: (\d+) .*\n *exitcode *: (-?\d+) ", re.MULTILINE)
 
 
 def worker_command(python: str, job: Path, processes: int) -> list[str]:
@@ -29,11 +33,46 @@ def own_log(events: Path) -> Path:
     return events if rank() == 0 else events.with_name(f"{events.stem}-rank{rank()}{events.suffix}")
 
 
+def memory_of_the_others(work: Path) -> list[Event]:
+    """What the ranks beside rank 0 logged of their memory in ``work``, the cell's folder: each has a device of its own, and not all need
+    the same of it.
+    """
+    return [event for said in _of_the_others(work).values() for event in said if event["event"] == "memory"]
+
+
 def ended(events: Sequence[Event], work: Path) -> Event | None:
-    """How the cell ended by its workers' own words: the first failure of any rank, or else the ending in ``events``, rank 0's log."""
-    endings = [ending(events)]
-    for path in sorted(work.glob("events-rank*.jsonl")):
-        with EventReader(path) as reader:
-            endings.append(ending(reader.new()))
+    """How the cell ended by its workers' own words: the first failure of any rank, or else the ending in ``events``, rank 0's log.
+
+    The failure of one of several ranks names it; what is ``unsupported`` all of them say.
+    """
+    others = _of_the_others(work)
+    endings = [_of_rank(0, ending(events)) if others else ending(events)]
+    endings += [_of_rank(number, ending(said)) for number, said in others.items()]
     failed = [one for one in endings if one is not None and one["event"] == "failed"]
     return min(failed, key=lambda one: float(one["wall_seconds"])) if failed else endings[0]
+
+
+def died(printed: str, *, told: bool) -> tuple[int, int] | None:
+    """The rank that ended without a word, and its exit code (negative for a signal), out of what torchrun ``printed`` at the end of a cell.
+
+    None when there is none: a rank that failed has said so, and those that torchrun stopped did not die. ``told``: whether any rank has
+    failed by its own word; one that aborts then does so because the others have left it.
+    """
+    report = printed[printed.rfind(_REPORT) :] if _REPORT in printed else ""
+    quiet = {0, FAILED, LOST_LOG, -signal.SIGTERM, *((-signal.SIGABRT,) if told else ())}
+    found = [(int(rank), int(code)) for rank, code in _REPORTED.findall(report)]
+    return next(((rank, code) for rank, code in found if code not in quiet), None)
+
+
+def _of_the_others(work: Path) -> dict[int, list[Event]]:
+    logged = {}
+    for path in work.glob("events-rank*.jsonl"):
+        with EventReader(path) as reader:
+            logged[int(path.stem.removeprefix("events-rank"))] = reader.new()
+    return dict(sorted(logged.items()))
+
+
+def _of_rank(number: int, event: Event | None) -> Event | None:
+    if event is None or event["event"] != "failed" or event["status"] == "unsupported":
+        return event
+    return {**event, "reason": f"rank {number}: {event['reason']}"}

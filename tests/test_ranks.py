@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from harness.launch import run_cell
-from harness.ranks import ended, own_log, worker_command
+from harness.ranks import died, ended, own_log, worker_command
 from harness.record import Record
 from tests import workloads
 from tests.workloads import Made
@@ -26,6 +26,10 @@ def test_two_ranks_leave_one_record_with_the_steps_of_the_first(prepared: Made, 
     assert record.measurement is not None
     assert record.measurement.steps.losses == (5.0, 2.5, 5.0 / 3, 1.25)
     assert record.measurement.artifacts.adapter_sha256
+    assert [(one.rank, one.phase) for one in record.measurement.memory] == [
+        (rank, phase) for rank in (0, 1) for phase in ("setup", "first_step", "steady")
+    ]
+    assert all(one.peak_rss_bytes for one in record.measurement.memory if one.phase == "setup")
     begun = [line for line in (tmp_path / "work" / "diary.txt").read_text().splitlines() if line.startswith("begin")]
     assert len(begun) == 2
 
@@ -55,8 +59,51 @@ def test_the_first_failure_counts_even_after_rank_0_has_finished(tmp_path: Path)
     finished = {"event": "finished", "adapter_sha256": "a", "wall_seconds": 1.0}
     assert ended([finished], tmp_path) == finished
     for number, seconds in ((1, 3.0), (2, 2.0)):
-        failed = {"event": "failed", "status": "crash", "reason": f"rank {number}", "wall_seconds": seconds}
+        failed = {"event": "failed", "status": "crash", "reason": "lost", "wall_seconds": seconds}
         (tmp_path / f"events-rank{number}.jsonl").write_text(json.dumps(failed) + "\n")
     last = ended([finished], tmp_path)
     assert last is not None
-    assert last["reason"] == "rank 2"
+    assert last["reason"] == "rank 2: lost"
+
+
+def test_what_all_ranks_refuse_is_told_without_a_rank(tmp_path: Path) -> None:
+    failed = {"event": "failed", "status": "unsupported", "reason": "no such GPU", "wall_seconds": 1.0}
+    (tmp_path / "events-rank1.jsonl").write_text(json.dumps(failed) + "\n")
+    last = ended([failed], tmp_path)
+    assert last is not None
+    assert last["reason"] == "no such GPU"
+
+
+REPORT = """Traceback (most recent call last):
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+Failures:
+[1]:
+  time      : 2026-11-26_23:19:51
+  rank      : 0 (local_rank: 0)
+  exitcode  : {0} (pid: 21353)
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-26_23:19:51
+  rank      : 1 (local_rank: 1)
+  exitcode  : {1} (pid: 21354)
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "told", "dead"),
+    [
+        ((-15, -9), False, (1, -9)),
+        ((70, -9), True, (1, -9)),  # rank 0 complained of the connection that rank 1's end had cut
+        ((-11, 70), True, (0, -11)),
+        ((-15, 70), True, None),  # it has said why
+        ((-15, 7), False, (1, 7)),
+        ((-6, 70), True, None),  # NCCL gave up waiting for rank 1
+        ((-15, -6), False, (1, -6)),
+    ],
+)
+def test_a_rank_that_died_without_a_word_is_told_from_those_that_it_left(codes: tuple[int, int], told: bool, dead: object) -> None:
+    assert died(f"before\n{REPORT.format(*codes)}", told=told) == dead
+
+
+def test_nobody_died_where_torchrun_has_nothing_to_report() -> None:
+    assert died("  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 1)\n", told=False) is None

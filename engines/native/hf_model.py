@@ -59,3 +59,12 @@ def adamw(parameters: list[Any], schedule: Train, device: str) -> Any:
         weight_decay=schedule.weight_decay,
         fused=device == "cuda",
     )
+
+
+def exact_float32() -> None:
+    """TF32 would round float32 products to 10 bits: not the truth others are judged by."""
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False

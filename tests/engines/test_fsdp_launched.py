@@ -1,0 +1,79 @@
+"""fsdp on two ranks of a CPU as the harness launches it: one record, and a rank that dies ends the cell with its number and how it died."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.compose import compose_one, plain
+from harness.config import Limits, MachineConfig, Request
+from harness.data.tokens import StepTokens
+from harness.engine import Job, Machine
+from harness.events import Event
+from harness.launch import run_cell
+from harness.places import Prepared, Sources
+from harness.record import Record
+from harness.spec import Cell, EngineSpec
+from harness.watch import OnEvent
+from tests.engines.tiny import make_job, plain_training
+
+TWO = Machine(device="cpu", name="Test CPU", count=2, memory_gib=8)
+LONG = 20_000  # steps that nobody waits for
+
+
+def test_two_ranks_leave_one_record_of_the_plain_loop(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    record = run(job, tmp_path / "runs", strategy="full_shard")
+    assert (record.status, record.reason, record.loss_norm) == ("ok", None, "token_global")
+    assert record.measurement is not None
+    steps = record.measurement.steps
+    assert steps.losses == pytest.approx([loss for loss, _, _ in plain_training(job)], rel=2e-5)
+    assert steps.stream_sha256 == tuple(StepTokens.expected(job.tokens.step(job.workload.train, index)).sha256 for index in range(4))
+
+
+def test_a_rank_that_is_killed_ends_the_cell_at_once_and_is_named(tmp_path: Path) -> None:
+    killed: list[float] = []
+
+    def kill_rank_1(event: Event) -> None:
+        if event["event"] == "step" and not killed:
+            (worker,) = [process for process in workers(tmp_path) if process.environ().get("RANK") == "1"]
+            worker.send_signal(signal.SIGKILL)
+            killed.append(time.monotonic())
+
+    record = run(make_job(tmp_path, steps=LONG), tmp_path / "runs", on_event=kill_rank_1, strategy="full_shard")
+    assert time.monotonic() - killed[0] < 20
+    assert record.status == "crash"
+    assert record.reason is not None
+    assert record.reason.startswith("rank 1 ended with SIGKILL and without a word")
+    assert workers(tmp_path) == []
+
+
+def workers(folder: Path) -> list[psutil.Process]:
+    """The workers of a cell below ``folder``, without what launches them."""
+    every = [(process, " ".join(process.info["cmdline"] or [])) for process in psutil.process_iter(["cmdline"])]
+    return [process for process, said in every if "harness.worker" in said and "torch.distributed.run" not in said and str(folder) in said]
+
+
+def run(job: Job, root: Path, *, on_event: OnEvent = lambda event: None, **changed: str) -> Record:
+    """The record of ``job`` on two ranks."""
+    option = plain(compose_one(["engine=fsdp", "machine=cpu"]))["engine"]
+    engine = EngineSpec(
+        name="fsdp", module=option["module"], processes=2, environment={}, knobs={**option["knobs"], "micro_batch": 1, **changed}
+    )
+    request = Request(
+        cell=Cell(workload=job.workload, engine=engine, repeat=0),
+        sources=Sources(),
+        machine=MachineConfig(device="cpu", compute_dtype="float32", operations="reference", replay=False, memory_cap_gib=None),
+        limits=Limits(wall_seconds=300.0, no_progress_seconds=120.0),
+        python=None,
+        packages=("torch",),
+    )
+    (tokens,) = (job.out.parent / "tokens").glob("*.safetensors")
+    made = Prepared(
+        tokens=str(tokens), base=str(job.base), adapter_init=str(job.adapter_init), base_sha256="b" * 64, adapter_init_sha256="a" * 64
+    )
+    return run_cell(request, TWO, made, root, on_event)
