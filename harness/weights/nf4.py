@@ -61,7 +61,7 @@ def dynamic_levels() -> Tensor:
 
 def quantise(weight: Tensor) -> Quantised:
     """``weight`` in NF4. The same bytes on every machine: the mean of the magnitudes is taken in float64."""
-    code, levels = torch.tensor(CODE), dynamic_levels()
+    code, levels = torch.tensor(CODE, device=weight.device), dynamic_levels().to(weight.device)
     indices, absmax = _nearest(weight.detach().float().flatten(), code, BLOCK)
     pairs = pad(indices, (0, len(indices) % 2)).view(-1, 2)
     offset = absmax.double().mean().float()

@@ -18,16 +18,19 @@ import engines.axolotl
 import engines.fused
 import engines.hf
 import engines.unsloth
+from engines.native.bench import random_weights
+from engines.native.checkpoint import Placement
 from engines.native.footprint import stored_bytes
 from engines.native.nf4 import Turn
 from engines.native.plan import KEEP_ALL, KEEP_INPUT, Plan
+from engines.native.shape import read_shape
 from harness.engine import Job
 from harness.errors import UnsupportedError
 from harness.spec import parse
 from tests.engines.test_fused import KNOBS as FUSED
 from tests.engines.test_fused import decoder, packed
 from tests.engines.test_hf import KNOBS as HF
-from tests.engines.tiny import CPU, FAMILIES, FULL, GPU, LLAMA, QLORA, RecordingProbe, decoded, make_job, make_workload, with_train
+from tests.engines.tiny import CPU, FAMILIES, FULL, GPU, LLAMA, LONGEST, QLORA, RecordingProbe, decoded, make_job, make_workload, with_train
 
 needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 BF16 = {**HF, "compute_dtype": "bfloat16"}
@@ -192,3 +195,11 @@ def test_a_group_half_in_nf4_is_refused(job: Job) -> None:
     save_file({**kept, name: plain[name]}, job.base / "model.safetensors")
     with pytest.raises(UnsupportedError, match=f"{name} is not in NF4, others of its group are"):
         run(engines.fused, job, FUSED)
+
+
+def test_the_bench_makes_such_a_decoder() -> None:
+    placement = Placement(torch.device("cpu"), torch.float32, torch.float32, 8)
+    weights = random_weights(read_shape(WHOLE_BLOCKS, LONGEST), placement, nf4=True)
+    assert all(group.turn is not None for layer in weights.layers for group in layer.groups)
+    group = weights.layers[0].down
+    assert 0.015 < float(group.wide[:64, :128].std()) < 0.025
