@@ -11,7 +11,7 @@ from engines.native.hf_reasons import class_reasons, dropout_reasons
 from harness.data.tokens import Batch, pack, pad
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
-from harness.spec import Lora, Positive, Spec, Workload
+from harness.spec import Lora, Positive, QLora, Spec, Workload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,6 +120,8 @@ def _share_reasons(workload: Workload, processes: int) -> list[str]:
 
 def _dtype_reasons(workload: Workload, knobs: Knobs) -> list[str]:
     method = workload.method
+    if isinstance(method, QLora):
+        return ["fsdp shards no NF4 weights yet; use method=lora, or engine=hf"]
     if method.dtype == "float16":
         return ["method.dtype=float16 needs loss scaling, which fsdp does not do; use float32 or bfloat16"]
     if knobs.compute_dtype == "float32" and method.dtype != "float32":

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from engines.native.decoder import Decoder
     from engines.native.footprint import MemoryModel
     from engines.native.lora import Adapter
+    from engines.native.nf4 import Decode
     from engines.native.ops import Ops
     from engines.native.optimizer import Optimizer
     from engines.native.plan import Plan
@@ -139,8 +140,8 @@ def _fused_reasons(workload: Workload, knobs: Knobs, machine: Machine) -> list[s
     if knobs.operations == "fused":
         if machine.device != "cuda" or knobs.compute_dtype != "bfloat16":
             reasons.append("operations=fused needs an NVIDIA GPU and compute_dtype=bfloat16; use operations=reference")
-        if workload.method.name != "lora" or workload.method.dtype != "float32":
-            reasons.append("operations=fused trains float32 adapters (method=lora); use operations=reference")
+        if not isinstance(workload.method, Lora) or workload.method.dtype != "float32":
+            reasons.append("operations=fused trains float32 adapters (method=lora or qlora); use operations=reference")
     return reasons
 
 
@@ -169,7 +170,7 @@ def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decod
     shape = read_shape(config, job.workload.data.sequence_length)
     adapter = None if job.adapter_init is None else read_adapter(job.adapter_init)
     rank_multiple = _RANK_MULTIPLE if job.device == "cuda" else 1
-    placement = Placement(device, getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype), rank_multiple)
+    placement = Placement(device, getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype), rank_multiple, _decode(knobs))
     weights = load_weights(job.base, shape, placement, adapter)
     if adapter is not None:
         adapter.check_nothing_is_left(weights)
@@ -228,6 +229,16 @@ def _operations(knobs: Knobs) -> Ops:
     from engines.native.fused_ops import FUSED
 
     return FUSED
+
+
+def _decode(knobs: Knobs) -> Decode:
+    if knobs.operations == "reference":
+        from engines.native.nf4 import decode_reference
+
+        return decode_reference
+    from engines.native.kernels.nf4 import decode_nf4
+
+    return decode_nf4
 
 
 def _optimizer(decoder: Decoder, schedule: Train, knobs: Knobs) -> Optimizer:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from engines.native.hf_nf4 import bitsandbytes_reasons, load_model
 from engines.native.hf_reasons import class_reasons, dropout_reasons
 from harness.data.tokens import Batch, StepTokens, chunks, pack, pad
 from harness.engine import Job, Machine, Probe
@@ -52,7 +53,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     """Every reason why this cannot run here, or None."""
     config = workload.model.config or {}
     reasons = [*_dtype_reasons(workload, knobs), *_liger_reasons(knobs, machine, config), *dropout_reasons(config)]
-    reasons += _attention_reasons(workload, knobs, machine)
+    reasons += bitsandbytes_reasons(workload, knobs.compute_dtype, config, machine.device) + _attention_reasons(workload, knobs, machine)
     return "; ".join(reasons) or None
 
 
@@ -102,7 +103,7 @@ def _dtype_reasons(workload: Workload, knobs: Knobs) -> list[str]:
 def _adapter_reasons(workload: Workload, knobs: Knobs) -> list[str]:
     if knobs.adapter_compute == "autocast":
         return []
-    if workload.method.name != "lora":
+    if not isinstance(workload.method, Lora):
         return [f"adapter_compute={knobs.adapter_compute} is about adapters, method={workload.method.name} has none; set it to autocast"]
     if knobs.compute_dtype == "float32":
         return [f"adapter_compute={knobs.adapter_compute} is about bfloat16; beside compute_dtype=float32 leave it at autocast"]
@@ -157,7 +158,7 @@ def _cudnn_reasons(workload: Workload, knobs: Knobs, config: dict[str, Any]) -> 
 def _load(job: Job, knobs: Knobs) -> Any:
     """The model, ready to train. ``Any``: PEFT's and transformers' own types do not survive their wrappers."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from engines.native.hf_attention import register
     from engines.native.hf_model import compile_layers, with_adapter
@@ -165,15 +166,9 @@ def _load(job: Job, knobs: Knobs) -> Any:
     method = job.workload.method
     register()
     config = AutoConfig.from_pretrained(job.base, local_files_only=True, trust_remote_code=False)
-    _refuse(_opened_reasons(config, job.workload, knobs))
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        job.base,
-        dtype=getattr(torch, knobs.compute_dtype if isinstance(method, Lora) else method.dtype),
-        attn_implementation=knobs.attention if hasattr(config, "num_attention_heads") else None,  # a state-space model has none to choose
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    quantised = bitsandbytes_reasons(job.workload, knobs.compute_dtype, config.to_dict(), job.device)
+    _refuse(quantised + _opened_reasons(config, job.workload, knobs))
+    model = load_model(job.base, config, knobs.compute_dtype if isinstance(method, Lora) else method.dtype, knobs.attention, job.device)
     # What PEFT's model card is made of: no path of this machine.
     model.name_or_path = model.config.name_or_path = job.workload.model.name
     if isinstance(method, Lora):

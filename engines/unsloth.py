@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from harness.data.tokens import Batch, Sample, StepTokens, chunks, pack, pad
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
-from harness.spec import Lora, Positive, Spec, Workload
+from harness.spec import Lora, Positive, QLora, Spec, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +55,8 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     """Every reason why this cannot run here, or None."""
     config = workload.model.config
     reasons = [*_knob_reasons(workload, knobs, machine), *(_model_reasons(config, workload) if config else [])]
+    if isinstance(workload.method, QLora):
+        reasons.append("this adapter does not load 4-bit bases through Unsloth yet; use method=lora, or engine=hf")
     if workload.method.dtype != "float32":
         reasons.append(f"Unsloth keeps what it trains in float32, method.dtype is {workload.method.dtype}; use method.dtype=float32")
     return "; ".join(reasons) or None

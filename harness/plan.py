@@ -14,11 +14,12 @@ from harness.fingerprint import engine_fingerprint
 from harness.interpreter import lack
 from harness.machine import detect
 from harness.record import Record, Status
-from harness.spec import Cell, DType, Full, Lora, parse
+from harness.spec import Cell, DType, Full, Lora, Model, QLora, parse
 
 Rerun = Literal["missing", "stale", "all"]
 RETRIED: frozenset[Status] = frozenset({"timeout", "no_progress", "crash", "contended", "unsteady"})  # accidents; the others are answers
 BYTES: Mapping[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # of one value: its code, its share of an 8-bit scale and of that one's scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,26 +134,41 @@ def num_parameters(config: Mapping[str, object]) -> int | None:
     values = [config.get(name) for name in names]
     if not all(isinstance(value, int) for value in values):
         return None
-    hidden, inner, layers, heads, vocabulary = (int(str(value)) for value in values)
+    hidden, _, layers, _, vocabulary = (int(str(value)) for value in values)
+    tied = bool(config.get("tie_word_embeddings", False))
+    return layers * (_linear_parameters(config) + 2 * hidden) + hidden + vocabulary * hidden * (1 if tied else 2)
+
+
+def _linear_parameters(config: Mapping[str, object]) -> int:
+    """Of the linear modules of one layer, where ``num_parameters`` knows them."""
+    hidden, inner, heads = (int(str(config[name])) for name in ("hidden_size", "intermediate_size", "num_attention_heads"))
     head = int(str(config.get("head_dim") or hidden // heads))
     groups = int(str(config.get("num_key_value_heads") or heads))
-    layer = hidden * head * (2 * heads + 2 * groups) + 3 * hidden * inner + 2 * hidden
-    tied = bool(config.get("tie_word_embeddings", False))
-    return layers * layer + hidden + vocabulary * hidden * (1 if tied else 2)
+    return hidden * head * (2 * heads + 2 * groups) + 3 * hidden * inner
 
 
 def weights_bytes(request: Request) -> int | None:
-    """Bytes of the stored base weights; None when the architecture is not known before loading."""
-    model = request.cell.workload.model
-    count = num_parameters(model.config) if model.config else None
-    return None if count is None else count * BYTES[model.dtype]
+    """Bytes of the stored base weights, for ``qlora`` before and after; None when the architecture is not known before loading."""
+    whole, quantised = _stored_bytes(request.cell.workload.model), least_memory_bytes(request)
+    if whole is None or quantised is None or not isinstance(request.cell.workload.method, QLora):
+        return whole
+    return whole + quantised
 
 
 def least_memory_bytes(request: Request) -> int | None:
     """What training holds at the very least: the weights, and for full fine-tuning fp32 gradients and two AdamW moments besides."""
-    stored = weights_bytes(request)
-    method = request.cell.workload.method
+    model, method = request.cell.workload.model, request.cell.workload.method
+    stored = _stored_bytes(model)
+    if stored is not None and isinstance(method, QLora):
+        assert model.config is not None
+        quantised = int(str(model.config["num_hidden_layers"])) * _linear_parameters(model.config)
+        return stored - int(quantised * (BYTES[model.dtype] - NF4_BYTES))
     if stored is None or isinstance(method, Lora):
         return stored
     assert isinstance(method, Full)
-    return stored // BYTES[request.cell.workload.model.dtype] * 4 * BYTES[method.dtype]
+    return stored // BYTES[model.dtype] * 4 * BYTES[method.dtype]
+
+
+def _stored_bytes(model: Model) -> int | None:
+    count = num_parameters(model.config) if model.config else None
+    return None if count is None else count * BYTES[model.dtype]

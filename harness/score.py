@@ -18,6 +18,7 @@ from harness.places import PairItem, Prepared, ScoreItem, ScoreRequest
 from harness.record import Score, dumps
 from harness.spec import parse
 from harness.updates import UpdatePair
+from harness.weights.nf4_base import is_nf4, load_decoded
 from harness.weights.sources import write_atomically
 from harness.weights.tensors import CHUNK, Stored, read_tensors
 
@@ -159,7 +160,10 @@ def _load(folder: Path, device: str) -> Any:
     disable_progress_bar()
     torch.set_float32_matmul_precision("highest")  # no TF32: this is the judge
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
+        if is_nf4(folder):
+            model = load_decoded(folder, torch.float32)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise WeightsError(f"{folder}: not weights that transformers can load: {error}") from error
     return model.to(device).eval()

@@ -102,7 +102,7 @@ def judge_weights(trained: Trained, held: int, say: Callable[[str], None]) -> se
 
 def needed_later(results: Results) -> set[str]:
     """Adapters that later runs are to be compared with: of the references and of their first steps. Full weights are too large to keep."""
-    able = [run for run in runs(results) if run.record.cell.workload.method.name == "lora"]
+    able = [run for run in runs(results) if run.record.cell.workload.method.name != "full"]
     found = [
         anchor.run
         for key, mine in by_workload(able).items()

@@ -146,6 +146,15 @@ class Lora(Spec):
         return self.alpha / self.rank
 
 
+class QLora(Lora):
+    """Adapters on a base whose linear modules but the head are stored in NF4 (Dettmers et al. 2023, arXiv 2305.14314).
+
+    Blocks of 64 values, their scales in 8 bits in blocks of 256. A decoded value is rounded to ``model.dtype``: decision 0011.
+    """
+
+    name: Literal["qlora"]  # type: ignore[assignment]  # the tag of a union is narrower in every member
+
+
 class Full(Spec):
     """Every weight is trained; ``dtype`` is the type of the trained (master) weights."""
 
@@ -153,7 +162,7 @@ class Full(Spec):
     dtype: DType = "float32"
 
 
-Method = Annotated[Lora | Full, Field(discriminator="name")]
+Method = Annotated[Lora | QLora | Full, Field(discriminator="name")]
 
 
 class Train(Spec):

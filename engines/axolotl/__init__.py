@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from harness.engine import Job, LossNorm, Machine, Probe
 from harness.errors import UnsupportedError
-from harness.spec import Lora, Positive, Spec, Workload
+from harness.spec import Lora, Positive, QLora, Spec, Workload
 
 requires = ("axolotl", "transformers", "peft", "accelerate", "datasets", "trl", "bitsandbytes", "liger-kernel")
 
@@ -117,6 +117,8 @@ def _run(path: Path, values: dict[str, Any], job: Job, *, cache: Path) -> None:
 
 def _method_reasons(workload: Workload, knobs: Knobs) -> list[str]:
     method = workload.method
+    if isinstance(method, QLora):
+        return ["this adapter has not been taught axolotl's own loading of 4-bit bases; use method=lora, or engine=hf"]
     if method.dtype == "float16":
         return ["method.dtype=float16 needs loss scaling, whose skipped steps no other engine makes; use float32 or bfloat16"]
     if not isinstance(method, Lora):

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engines.native.kernels import adamw, cross_entropy, outer, rms_norm, rotary, swiglu, swiglu_gradients
+from engines.native.kernels import adamw, cross_entropy, nf4, outer, rms_norm, rotary, swiglu, swiglu_gradients
 
 # Shared memory that one block may use, bytes (CUDA C++ Programming Guide, compute capabilities; CDNA 3 whitepaper).
 TARGETS: Mapping[str, tuple[GPUTarget, int]] = {
@@ -29,15 +30,16 @@ TARGETS: Mapping[str, tuple[GPUTarget, int]] = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-_DTYPES = {"h": "*bf16", "f": "*fp32", "i": "*i32", "l": "*i64"}
+_DTYPES = {"h": "*bf16", "f": "*fp32", "i": "*i32", "l": "*i64", "b": "*u8"}
 
 
 @dataclass(frozen=True, slots=True)
 class Specimen:
     """A kernel as the Llama-3.1-8B shape launches it.
 
-    ``pointers``: argument name -> h (bf16), f (fp32), i (int32) or l (int64); ``scalars`` are fp32, every other argument an int32,
+    ``pointers``: argument name -> h (bf16), f (fp32), i (int32), l (int64) or b (uint8); ``scalars`` are fp32, every other an int32,
     a multiple of 16 unless ``odd``. ``has_dot``: it multiplies matrices, so it needs tensor cores (not on sm_75: Triton has none there).
+    ``contracts``: products and sums may become one operation, rounded once.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Specimen:
     scalars: Sequence[str] = ()
     odd: Sequence[str] = ()
     has_dot: bool = False
+    contracts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,11 @@ def specimens() -> tuple[Specimen, ...]:
             "adamw", adamw._adamw, flat, {"CHUNK": 1024, "FIELDS": 5, "ALIGNED": True}, 4,
             ("beta1", "beta2", "epsilon", "weight_decay"),
         ),
+        Specimen(
+            "decode_nf4", nf4._decode_nf4,
+            {"packed": "b", "absmax": "b", "nested": "f", "code": "f", "levels": "f", "out": "h"},
+            {"BLOCKS": 32, "BLOCK": 64, "NESTED": 256, "WHOLE": True, "KEPT": tl.bfloat16}, 4, ("offset",), contracts=False,
+        ),
     )  # fmt: skip
 
 
@@ -112,7 +120,7 @@ def compile_for(specimen: Specimen, target: str) -> Compiled:
     constants = {(names.index(name),): value for name, value in specimen.constants.items()}
     even = [name for name in names if (signature[name] == "i32" and name not in specimen.odd) or signature[name].startswith("*")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
-    options = {"num_warps": specimen.num_warps, "num_stages": 3 if gpu.backend == "cuda" else 2}
+    options = {"num_warps": specimen.num_warps, "num_stages": 3 if gpu.backend == "cuda" else 2, "enable_fp_fusion": specimen.contracts}
     made = triton.compile(ASTSource(specimen.kernel, signature, constants, attributes), target=gpu, options=options)
     registers, spilled = _usage_of_cubin(made) if gpu.backend == "cuda" else _usage_of_hsaco(made)
     shared = int(made.metadata.shared)

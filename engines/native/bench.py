@@ -9,7 +9,7 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from engines.native.footprint import Load, MemoryModel
 from engines.native.fused_ops import FUSED
 from engines.native.host import Host, usable_bytes
 from engines.native.kernels.adamw import FlatAdamW
+from engines.native.kernels.nf4 import decode_nf4
 from engines.native.lora import Adapter
 from engines.native.optimizer import step_scalars
 from engines.native.packed import Angles
@@ -34,6 +35,7 @@ from engines.native.weights import DecoderWeights, trained_weights
 from harness.data.tokens import IGNORE, Batch
 from harness.errors import UnsupportedError
 from harness.spec import Train
+from harness.weights.nf4 import PARTS, STATE, quantise, to_tensors
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 RANK = 16
@@ -64,6 +66,21 @@ class RandomFile:
         return torch.ones(size, device=self.device) if len(size) == 1 else 0.02 * torch.randn(size, device=self.device)
 
 
+@dataclass(slots=True)
+class RandomNf4File:
+    """The same, quantised: the tensors of one weight, until another's are asked for."""
+
+    plain: RandomFile
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """Of the weight that ``name`` belongs to."""
+        if name not in self.tensors:
+            weight = f"{name.partition('.weight')[0]}.weight"
+            self.tensors = to_tensors(weight, quantise(self.plain.get_tensor(weight).to(torch.bfloat16)))
+        return self.tensors[name]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a line for each combination of model and batch, and its breakdown."""
     parser = argparse.ArgumentParser(prog="python -m engines.native.bench", description=__doc__)
@@ -72,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", nargs="+", default=["4x2048"], help="documents x tokens of each")
     parser.add_argument("--memory-gib", type=float, nargs="+", default=[None], help="budgets; without one everything is kept")
     parser.add_argument("--no-offload", action="store_true", help="keep or make again, send nothing to the host")
+    parser.add_argument("--nf4", action="store_true", help="linear layers in NF4, as method=qlora has them")
     parser.add_argument("--chunk", type=int, default=2048, help="rows of logits at one time, fewer where a budget asks for it")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--eager", action="store_true", help="launch every step instead of replaying a graph")
@@ -80,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
     for name in options.model:
         shape = model_shape(name, options.layers)
-        decoder = random_decoder(shape, options.chunk)
+        decoder = random_decoder(shape, options.chunk, nf4=options.nf4)
         for batch in options.batch:
             documents, tokens = (int(part) for part in batch.split("x"))
             for budget in options.memory_gib:
@@ -96,18 +114,23 @@ def model_shape(name: str, num_layers: int | None) -> LlamaShape:
     return shape if num_layers is None else replace(shape, num_layers=num_layers)
 
 
-def random_decoder(shape: LlamaShape, loss_chunk: int) -> Decoder:
+def random_decoder(shape: LlamaShape, loss_chunk: int, *, nf4: bool = False) -> Decoder:
     """A decoder on the GPU that keeps everything."""
-    weights = random_weights(shape, Placement(torch.device("cuda"), torch.bfloat16, torch.float32, 64))
+    weights = random_weights(shape, Placement(torch.device("cuda"), torch.bfloat16, torch.float32, 64, decode_nf4), nf4=nf4)
     return Decoder(shape=shape, weights=weights, ops=FUSED, plans=(KEEP_ALL,) * shape.num_layers, loss_chunk=loss_chunk)
 
 
-def random_weights(shape: LlamaShape, placement: Placement) -> DecoderWeights:
-    """A decoder's weights with LoRA of rank 16 on all seven linears."""
+def random_weights(shape: LlamaShape, placement: Placement, *, nf4: bool = False) -> DecoderWeights:
+    """A decoder's weights with LoRA of rank 16 on all seven linears, which may be in NF4."""
     sizes = dict(tensor_sizes(shape))
-    adapters = {name: 0.02 * torch.randn(size) for name, size in adapter_sizes(sizes).items()}
+    names = adapter_sizes(sizes)
+    adapters = {name: 0.02 * torch.randn(size) for name, size in names.items()}
     file = RandomFile(sizes, placement.device.type)
-    return build_weights(dict.fromkeys(sizes, file), shape, placement, Adapter({}, adapters, RANK, 2.0))
+    files: dict[str, RandomFile | RandomNf4File] = dict.fromkeys(sizes, file)
+    if nf4:
+        linears = [name for name in sizes if f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight" in names]
+        files |= dict.fromkeys((f"{name}{part}" for name in linears for part in ("", *PARTS, STATE)), RandomNf4File(file))
+    return build_weights(files, shape, placement, Adapter({}, adapters, RANK, 2.0))
 
 
 def adapter_sizes(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -17,9 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.native.lora import Adapter
+from engines.native.nf4 import Decode, SharedBuffers, Turn, decode_reference, placed
 from engines.native.shape import LlamaShape
 from engines.native.weights import WHOLE, Arena, Block, DecoderWeights, LayerWeights, Linear, LowRank, Part, Weight, named_weights
 from harness.errors import UnsupportedError, WeightsError
+from harness.weights.nf4 import PARTS, STATE, Quantised, from_tensors
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -32,12 +34,14 @@ class Placement:
 
     ``rank_multiple``: the ranks of a linear group are padded with zeros to whole multiples of it. cuBLAS likes 64 on a GPU
     (Llama-3.2-1B shape, 16,384 tokens, H100: 46.0 + 45.4 ms of products a step against 48.2 + 47.6 unpadded).
+    ``decode``: how weights in NF4 are decoded.
     """
 
     device: torch.device
     compute_dtype: torch.dtype
     train_dtype: torch.dtype
     rank_multiple: int = 1
+    decode: Decode = decode_reference
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -66,7 +70,7 @@ def build_weights(tensors: Mapping[str, Any], shape: LlamaShape, placement: Plac
     norm = loader.weight("model.norm.weight", (shape.hidden_size,))
     head = embedding if shape.tied_head else loader.weight("lm_head.weight", (shape.vocab_size, shape.hidden_size))
     _check_nothing_is_left(tensors, loader.read_names, embedding if shape.tied_head else None)
-    return DecoderWeights(embedding, layers, norm, head, loader.arena)
+    return DecoderWeights(embedding, layers, norm, head, loader.arena, loader.shared)
 
 
 def save_weights(weights: DecoderWeights, config: dict[str, Any], dtype_name: str, out: Path) -> None:
@@ -90,6 +94,7 @@ class _Loader:
         self._placement = placement
         self._adapter = adapter
         self.arena = Arena(self._num_trained(), placement.train_dtype, placement.device)
+        self.shared = SharedBuffers()
         self.read_names: set[str] = set()
 
     def weight(self, name: str, size: tuple[int, ...]) -> Weight:
@@ -97,14 +102,44 @@ class _Loader:
 
     def linear(self, layer: int, parts: tuple[tuple[str, int], ...], num_inputs: int, has_bias: bool) -> Linear:
         ends = list(accumulate(rows for _, rows in parts))
-        placed = tuple(Part(name, slice(end - rows, end)) for (name, rows), end in zip(parts, ends, strict=True))
+        spans = tuple(Part(name, slice(end - rows, end)) for (name, rows), end in zip(parts, ends, strict=True))
         prefix = f"model.layers.{layer}"
-        adapted = [] if self._adapter is None else self._adapter.blocks(prefix, placed)
+        adapted = [] if self._adapter is None else self._adapter.blocks(prefix, spans)
+        names = [f"{prefix}.{part.name}.weight" for part in spans]
+        if any(f"{name}{STATE}" in self._tensors for name in names):
+            return self._packed(prefix, spans, num_inputs, has_bias, adapted)
         wide, view = self._wide(ends[-1], num_inputs, len(adapted))
-        weight = self._group([(f"{prefix}.{part.name}.weight", part.rows) for part in placed], (ends[-1], num_inputs), view)
-        bias = self._group([(f"{prefix}.{part.name}.bias", part.rows) for part in placed], (ends[-1],)) if has_bias else None
+        weight = self._group([(name, part.rows) for name, part in zip(names, spans, strict=True)], (ends[-1], num_inputs), view)
         lora = self._low_rank(adapted, wide, ends[-1], num_inputs) if wide is not None else None
-        return Linear(weight.value if wide is None else wide, weight, bias, placed, lora)
+        return Linear(weight.value if wide is None else wide, weight, self._bias(prefix, spans) if has_bias else None, spans, lora)
+
+    def _bias(self, prefix: str, spans: tuple[Part, ...]) -> Weight:
+        return self._group([(f"{prefix}.{part.name}.bias", part.rows) for part in spans], (spans[-1].rows.stop,))
+
+    def _packed(
+        self, prefix: str, spans: tuple[Part, ...], num_inputs: int, has_bias: bool, adapted: list[tuple[Part, Tensor, Tensor]]
+    ) -> Linear:
+        """A group whose weights stay in NF4."""
+        if self._adapter is None:
+            raise UnsupportedError("the base is stored in NF4, whose weights cannot be trained; use a method with adapters")
+        place, outputs, room = self._placement, spans[-1].rows.stop, self._room(len(adapted))
+        kind = "+".join(f"{part.name}{'*' if any(part is each for each, _, _ in adapted) else ''}" for part in spans)
+        shared = self.shared.get(kind, outputs + room, num_inputs + room, place.compute_dtype, place.device)
+        view = shared.buffer[:outputs, :num_inputs]
+        packed = [(self._quantised(f"{prefix}.{part.name}.weight", part.rows, num_inputs), view[part.rows]) for part in spans]
+        turn = Turn(shared, packed, place.decode)
+        lora = self._low_rank(adapted, shared.buffer, outputs, num_inputs, turn) if adapted else None
+        return Linear(shared.buffer, Weight(view), self._bias(prefix, spans) if has_bias else None, spans, lora, turn)
+
+    def _quantised(self, name: str, rows: slice, num_inputs: int) -> Quantised:
+        if f"{name}{STATE}" not in self._tensors:
+            raise UnsupportedError(f"{name} is not in NF4, others of its group are; quantise all linear layers but the head")
+        weight = from_tensors(name, lambda wanted: self._tensors[wanted].get_tensor(wanted))
+        if weight.shape != (rows.stop - rows.start, num_inputs):
+            expected = [rows.stop - rows.start, num_inputs]
+            raise WeightsError(f"{name}: has shape {list(weight.shape)}, config.json says {expected}; get the weights again")
+        self.read_names.update(f"{name}{part}" for part in ("", *PARTS, STATE))
+        return placed(weight, self._placement.device)
 
     def _num_trained(self) -> int:
         if self._adapter is not None:
@@ -115,12 +150,20 @@ class _Loader:
         """The buffer of an adapted group and the place of its weight in it; nothing where nothing is adapted."""
         if self._adapter is None or not num_adapted:
             return None, None
-        place = self._placement
-        room = -(-num_adapted * self._adapter.rank // place.rank_multiple) * place.rank_multiple
+        place, room = self._placement, self._room(num_adapted)
         wide = torch.zeros(num_outputs + room, num_inputs + room, dtype=place.compute_dtype, device=place.device)
         return wide, wide[:num_outputs, :num_inputs]
 
-    def _low_rank(self, adapted: list[tuple[Part, Tensor, Tensor]], wide: Tensor, num_outputs: int, num_inputs: int) -> LowRank:
+    def _room(self, num_adapted: int) -> int:
+        """P."""
+        assert self._adapter is not None
+        multiple = self._placement.rank_multiple
+        return -(-num_adapted * self._adapter.rank // multiple) * multiple
+
+    def _low_rank(
+        self, adapted: list[tuple[Part, Tensor, Tensor]], wide: Tensor, num_outputs: int, num_inputs: int, turn: Turn | None = None
+    ) -> LowRank:
+        """The adapters of a group in its buffer; where that is shared, with copies of their own."""
         assert self._adapter is not None
         rank = self._adapter.rank
         blocks = []
@@ -130,9 +173,11 @@ class _Loader:
         for index, (part, _, up) in enumerate(adapted):
             columns = slice(index * rank, (index + 1) * rank)
             value = wide[part.rows, num_inputs + columns.start : num_inputs + columns.stop]
+            value = value if turn is None else turn.apart(value)
             master = Arena.part(stacked, slice(num_rows, num_rows := num_rows + len(up)))
             blocks.append(Block(part.name, part.rows, columns, Weight(value, master)))
         down_value = wide[num_outputs : num_outputs + len(down), :num_inputs]
+        down_value = down_value if turn is None else turn.apart(down_value)
         arrived = torch.zeros(-(-max(num_outputs, num_inputs) // 16), dtype=torch.int32, device=wide.device)
         lora = LowRank(Weight(down_value, down), stacked, tuple(blocks), self._adapter.scale, arrived)
         for weight in (lora.down, *(block.up for block in blocks)):

@@ -38,6 +38,7 @@ class Decoder:
         stream = Stream(weights.embedding.value[packed.tokens], None)
         passes: list[LayerPass] = []
         self.host.begin()
+        weights.shared.forget()  # the optimizer has stepped, or another decoder's step was captured
         for layer, plan in zip(weights.layers, self.plans, strict=True):
             passes.append(LayerPass(ops, self.shape, layer, packed, stream, plan, self.host))
             del stream  # the pass lets go of it once its first norm has read it

@@ -47,7 +47,7 @@ def stored_bytes(weights: DecoderWeights) -> int:
     for layer in weights.layers:
         tensors += [norm.value for _, norm in layer.norms]
         for group in layer.groups:
-            tensors += [group.wide, *([group.bias.value] if group.bias else [])]
+            tensors += group.stored
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 

@@ -111,8 +111,9 @@ def _unknown_parts(values: Mapping[str, Any]) -> list[str]:
     if values["hidden_act"] not in ("silu", "swish"):
         reasons.append(f"hidden_act is '{values['hidden_act']}', only silu is known")
     reasons += [f"{key} is {values[key]}, training has no dropout" for key in values if key.endswith("dropout") and values[key]]
-    if values.get("quantization_config"):
-        reasons.append("its weights are quantised (quantization_config)")
+    quantised = values.get("quantization_config") or {}
+    if quantised and not (quantised.get("quant_method") == "bitsandbytes" and quantised.get("bnb_4bit_quant_type") == "nf4"):
+        reasons.append("its weights are quantised (quantization_config) by other means than bitsandbytes' NF4")
     heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"] or values["num_attention_heads"]
     if heads % kv_heads:
         reasons.append(f"{heads} attention heads cannot share {kv_heads} key-value heads")

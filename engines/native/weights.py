@@ -7,10 +7,12 @@ rounded up to whole tiles, r one rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from engines.native.nf4 import SharedBuffers, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +117,31 @@ class Linear:
     rank columns; rows from N are A. So [x | s x A^T] times the upper rows' transpose is the adapted output and [dy | s dy B]
     times the left columns the gradient of x, one product each; ``weight`` and the adapters are views of it. P is 0 without
     adapters. The lower right corner is zero and not read.
+
+    ``turn``: the buffer is shared with the groups of other layers, and the weight is decoded into it when the products ask for it.
     """
 
-    wide: Tensor
+    buffer: Tensor
     weight: Weight
     bias: Weight | None
     parts: tuple[Part, ...]
     lora: LowRank | None = None
+    turn: Turn | None = None
+
+    @property
+    def wide(self) -> Tensor:
+        """The buffer, with this group's weight and adapters in it."""
+        if self.turn is not None:
+            self.turn.take()
+        return self.buffer
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """Every tensor that stays, perhaps views of one another; masters lie in the arena."""
+        bias = () if self.bias is None else (self.bias.value,)
+        if self.turn is None:
+            return self.buffer, *bias
+        return self.buffer, *bias, *self.turn.stored
 
     @property
     def num_inputs(self) -> int:
@@ -136,7 +156,7 @@ class Linear:
     @property
     def padded_rank(self) -> int:
         """P."""
-        return self.wide.shape[1] - self.num_inputs
+        return self.buffer.shape[1] - self.num_inputs
 
     @property
     def is_trained(self) -> bool:
@@ -183,6 +203,7 @@ class DecoderWeights:
     norm: Weight
     head: Weight
     arena: Arena
+    shared: SharedBuffers = field(default_factory=SharedBuffers)
 
 
 WHOLE = slice(None)

@@ -47,6 +47,10 @@ class Base:
         """Hash of the architecture: the configuration without what has no say in the function."""
         return _hash({key: value for key, value in self.config.items() if key not in VOLATILE})
 
+    def content_sha256(self, weights_sha256: str) -> str:
+        """Hash of these weights in this architecture."""
+        return _hash({"weights": weights_sha256, "config": self.config_sha256})
+
 
 def prepare_base(model: Model, sources: Sources, cache: Path) -> Base:
     """Make (or find) the base of ``model`` under ``cache``. Raises WeightsError, ConfigError or StoreError saying what to do."""
@@ -63,12 +67,12 @@ def prepare_base(model: Model, sources: Sources, cache: Path) -> Base:
     if model.tokenizer_fingerprint not in (None, identity["tokenizer"]):
         raise WeightsError(f"'{model.tokenizer}': its files changed since the run was planned; run again")
     folder = cache / "base" / _hash(identity)[:20]
-    found = _read(folder)
+    found = read_base(folder)
     if found is not None:
         return found
     with building(folder) as partial:
         _build(model, weights, tokenizer, partial)
-    made = _read(folder)
+    made = read_base(folder)
     if made is None:
         raise StoreError(f"{folder}: its manifest cannot be read; delete the folder and run again")
     return made
@@ -129,7 +133,7 @@ def _build(model: Model, weights: Path | None, tokenizer: Path, folder: Path) ->
     (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
     write_tokenizer(tokenizer, folder, vocab_size=config.get("vocab_size"))
     base = Base(folder, "", description, config, fingerprint_of_tokenizer(folder))
-    sha256 = _hash({"weights": adapter_sha256(folder), "config": base.config_sha256})
+    sha256 = base.content_sha256(adapter_sha256(folder))
     manifest = {
         "format": FORMAT,
         "base_sha256": sha256,
@@ -212,7 +216,8 @@ def _check_config(model: Model, found: dict[str, Any], source: str) -> None:
         raise WeightsError("\n".join([*different, "drop model.config (the weights bring their own), or make it agree"]))
 
 
-def _read(folder: Path) -> Base | None:
+def read_base(folder: Path) -> Base | None:
+    """The prepared base in ``folder``; None where it has yet to be made, perhaps again."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         config = json.loads((folder / "config.json").read_text())

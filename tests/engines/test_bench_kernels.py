@@ -108,6 +108,7 @@ def test_the_reference_of_cross_entropy_is_its_loss_and_gradient() -> None:
         ("rotate", 4 * 16 * 2 * (128 + 64) + 4 * 16 * 32),
         ("rotate_back", 4 * 16 * (2 * 256 + 64) + 4 * 16 * 32),
         ("cross_entropy", 2 * 4 * 16 * 64 + 12 * 16),
+        ("decode_nf4", 32 * 64 // 2 + 32 + 4 + 4 * 32 * 64),
         ("outer_dA", 4 * (16 * (32 + 32) + 32) + 4 * 16 + 8 * 32 * 32),
         ("outer_dB", 4 * 16 * (256 + 48) + 8 * 256 * 16),
         # A: 3 x 16 + 2 x 16 rows of 32, 16 of 128, 16 of 64; B: 256 + 32 + 128 + 32 rows of 16; two layers.

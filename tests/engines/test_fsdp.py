@@ -190,3 +190,9 @@ def test_impossible_knobs_are_refused_before_a_process_starts(
     said = engines.fsdp.unsupported(make_workload(config, LORA), parse(engines.fsdp.Knobs, {**KNOBS, **knobs}), machine)
     assert said is not None
     assert reason in said
+
+
+def test_nf4_weights_are_refused() -> None:
+    said = engines.fsdp.unsupported(make_workload(LLAMA, {**LORA, "name": "qlora"}), parse(engines.fsdp.Knobs, KNOBS), CPU)
+    assert said is not None
+    assert "shards no NF4 weights yet" in said

@@ -15,7 +15,7 @@ from harness.data.tokens import IGNORE, Sample, TokenFile
 from harness.data.write import write_token_file
 from harness.engine import Job
 from harness.spec import parse
-from tests.engines.tiny import FAMILIES, LORA, VOCABULARY, RecordingProbe, make_job, with_train
+from tests.engines.tiny import FAMILIES, LORA, QLORA, VOCABULARY, RecordingProbe, decoded, make_job, with_train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
 KNOBS: dict[str, Any] = {
@@ -38,7 +38,7 @@ def distance(found: RecordingProbe, truth: RecordingProbe) -> float:
     return float(np.sqrt(np.mean((np.array(found.losses) - np.array(truth.losses)) ** 2)))
 
 
-@pytest.mark.parametrize("method", [LORA, SUBSET], ids=["lora", "lora_subset"])
+@pytest.mark.parametrize("method", [LORA, SUBSET, QLORA], ids=["lora", "lora_subset", "qlora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_uneven_documents_of_every_family(tmp_path: Path, family: str, method: dict[str, Any]) -> None:
     """No further from float32 than twice the reference operations in bfloat16 are."""
@@ -70,6 +70,18 @@ def test_a_replayed_step_reads_its_own_tokens_and_schedule(even: Job) -> None:
     assert replayed.losses == pytest.approx(launched.losses, rel=2e-3)
     assert replayed.losses == pytest.approx(truth.losses, rel=5e-3)
     assert replayed.tokens == launched.tokens
+
+
+def test_a_replayed_step_decodes_its_base_and_reads_its_own_adapters(tmp_path: Path, even: Job) -> None:
+    """The same kernels on the same values as LoRA on the decoded base."""
+    (tmp_path / "qlora").mkdir()
+    packed = replace(make_job(tmp_path / "qlora", method=QLORA, steps=8, samples_per_step=4), tokens=even.tokens)
+    plain = decoded(packed)
+    launched, replayed, right = run(packed, "launched", replay=False), run(packed, "replayed"), run(plain, "plain")
+    assert len(set(right.losses)) == len(right.losses)
+    assert launched.losses == pytest.approx(right.losses, rel=2e-3)
+    assert replayed.losses == pytest.approx(right.losses, rel=2e-3)
+    assert replayed.grad_norms == pytest.approx(right.grad_norms, rel=2e-2)
 
 
 def test_accumulation_and_recomputation_change_little(even: Job) -> None:

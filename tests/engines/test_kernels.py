@@ -11,16 +11,19 @@ from torch import Tensor
 from engines.native import fused_ops, reference
 from engines.native.kernels.adamw import FlatAdamW
 from engines.native.kernels.cross_entropy import cross_entropy_
+from engines.native.kernels.nf4 import decode_nf4
 from engines.native.kernels.outer import add_outer_
 from engines.native.kernels.rms_norm import rms_norm, rms_norm_backward
 from engines.native.kernels.swiglu import swiglu, swiglu_backward_
 from engines.native.kernels.swiglu_gradients import swiglu_gradients_
+from engines.native.nf4 import placed
 from engines.native.ops import Heads
 from engines.native.optimizer import AdamW, clip_, step_scalars
 from engines.native.packed import Packed
 from engines.native.weights import Arena, Linear, Weight
 from harness.data.tokens import IGNORE
 from harness.spec import Train
+from harness.weights.nf4 import decode, quantise
 from tests.engines.oracle import DEVICE, EPSILON, INTERPRETED, judged, random
 
 pytestmark = INTERPRETED
@@ -248,3 +251,24 @@ def test_a_tensor_that_does_not_fit_is_refused() -> None:
         rms_norm(random(6, 4).t(), random(6), EPSILON, 0)
     with pytest.raises(ValueError, match="as many as the masters"):
         FlatAdamW(torch.zeros(3), [random(2, 2)], (0.9, 0.99), 1e-6, 0.1)
+
+
+@pytest.mark.parametrize("size", [(5, 64), (130, 192), (3, 70), (64, 72), (300, 64)], ids=str)
+def test_nf4_is_decoded_bit_by_bit(size: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = placed(quantise(0.02 * torch.randn(size).to(dtype)), DEVICE)
+    rows, columns = size
+    buffer = torch.full((rows + 1, columns + 9), 7.0, dtype=dtype, device=DEVICE)
+    decode_nf4(weight, buffer[:rows, :columns])
+    assert buffer[:rows, :columns].equal(decode(weight))
+    assert (buffer[rows:] == 7).all()
+    assert (buffer[:, columns:] == 7).all()
+    with pytest.raises(ValueError, match="out"):
+        decode_nf4(weight, buffer[:, :columns])
+
+
+@pytest.mark.parametrize("wide", [torch.float16, torch.float32], ids=str)
+def test_nf4_is_decoded_by_way_of_the_type_that_it_was_stored_in(wide: torch.dtype) -> None:
+    weight = placed(quantise(0.02 * torch.randn(64, 128).half()), DEVICE)
+    found = torch.empty(64, 128, dtype=wide, device=DEVICE)
+    decode_nf4(weight, found)
+    assert found.equal(decode(weight).to(wide))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,8 @@ from harness.data.tokens import IGNORE, Sample, StepTokens, TokenFile
 from harness.data.write import write_token_file
 from harness.engine import Job, Machine
 from harness.spec import Workload, parse
+from harness.weights.base_model import Base
+from harness.weights.nf4_base import load_decoded, prepare_nf4
 
 VOCABULARY = 512
 LONGEST = 24
@@ -24,6 +27,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 CPU = Machine(device="cpu", name="Test CPU", count=1, memory_gib=8)
 GPU = Machine(device="cuda", name="Test GPU", count=1, memory_gib=80)
 LORA = {"name": "lora", "rank": 4, "alpha": 10.0, "targets": TARGETS}
+QLORA = {**LORA, "name": "qlora"}
 FULL = {"name": "full"}
 LLAMA = {
     "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 2,
@@ -81,13 +85,29 @@ def make_job(folder: Path, family: str = "llama", method: dict[str, Any] = LORA,
     model = _randomised(AutoModelForCausalLM.from_config(AutoConfig.for_model(**FAMILIES[family]), dtype=torch.float32))
     model.save_pretrained(folder / "base")
     adapter = None
-    if method["name"] == "lora":
+    if method["name"] != "full":
         adapter = folder / "adapter"
         lora = LoraConfig(r=method["rank"], lora_alpha=method["alpha"], target_modules=list(method["targets"]), task_type="CAUSAL_LM")
         _randomised(get_peft_model(model, lora), only="lora_").save_pretrained(adapter)
     tokens = TokenFile.open(write_token_file(folder / "tokens", make_samples(12), [], {}))
     (folder / "out").mkdir()
-    return Job(workload=workload, tokens=tokens, base=folder / "base", adapter_init=adapter, out=folder / "out", device="cpu")
+    base = _in_nf4(folder, workload.model.dtype) if method["name"] == "qlora" else folder / "base"
+    return Job(workload=workload, tokens=tokens, base=base, adapter_init=adapter, out=folder / "out", device="cpu")
+
+
+def _in_nf4(folder: Path, dtype: str) -> Path:
+    config = json.loads((folder / "base" / "config.json").read_text())
+    return prepare_nf4(Base(folder / "base", "b" * 64, "tiny", config, "t" * 64), dtype, folder).path
+
+
+def decoded(job: Job) -> Job:
+    """The job of method lora whose base are the decoded values of ``job``'s."""
+    folder = job.out.parent / "decoded"
+    load_decoded(job.base, torch.float32).save_pretrained(folder)
+    raw = job.workload.model_dump(mode="json")
+    out = job.out.parent / "of_decoded"
+    out.mkdir()
+    return replace(job, workload=parse(Workload, {**raw, "method": {**raw["method"], "name": "lora"}}), base=folder, out=out)
 
 
 def with_train(job: Job, out: str, **train: Any) -> Job:

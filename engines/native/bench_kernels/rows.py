@@ -18,13 +18,16 @@ from engines.native.bench_kernels.attention import attention_rows
 from engines.native.bench_kernels.setting import Call, Row, Setting, bare, by, restore
 from engines.native.kernels.adamw import FlatAdamW
 from engines.native.kernels.cross_entropy import cross_entropy_
+from engines.native.kernels.nf4 import decode_nf4
 from engines.native.kernels.outer import add_outer_
 from engines.native.kernels.rms_norm import rms_norm, rms_norm_backward
 from engines.native.kernels.rotary import rotate_, rotate_back
 from engines.native.kernels.swiglu import swiglu, swiglu_backward_
 from engines.native.kernels.swiglu_gradients import swiglu_gradients_
+from engines.native.nf4 import decode_reference, placed
 from engines.native.ops import NormSource
 from engines.native.weights import Arena, Linear, Weight
+from harness.weights.nf4 import quantise
 
 _LOGITS = 2048  # rows at one time
 _FP32 = 4
@@ -199,6 +202,20 @@ def _adamw(s: Setting) -> Row:
     )
 
 
+def _decode_nf4(s: Setting) -> Row:
+    group = s.layer.down
+    outputs, inputs = group.num_outputs, group.num_inputs
+    weight = placed(quantise(torch.randn(outputs, inputs).to(s.dtype)), s.device)
+    into = s.random(outputs, inputs, room=group.padded_rank)
+    return Row(
+        kernel=decode_nf4,
+        size=by(outputs, inputs),
+        ours=Call(lambda: decode_nf4(weight, into)),
+        reference=Call(lambda: decode_reference(weight, into)),
+        num_bytes=sum(each.nbytes for each in (weight.packed, weight.absmax, weight.nested_absmax)) + s.item * outputs * inputs,
+    )
+
+
 def _adapters(s: Setting) -> tuple[Arena, list[Weight]]:
     """As many values as all layers' adapters, those of a kind below each other; rows of B lie a padded rank apart, not a weight's row."""
     sizes = []
@@ -235,5 +252,6 @@ ROWS: Mapping[str, Callable[[Setting], Row]] = {
     "outer_dA": _outer_down,
     "outer_dB": _outer_up,
     "adamw": _adamw,
+    "decode_nf4": _decode_nf4,
     **attention_rows(),
 }

@@ -1,0 +1,140 @@
+"""A prepared base whose linear modules are stored in NF4, made once from the base in ``model.dtype``; and that base decoded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import WeightsError
+from harness.weights.base_model import Base, building, read_base
+from harness.weights.sources import TOKENIZER_FILES, write_atomically
+from harness.weights.tensors import SHARD_BYTES, adapter_sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1  # raise when the same base would be quantised differently
+INDEX = "model.safetensors.index.json"
+
+
+def prepare_nf4(base: Base, dtype: str, cache: Path) -> Base:
+    """Make (or find) ``base``, stored as ``dtype``, in NF4: a folder that transformers loads through bitsandbytes."""
+    folder = cache / "nf4" / f"{base.sha256[:20]}-{base.tokenizer_sha256[:8]}-{FORMAT}"
+    if read_base(folder) is None:
+        with building(folder) as partial:
+            _build(base, dtype, partial)
+    made = read_base(folder)
+    if made is None:
+        raise WeightsError(f"{folder}: its manifest cannot be read; delete the folder and run again")
+    return made
+
+
+def is_nf4(folder: Path) -> bool:
+    """Whether the checkpoint in ``folder`` says that it is quantised by bitsandbytes."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes"
+
+
+def load_decoded(folder: Path, dtype: Any, **options: Any) -> Any:
+    """The model of an NF4 checkpoint with its decoded values in plain linear modules of ``dtype``; bitsandbytes is not needed."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    del config.quantization_config
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return architecture.from_pretrained(None, config=config, state_dict=decoded_tensors(folder), dtype=dtype, **options)
+
+
+def decoded_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of an NF4 checkpoint by its name, quantised ones decoded."""
+    from harness.weights.nf4 import PARTS, STATE, decode, from_tensors
+
+    tensors = dict(_tensors(folder))
+    names = [name.removesuffix(STATE) for name in tensors if name.endswith(STATE)]
+    for name in names:
+        tensors[name] = decode(from_tensors(name, tensors.__getitem__))
+        for part in (*PARTS, STATE):
+            del tensors[f"{name}{part}"]
+    return tensors
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                yield name, opened.get_tensor(name)
+
+
+def _build(base: Base, dtype: str, folder: Path) -> None:
+    from harness.weights.structure import folder_config, structure
+
+    print(f"preparing {base.path.name}: linear layers in NF4 ...", flush=True)
+    linears = [name for name in structure(folder_config(base.path)).linears if "." in name]  # a head stands at the top
+    if not linears:
+        raise WeightsError("method=qlora: the model has no linear layers to store in NF4; use method=lora")
+    _write(base.path, {f"{name}.weight" for name in linears}, folder)
+    config = {**base.config, "quantization_config": _quantisation(dtype)}
+    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
+    for name in TOKENIZER_FILES:
+        if (base.path / name).is_file():
+            shutil.copyfile(base.path / name, folder / name)
+    manifest = {
+        "format": FORMAT,
+        "base_sha256": replace(base, config=config).content_sha256(adapter_sha256(folder)),
+        "description": f"{base.description}; linear layers in NF4",
+        "dtype": dtype,
+        "tokenizer_sha256": base.tokenizer_sha256,
+    }
+    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
+
+
+def _write(source: Path, quantised: set[str], folder: Path) -> None:
+    """The tensors of ``source``, in files of about ``SHARD_BYTES``."""
+    from safetensors.torch import save_file
+
+    from harness.weights.nf4 import quantise, to_tensors
+
+    shard: dict[str, Tensor] = {}
+    placed: dict[str, str] = {}
+    held = total = number = 0
+    for name, tensor in _tensors(source):
+        made = to_tensors(name, quantise(tensor)) if name in quantised else {name: tensor}
+        size = sum(each.nbytes for each in made.values())
+        if shard and held + size > SHARD_BYTES:
+            save_file(shard, folder / _file(number), metadata={"format": "pt"})
+            shard, held, number = {}, 0, number + 1
+        shard.update(made)
+        placed |= dict.fromkeys(made, _file(number))
+        held, total = held + size, total + size
+    save_file(shard, folder / _file(number), metadata={"format": "pt"})
+    if missing := sorted(quantised - set(placed)):
+        raise WeightsError(f"{missing[0]}: a linear layer of the model, but no tensor of its base; get the weights again")
+    if number == 0:
+        (folder / _file(0)).rename(folder / "model.safetensors")
+    else:
+        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=1))
+
+
+def _file(number: int) -> str:
+    return f"model-{number + 1:05}.safetensors"
+
+
+def _quantisation(dtype: str) -> dict[str, Any]:
+    """As transformers writes it."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head"],
+    }
