@@ -55,6 +55,10 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     reasons = [*_dtype_reasons(workload, knobs), *dropout_reasons(config), *_attention_reasons(knobs, machine, config)]
     if knobs.offload == "cpu" and knobs.strategy == "replicate":
         reasons.append("offload=cpu moves shards, strategy=replicate has none; set strategy=full_shard or offload=none")
+    if knobs.compile and knobs.strategy != "replicate":
+        reasons.append(
+            f"compile=true has not been tried on sharded layers (strategy={knobs.strategy}); set compile=false or strategy=replicate"
+        )
     if machine.device == "cuda":
         reasons += _share_reasons(workload, machine.count)
     return "; ".join(reasons) or None

@@ -176,6 +176,7 @@ def test_other_knobs_have_names_of_their_own() -> None:
     ("knobs", "config", "machine", "reason"),
     [
         ({"offload": "cpu"}, LLAMA, CPU, "offload=cpu moves shards, strategy=replicate has none"),
+        ({"compile": True, "strategy": "full_shard"}, LLAMA, CPU, "compile=true has not been tried on sharded layers"),
         ({"attention": "varlen"}, LLAMA, CPU, "attention=varlen needs a GPU"),
         ({"attention": "varlen"}, LLAMA, GPU, "attention=varlen computes in 16 bits only"),
         ({"layout": "packed"}, MAMBA, CPU, "'mamba' has no attention to keep documents apart"),
