@@ -18,7 +18,6 @@ from harness.places import PairItem, Prepared, ScoreItem, ScoreRequest
 from harness.record import Score, dumps
 from harness.spec import parse
 from harness.updates import UpdatePair
-from harness.weights.nf4_base import is_nf4, load_decoded
 from harness.weights.sources import write_atomically
 from harness.weights.tensors import CHUNK, Stored, read_tensors
 
@@ -156,6 +155,8 @@ def _load(folder: Path, device: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
+
+    from harness.nf4 import is_nf4, load_decoded
 
     disable_progress_bar()
     torch.set_float32_matmul_precision("highest")  # no TF32: this is the judge

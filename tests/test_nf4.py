@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 
 from harness import prepare
 from harness.errors import WeightsError
-from harness.weights.nf4 import STATE, decode, dynamic_levels, from_tensors, quantise, scales, to_tensors
-from harness.weights.nf4_base import decoded_tensors, is_nf4, load_decoded
+from harness.nf4 import STATE, decode, decoded_tensors, dynamic_levels, from_tensors, is_nf4, load_decoded, quantise, scales, to_tensors
 from tests.real_files import conf, request, workload
 
 needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

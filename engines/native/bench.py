@@ -34,8 +34,8 @@ from engines.native.steps import ReplayedSteps, Steps
 from engines.native.weights import DecoderWeights, trained_weights
 from harness.data.tokens import IGNORE, Batch
 from harness.errors import UnsupportedError
+from harness.nf4 import PARTS, STATE, quantise, to_tensors
 from harness.spec import Train
-from harness.weights.nf4 import PARTS, STATE, quantise, to_tensors
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 RANK = 16

@@ -21,7 +21,7 @@ from engines.native.nf4 import Decode, SharedBuffers, Turn, decode_reference, pl
 from engines.native.shape import LlamaShape
 from engines.native.weights import WHOLE, Arena, Block, DecoderWeights, LayerWeights, Linear, LowRank, Part, Weight, named_weights
 from harness.errors import UnsupportedError, WeightsError
-from harness.weights.nf4 import PARTS, STATE, Quantised, from_tensors
+from harness.nf4 import PARTS, STATE, Quantised, from_tensors
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.spec import QLora, Workload
 
-_BLOCK = 64  # harness.weights.nf4, which imports torch
+_BLOCK = 64  # harness.nf4, which imports torch
 
 
 def bitsandbytes_reasons(workload: Workload, compute_dtype: str, config: Mapping[str, Any], device: str) -> list[str]:
@@ -32,7 +32,7 @@ def load_model(folder: Path, config: Any, dtype: str, attention: str, device: st
     import torch
     from transformers import AutoModelForCausalLM
 
-    from harness.weights.nf4_base import load_decoded
+    from harness.nf4 import load_decoded
 
     attends = hasattr(config, "num_attention_heads")  # a state-space model has none to choose
     implementation = attention if attends else None

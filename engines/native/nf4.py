@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from harness.weights.nf4 import Quantised, decode
+from harness.nf4 import Quantised, decode
 
 Decode = Callable[[Quantised, Tensor], None]  # writes the values of a weight [N, K] into a tensor of that size
 

@@ -1,10 +1,9 @@
-"""A prepared base whose linear modules are stored in NF4, made once from the base in ``model.dtype``; and that base decoded."""
+"""A prepared base whose linear modules are stored in NF4, made once from the base in ``model.dtype``."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,45 +30,6 @@ def prepare_nf4(base: Base, dtype: str, cache: Path) -> Base:
     if made is None:
         raise WeightsError(f"{folder}: its manifest cannot be read; delete the folder and run again")
     return made
-
-
-def is_nf4(folder: Path) -> bool:
-    """Whether the checkpoint in ``folder`` says that it is quantised by bitsandbytes."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes"
-
-
-def load_decoded(folder: Path, dtype: Any, **options: Any) -> Any:
-    """The model of an NF4 checkpoint with its decoded values in plain linear modules of ``dtype``; bitsandbytes is not needed."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    del config.quantization_config
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return architecture.from_pretrained(None, config=config, state_dict=decoded_tensors(folder), dtype=dtype, **options)
-
-
-def decoded_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of an NF4 checkpoint by its name, quantised ones decoded."""
-    from harness.weights.nf4 import PARTS, STATE, decode, from_tensors
-
-    tensors = dict(_tensors(folder))
-    names = [name.removesuffix(STATE) for name in tensors if name.endswith(STATE)]
-    for name in names:
-        tensors[name] = decode(from_tensors(name, tensors.__getitem__))
-        for part in (*PARTS, STATE):
-            del tensors[f"{name}{part}"]
-    return tensors
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a mapping
-                yield name, opened.get_tensor(name)
 
 
 def _build(base: Base, dtype: str, folder: Path) -> None:
@@ -99,12 +59,12 @@ def _write(source: Path, quantised: set[str], folder: Path) -> None:
     """The tensors of ``source``, in files of about ``SHARD_BYTES``."""
     from safetensors.torch import save_file
 
-    from harness.weights.nf4 import quantise, to_tensors
+    from harness.nf4 import quantise, stored_tensors, to_tensors
 
     shard: dict[str, Tensor] = {}
     placed: dict[str, str] = {}
     held = total = number = 0
-    for name, tensor in _tensors(source):
+    for name, tensor in stored_tensors(source):
         made = to_tensors(name, quantise(tensor)) if name in quantised else {name: tensor}
         size = sum(each.nbytes for each in made.values())
         if shard and held + size > SHARD_BYTES:

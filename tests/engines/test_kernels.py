@@ -22,8 +22,8 @@ from engines.native.optimizer import AdamW, clip_, step_scalars
 from engines.native.packed import Packed
 from engines.native.weights import Arena, Linear, Weight
 from harness.data.tokens import IGNORE
+from harness.nf4 import decode, quantise
 from harness.spec import Train
-from harness.weights.nf4 import decode, quantise
 from tests.engines.oracle import DEVICE, EPSILON, INTERPRETED, judged, random
 
 pytestmark = INTERPRETED

@@ -11,8 +11,8 @@ import torch
 import engines.hf
 from engines.native.kernels.nf4 import decode_nf4
 from engines.native.nf4 import placed
+from harness.nf4 import decode, from_tensors, quantise, to_tensors
 from harness.spec import parse
-from harness.weights.nf4 import decode, from_tensors, quantise, to_tensors
 from tests.engines.test_qlora import BF16
 from tests.engines.tiny import QLORA, RecordingProbe, decoded, make_job, with_train
 

@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from harness.data.tokens import IGNORE, Sample, StepTokens, TokenFile
 from harness.data.write import write_token_file
 from harness.engine import Job, Machine
+from harness.nf4 import load_decoded
 from harness.spec import Workload, parse
 from harness.weights.base_model import Base
-from harness.weights.nf4_base import load_decoded, prepare_nf4
+from harness.weights.nf4_base import prepare_nf4
 
 VOCABULARY = 512
 LONGEST = 24

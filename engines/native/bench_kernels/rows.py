@@ -27,7 +27,7 @@ from engines.native.kernels.swiglu_gradients import swiglu_gradients_
 from engines.native.nf4 import decode_reference, placed
 from engines.native.ops import NormSource
 from engines.native.weights import Arena, Linear, Weight
-from harness.weights.nf4 import quantise
+from harness.nf4 import quantise
 
 _LOGITS = 2048  # rows at one time
 _FP32 = 4

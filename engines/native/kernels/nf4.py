@@ -2,7 +2,7 @@
 
 A block of 64 values of the flat weight has one scale, level[absmax] * nested + offset; a value is code[nibble] * scale. Products and the
 sum are rounded apart (no fused multiply-add), as bitsandbytes rounds them, so that the bits agree. The reference is
-``harness.weights.nf4.decode``.
+``harness.nf4.decode``.
 
 Legend: N rows and K columns of the weight.
 """
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engines.native.kernels.launching import check_rows
-from harness.weights.nf4 import BLOCK, NESTED_BLOCK, Quantised
+from harness.nf4 import BLOCK, NESTED_BLOCK, Quantised
 
 _BLOCKS = 32  # of 64 values, a program: eight packed bytes a thread
 _WARPS = 4

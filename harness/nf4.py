@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,6 +121,44 @@ def from_tensors(name: str, get: Callable[[str], Tensor]) -> Quantised:
         raise WeightsError(f"{name}: not a readable 4-bit weight ({error!r}); make the checkpoint again") from error
     _check(name, read)
     return read
+
+
+def is_nf4(folder: Path) -> bool:
+    """Whether the checkpoint in ``folder`` says that it is quantised by bitsandbytes."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes"
+
+
+def load_decoded(folder: Path, dtype: Any, **options: Any) -> Any:
+    """The model of an NF4 checkpoint with its decoded values in plain linear modules of ``dtype``; bitsandbytes is not needed."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    del config.quantization_config
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return architecture.from_pretrained(None, config=config, state_dict=decoded_tensors(folder), dtype=dtype, **options)
+
+
+def decoded_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of an NF4 checkpoint by its name, quantised ones decoded."""
+    tensors = dict(stored_tensors(folder))
+    names = [name.removesuffix(STATE) for name in tensors if name.endswith(STATE)]
+    for name in names:
+        tensors[name] = decode(from_tensors(name, tensors.__getitem__))
+        for part in (*PARTS, STATE):
+            del tensors[f"{name}{part}"]
+    return tensors
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a checkpoint as it is stored, one at a time."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                yield name, opened.get_tensor(name)
 
 
 def _check(name: str, weight: Quantised) -> None:
