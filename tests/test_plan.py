@@ -10,8 +10,9 @@ import pytest
 from harness.config import Request
 from harness.launch import run_cell, unsupported
 from harness.machine import detect
-from harness.plan import num_parameters, plan
+from harness.plan import least_memory_bytes, num_parameters, plan, weights_bytes
 from harness.record import Record
+from harness.spec import QLora
 from tests import records, workloads
 from tests.workloads import Made
 
@@ -112,3 +113,18 @@ def test_parameters_of_the_public_shapes() -> None:
 def test_unsupported_records_carry_no_measurement() -> None:
     record = unsupported(workloads.request(workloads.workload()), workloads.MACHINE, "no")
     assert (record.status, record.measurement) == ("unsupported", None)
+
+
+def test_the_weights_of_qlora_are_stored_twice_and_held_packed() -> None:
+    """16,384 values of linear layers; 8,192 of the embedding and the head, and 192 of norms, in float32."""
+    config = {
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 0, "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }  # fmt: skip
+    plain = workloads.workload()
+    model = plain.model.model_copy(update={"config": config})
+    method = QLora(name="qlora", rank=2, alpha=4.0, targets=("q_proj",))
+    asked = workloads.request(plain.model_copy(update={"model": model, "method": method}))
+    packed = 16384 // 2 + 256 + 4
+    assert least_memory_bytes(asked) == packed + 4 * (8192 + 192)
+    assert weights_bytes(asked) == 4 * (16384 + 8192 + 192) + packed + 4 * (8192 + 192)
