@@ -58,6 +58,12 @@ class OnTwoRanks(EngineConformance):
         with pytest.raises(UnsupportedError, match="samples_per_step=1 leaves some of 2 processes without a sample"):
             self.run(with_train(job, "few", samples_per_step=1))
 
+    @pytest.mark.multi_gpu
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two NVIDIA GPUs here")
+    @pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
+    def test_a_gpu_computes_what_a_cpu_does(self, tmp_path: Path, method: dict[str, Any]) -> None:
+        super().test_a_gpu_computes_what_a_cpu_does(tmp_path, method)
+
 
 class TestReplicatedOnTwo(OnTwoRanks):
     knobs = KNOBS
