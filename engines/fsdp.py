@@ -83,7 +83,8 @@ def _train(job: Job, knobs: Knobs, probe: Probe, rank: int) -> None:
     import torch
     from torch import distributed
 
-    from engines.native.hf_model import adamw, exact_float32
+    from engines.native.hf_model import exact_float32
+    from engines.native.plain_loop import adamw
     from engines.native.ranks import expect_agreement
     from engines.native.sharding import Bucket, update
     from engines.native.shares import cost_of, fingerprint, split
@@ -229,7 +230,8 @@ def _accumulate(model: Any, batches: Sequence[Batch], num_labels: int, knobs: Kn
     """Add this rank's gradients, micro-batch by micro-batch; returns its part of the loss, whose divisor is the labels of all ranks."""
     import torch
 
-    from engines.native.hf_batches import inputs, to_device
+    from engines.native.hf_batches import inputs
+    from engines.native.plain_loop import to_device
 
     total = torch.zeros((), device=job.device)
     divisor = to_device(np.array(num_labels), job.device)

@@ -66,7 +66,8 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     """Train with AdamW on every trained tensor (norms and biases decay too), and save into ``job.out``."""
     import torch
 
-    from engines.native.hf_model import adamw, exact_float32
+    from engines.native import plain_loop
+    from engines.native.hf_model import exact_float32
 
     if job.processes != 1:
         raise UnsupportedError(f"engine.processes is {job.processes}; hf trains in one process, use engine.processes=1")
@@ -75,18 +76,14 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     exact_float32()
     model = _load(job, knobs)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = adamw(parameters, schedule, job.device)
+    optimizer = plain_loop.adamw(parameters, schedule, job.device)
     make_batch = pack if knobs.layout == "packed" else pad
     probe.ready()
     for index in range(schedule.num_steps):
         batches = [make_batch(samples) for samples in chunks(job.tokens.step(schedule, index), knobs.micro_batch)]
         tokens = StepTokens.of(batches)
         loss = _accumulate(model, batches, tokens.loss, knobs, job.device)
-        grad_norm = _clip(parameters, schedule.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate_at(index)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        grad_norm = plain_loop.update(optimizer, parameters, schedule, index)
         probe.step(loss=loss, grad_norm=grad_norm, tokens=tokens)
     _save(model, job)
 
@@ -236,7 +233,8 @@ def _accumulate(model: Any, batches: Sequence[Batch], num_labels: int, knobs: Kn
     """Add the step's gradients, micro-batch by micro-batch; returns the loss, a mean over the step's supervised tokens."""
     import torch
 
-    from engines.native.hf_batches import inputs, to_device
+    from engines.native.hf_batches import inputs
+    from engines.native.plain_loop import to_device
 
     total = torch.zeros((), device=device)
     divisor = to_device(np.array(num_labels), device)  # a tensor: compiled code would be made anew for every number
@@ -251,15 +249,6 @@ def _accumulate(model: Any, batches: Sequence[Batch], num_labels: int, knobs: Kn
 
 def _needs_bounds(knobs: Knobs) -> bool:
     return knobs.attention == "varlen" or (knobs.layout == "packed" and knobs.attention in _FLASH)
-
-
-def _clip(parameters: list[Any], max_norm: float | None) -> Tensor:
-    """The global gradient norm before clipping."""
-    import torch
-
-    if max_norm is not None:
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
 def _save(model: Any, job: Job) -> None:

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from engines.native.plain_loop import to_device
 from harness.data.tokens import Batch, Sample, pack
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-def to_device(array: Any, device: str) -> Tensor:
-    """A numpy array as a tensor on ``device``; pinned on the way, so that the copy does not stop the host until the GPU has caught up."""
-    import torch
-
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor
 
 
 def inputs(batch: Batch, device: str, *, packed: bool, bounds: bool) -> dict[str, Any]:

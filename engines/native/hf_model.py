@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from harness.spec import Train
-
 
 def with_adapter(model: Any, adapter: Path, dtype: Any, *, cast_inputs: bool) -> Any:
     """``model`` with the PEFT adapter of a folder, to be trained in ``dtype``.
@@ -45,20 +43,6 @@ def compile_layers(model: Any, *, with_loss: bool, shapes_vary: bool) -> None:
             module.compile(dynamic=dynamic)
     if with_loss:
         plain.loss_function = torch.compile(plain.loss_function, dynamic=dynamic)
-
-
-def adamw(parameters: list[Any], schedule: Train, device: str) -> Any:
-    """AdamW as ``schedule`` says, one group (norms and biases decay too); on a GPU torch's fused implementation."""
-    import torch
-
-    return torch.optim.AdamW(
-        parameters,
-        lr=schedule.learning_rate,
-        betas=(schedule.beta1, schedule.beta2),
-        eps=schedule.epsilon,
-        weight_decay=schedule.weight_decay,
-        fused=device == "cuda",
-    )
 
 
 def exact_float32() -> None:
