@@ -39,7 +39,7 @@ def test_the_name_follows_the_knobs_whatever_was_asked_for(cache: Path) -> None:
 
 def test_variants_are_swept_like_engines(cache: Path) -> None:
     found = ask(cache, "engine=hf,unsloth,unsloth/nockpt+graphs", "engine.knobs.micro_batch=1,2", multirun=True)
-    assert [engine.title for engine in found] == ["hf", "hf", *["unsloth/default"] * 2, *["unsloth/nockpt+graphs"] * 2]
+    assert [engine.title for engine in found] == [*["hf/default"] * 2, *["unsloth/default"] * 2, *["unsloth/nockpt+graphs"] * 2]
 
 
 def test_a_misspelt_variant_is_named_with_the_nearest(cache: Path) -> None:
