@@ -84,11 +84,18 @@ def test_a_mistake_is_exit_code_2_without_a_traceback(cache: Path, tmp_path: Pat
     assert "Traceback" not in done.stderr
 
 
+def _hears_ctrl_c() -> None:
+    """What a shell starts in the background ignores SIGINT, and so does all that it starts: not so a command in a terminal."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
 def test_an_interrupt_stops_promptly_and_says_how_to_go_on(cache: Path, tmp_path: Path, how: str) -> None:
     runs = tmp_path / "runs"
     arguments = command(cache, runs, "-m", "engine.knobs.step_seconds=0.5", "repeat=range(50)")
-    process = subprocess.Popen(arguments, cwd=TREE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        arguments, cwd=TREE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=_hears_ctrl_c
+    )
     deadline = time.monotonic() + 120
     while not any('"step"' in log.read_text() for log in runs.glob("work/*/events.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
