@@ -87,7 +87,8 @@ def specimens() -> tuple[Specimen, ...]:
         Specimen("swiglu_backward", swiglu._swiglu_backward, {"dh": "h", "gate_up": "h"}, columns, 4),
         Specimen(
             "swiglu_gradients", swiglu_gradients._swiglu_gradients, dict.fromkeys(("dh", "gate_up", "thin", "low"), "h") | sums,
-            {"SPLITS": 3, **tile, "BT": 32, "P": 64, "PAD": 64}, 4, odd=("R", "input_column_stride"), has_dot=True,
+            {"SPLITS": 3, **tile, "BT": swiglu_gradients.TILE.tokens, "P": 64, "PAD": 64}, swiglu_gradients.TILE.warps,
+            odd=("R", "input_column_stride"), has_dot=True,
         ),
         Specimen("rotate", rotary._rotate, {"x": "h", "cosine": "f", "sine": "f"}, heads, 2, odd=("num_heads",)),
         Specimen(
@@ -96,7 +97,7 @@ def specimens() -> tuple[Specimen, ...]:
         ),
         Specimen(
             "cross_entropy", cross_entropy._cross_entropy, {"logits": "h", "targets": "l", "losses": "f", "scale": "f"},
-            {"BLOCK": 8192, "LOWEST": -3.0e38, "FIRST": "", "SECOND": ""}, 16,
+            {"BLOCK": cross_entropy.SWEEP.block, "LOWEST": -3.0e38, "FIRST": "", "SECOND": ""}, cross_entropy.SWEEP.warps,
         ),
         Specimen("outer", outer._outer, thin, {"SPLITS": 2, "NORMED": False, **tile}, 4, odd=("R", "rank_stride"), has_dot=True),
         Specimen("outer_normed", outer._outer, thin, {"SPLITS": 9, "NORMED": True, **tile}, 4, odd=("R", "rank_stride"), has_dot=True),

@@ -21,7 +21,7 @@ from engines.native.kernels.launching import Tile, check_counters, check_rows, s
 from engines.native.kernels.swiglu import _differentiate, _zero_rooms
 
 COLUMNS = 64  # a tile
-# 64 tokens do not fit into registers. H100, 8,192 x 14,336 (2026-11-26, ms): 0.46, with 16 tokens 0.53, with 8 warps 0.6 and more.
+# 64 tokens do not fit into registers. H100, 8,192 x 14,336 (2026-11-26, ms): 0.46, with 16 tokens 0.53, with 8 warps 0.57 or more.
 TILE = Tile(tokens=32, warps=4, stages=3)
 _PROGRAMS = 1056  # eight for each of an H100's 132 multiprocessors; with four 0.49 ms
 
