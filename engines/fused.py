@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from engines.native.decoder import Decoder
     from engines.native.footprint import MemoryModel
     from engines.native.lora import Adapter
-    from engines.native.nf4 import Decode
+    from engines.native.nf4 import Filling
     from engines.native.ops import Ops
     from engines.native.optimizer import Optimizer
     from engines.native.plan import Plan
@@ -170,7 +170,7 @@ def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decod
     shape = read_shape(config, job.workload.data.sequence_length)
     adapter = None if job.adapter_init is None else read_adapter(job.adapter_init)
     rank_multiple = _RANK_MULTIPLE if job.device == "cuda" else 1
-    placement = Placement(device, getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype), rank_multiple, _decode(knobs))
+    placement = Placement(device, getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype), rank_multiple, _filling(knobs))
     weights = load_weights(job.base, shape, placement, adapter)
     if adapter is not None:
         adapter.check_nothing_is_left(weights)
@@ -231,14 +231,14 @@ def _operations(knobs: Knobs) -> Ops:
     return FUSED
 
 
-def _decode(knobs: Knobs) -> Decode:
+def _filling(knobs: Knobs) -> Filling:
     if knobs.operations == "reference":
-        from engines.native.nf4 import decode_reference
+        from engines.native.nf4 import REFERENCE
 
-        return decode_reference
-    from engines.native.kernels.nf4 import decode_nf4
+        return REFERENCE
+    from engines.native.fused_ops import FILLING
 
-    return decode_nf4
+    return FILLING
 
 
 def _optimizer(decoder: Decoder, schedule: Train, knobs: Knobs) -> Optimizer:

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engines.native.kernels import adamw, cross_entropy, nf4, outer, rms_norm, rotary, swiglu, swiglu_gradients
+from engines.native.kernels import adamw, cross_entropy, nf4, outer, parts, rms_norm, rotary, swiglu, swiglu_gradients
 
 # Shared memory that one block may use, bytes (CUDA C++ Programming Guide, compute capabilities; CDNA 3 whitepaper).
 TARGETS: Mapping[str, tuple[GPUTarget, int]] = {
@@ -108,7 +108,12 @@ def specimens() -> tuple[Specimen, ...]:
         Specimen(
             "decode_nf4", nf4._decode_nf4,
             {"packed": "b", "absmax": "b", "nested": "f", "code": "f", "levels": "f", "out": "h"},
-            {"BLOCKS": 32, "BLOCK": 64, "NESTED": 256, "WHOLE": True, "KEPT": tl.bfloat16}, 4, ("offset",), contracts=False,
+            {"BLOCKS": nf4.CUT.blocks, "BLOCK": 64, "NESTED": 256, "WHOLE": True, "KEPT": tl.bfloat16}, nf4.CUT.warps, ("offset",),
+            contracts=False,
+        ),
+        Specimen(
+            "copy_parts", parts._copy_parts, {f"{kind}{index}": "h" for kind in ("value", "place") for index in range(parts.MOST)},
+            {"BLOCK": 1024}, 4, odd=("end0", "end1", "end2"),
         ),
     )  # fmt: skip
 

@@ -20,10 +20,9 @@ import yaml
 from engines.native.checkpoint import Placement, build_weights
 from engines.native.decoder import Decoder
 from engines.native.footprint import Load, MemoryModel
-from engines.native.fused_ops import FUSED
+from engines.native.fused_ops import FILLING, FUSED
 from engines.native.host import Host, usable_bytes
 from engines.native.kernels.adamw import FlatAdamW
-from engines.native.kernels.nf4 import decode_nf4
 from engines.native.lora import Adapter
 from engines.native.optimizer import step_scalars
 from engines.native.packed import Angles
@@ -116,7 +115,7 @@ def model_shape(name: str, num_layers: int | None) -> LlamaShape:
 
 def random_decoder(shape: LlamaShape, loss_chunk: int, *, nf4: bool = False) -> Decoder:
     """A decoder on the GPU that keeps everything."""
-    weights = random_weights(shape, Placement(torch.device("cuda"), torch.bfloat16, torch.float32, 64, decode_nf4), nf4=nf4)
+    weights = random_weights(shape, Placement(torch.device("cuda"), torch.bfloat16, torch.float32, 64, FILLING), nf4=nf4)
     return Decoder(shape=shape, weights=weights, ops=FUSED, plans=(KEEP_ALL,) * shape.num_layers, loss_chunk=loss_chunk)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.native.lora import Adapter
-from engines.native.nf4 import Decode, SharedBuffers, Turn, decode_reference, placed
+from engines.native.nf4 import REFERENCE, Filling, SharedBuffers, Turn, placed
 from engines.native.shape import LlamaShape
 from engines.native.weights import WHOLE, Arena, Block, DecoderWeights, LayerWeights, Linear, LowRank, Part, Weight, named_weights
 from harness.errors import UnsupportedError, WeightsError
@@ -34,14 +34,14 @@ class Placement:
 
     ``rank_multiple``: the ranks of a linear group are padded with zeros to whole multiples of it. cuBLAS likes 64 on a GPU
     (Llama-3.2-1B shape, 16,384 tokens, H100: 46.0 + 45.4 ms of products a step against 48.2 + 47.6 unpadded).
-    ``decode``: how weights in NF4 are decoded.
+    ``filling``: how weights in NF4 and the adapters beside them come into the buffer that the products read.
     """
 
     device: torch.device
     compute_dtype: torch.dtype
     train_dtype: torch.dtype
     rank_multiple: int = 1
-    decode: Decode = decode_reference
+    filling: Filling = REFERENCE
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class _Loader:
         shared = self.shared.get(kind, outputs + room, num_inputs + room, place.compute_dtype, place.device)
         view = shared.buffer[:outputs, :num_inputs]
         packed = [(self._quantised(f"{prefix}.{part.name}.weight", part.rows, num_inputs), view[part.rows]) for part in spans]
-        turn = Turn(shared, packed, place.decode)
+        turn = Turn(shared, packed, place.filling)
         lora = self._low_rank(adapted, shared.buffer, outputs, num_inputs, turn) if adapted else None
         return Linear(shared.buffer, Weight(view), self._bias(prefix, spans) if has_bias else None, spans, lora, turn)
 

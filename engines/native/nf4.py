@@ -14,11 +14,29 @@ from torch import Tensor
 from harness.nf4 import Quantised, decode
 
 Decode = Callable[[Quantised, Tensor], None]  # writes the values of a weight [N, K] into a tensor of that size
+Copy = Callable[[Sequence[Tensor], Sequence[Tensor]], None]  # writes matrices into places of one buffer
 
 
 def decode_reference(weight: Quantised, out: Tensor) -> None:
     """In plain torch, on any device."""
     out.copy_(decode(weight))
+
+
+def copy_reference(values: Sequence[Tensor], places: Sequence[Tensor]) -> None:
+    """In plain torch, on any device."""
+    for value, place in zip(values, places, strict=True):
+        place.copy_(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """How a shared buffer is filled: ``decode`` for packed weights, ``copy`` for A and B."""
+
+    decode: Decode = decode_reference
+    copy: Copy = copy_reference
+
+
+REFERENCE = Filling()
 
 
 def placed(weight: Quantised, device: torch.device) -> Quantised:
@@ -63,7 +81,7 @@ class Turn:
 
     shared: Shared
     packed: Sequence[tuple[Quantised, Tensor]]
-    decode: Decode
+    filling: Filling
     thin: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def take(self) -> None:
@@ -71,9 +89,8 @@ class Turn:
         if self.shared.holder is self:
             return
         for weight, place in self.packed:
-            self.decode(weight, place)
-        for value, place in self.thin:
-            place.copy_(value)
+            self.filling.decode(weight, place)
+        self.filling.copy([value for value, _ in self.thin], [place for _, place in self.thin])
         self.shared.holder = self
 
     def apart(self, place: Tensor) -> Tensor:
