@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from harness.data.tokens import Sample, StepTokens, chunks, pack
-from harness.engine import Job, Machine, Probe
+from harness.engine import Chosen, Job, Machine, Probe
 from harness.errors import UnsupportedError
 from harness.spec import Lora, Positive, Spec, Train, Workload
 
@@ -73,7 +73,7 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
     session = _Session(job, knobs)
-    probe.ready()
+    probe.ready(session.chosen)
     for index in range(schedule.num_steps):
         loss, grad_norm, tokens = session.step(job.tokens.step(schedule, index), index)
         probe.step(loss=loss, grad_norm=grad_norm, tokens=tokens)
@@ -91,7 +91,7 @@ class _Session:
         from engines.native.steps import ReplayedSteps, Steps
 
         self._job, self._knobs = job, knobs
-        self._config, self._adapter, self._decoder = _load(job, knobs)
+        self._config, self._adapter, self._decoder, self.chosen = _load(job, knobs)
         num_positions = max(job.workload.data.sequence_length, FILLER)
         angles = Angles.of(self._decoder.shape, num_positions, torch.device(job.device))
         steps = Steps(self._decoder, angles, _optimizer(self._decoder, job.workload.train, knobs), job.workload.train.max_grad_norm)
@@ -157,7 +157,8 @@ def _model_reasons(workload: Workload) -> list[str]:
     return []
 
 
-def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decoder]:
+def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decoder, dict[str, Chosen]]:
+    """The model's config, its adapter, the decoder, and what was decided of its plans."""
     import torch
 
     from engines.native.checkpoint import Placement, load_weights, read_config
@@ -174,24 +175,38 @@ def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decod
     weights = load_weights(job.base, shape, placement, adapter)
     if adapter is not None:
         adapter.check_nothing_is_left(weights)
-    plans, loss_chunk = _plans(job, knobs, shape, weights)
-    return config, adapter, Decoder(shape=shape, weights=weights, ops=_operations(knobs), plans=plans, loss_chunk=loss_chunk)
+    plans, loss_chunk, chosen = _plans(job, knobs, shape, weights)
+    decoder = Decoder(shape=shape, weights=weights, ops=_operations(knobs), plans=plans, loss_chunk=loss_chunk)
+    return config, adapter, decoder, chosen
 
 
-def _plans(job: Job, knobs: Knobs, shape: LlamaShape, weights: DecoderWeights) -> tuple[tuple[Plan, ...], int]:
-    """What each layer keeps, and rows of logits. On a CPU without ``memory_gib`` all of it: the host's memory is not ours alone."""
+def _plans(job: Job, knobs: Knobs, shape: LlamaShape, weights: DecoderWeights) -> tuple[tuple[Plan, ...], int, dict[str, Chosen]]:
+    """What each layer keeps, rows of logits, and both in words with what is predicted.
+
+    On a CPU without ``memory_gib`` all is kept: the host's memory is not ours alone.
+    """
     from engines.native.footprint import MemoryModel, largest_load
-    from engines.native.plan import KEEP_ALL, KEEP_INPUT
+    from engines.native.plan import KEEP_ALL, KEEP_INPUT, described
 
     if knobs.recompute != "fit" or (job.device == "cpu" and knobs.memory_gib is None):
-        return (KEEP_INPUT if knobs.recompute == "full" else KEEP_ALL,) * shape.num_layers, knobs.loss_chunk
+        plans = (KEEP_INPUT if knobs.recompute == "full" else KEEP_ALL,) * shape.num_layers
+        return plans, knobs.loss_chunk, {"plan": described(plans)}
     train = job.workload.train
     steps = (job.tokens.step(train, index) for index in range(train.steps))
     batches = (pack(group) for samples in steps for group in chunks(samples, knobs.micro_batch))
     load = largest_load(batches, knobs.loss_chunk, shared=knobs.replay)
     budget = knobs.memory_gib * 2**30 if knobs.memory_gib is not None else _free_bytes()
     choice = _choice(MemoryModel.of(shape, weights, load), budget, offload=knobs.offload and job.device == "cuda")
-    return choice.plans, choice.loss_chunk
+    return (
+        choice.plans,
+        choice.loss_chunk,
+        {
+            "plan": described(choice.plans),
+            "loss_chunk": choice.loss_chunk,
+            "predicted_peak_bytes": choice.peak_bytes,
+            "pinned_bytes": choice.host_bytes,
+        },
+    )
 
 
 def _choice(memory: MemoryModel, budget: float, *, offload: bool) -> Choice:

@@ -93,6 +93,7 @@ class _Ready(Spec):
     data_seconds: float | None = None
     at: float | None = None
     gpus: tuple[str, ...] = ()
+    chosen: dict[str, str | int | float] | None = None
 
 
 class _Step(Spec):
@@ -181,6 +182,7 @@ def measurement(events: Sequence[Event], artifacts: Artifacts) -> Measurement | 
         steps=Steps(**columns),
         memory=tuple(Memory(**event["memory"]) for event in events if event["event"] == "memory"),
         artifacts=artifacts,
+        chosen=ready.get("chosen") if ready else None,
         work=parse(Work, work["work"]) if work["work"] else None,
         work_unknown=work["unknown"],
         gemm_peak_flops=work["gemm_peak_flops"],

@@ -123,7 +123,8 @@ class Measurement(Spec):
     """What the probe saw. A cell that failed midway keeps the steps it made.
 
     ``work`` is null where ``work_unknown`` says why, and in a cell that did not end. ``gemm_peak_flops``: operations per second of a
-    large bfloat16 product in this very process, after the last step; null on a CPU and where there was no room for it.
+    large bfloat16 product in this very process, after the last step; null on a CPU and where there was no room for it. ``chosen``: what
+    the engine decided by itself, in its own words; null where it says nothing.
     """
 
     startup: Startup
@@ -134,6 +135,7 @@ class Measurement(Spec):
     work: Work | None = None
     work_unknown: str | None = None
     gemm_peak_flops: float | None = None
+    chosen: dict[str, str | int | float] | None = None
 
 
 class Provenance(Spec):

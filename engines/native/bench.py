@@ -7,7 +7,7 @@ import itertools
 import re
 import statistics
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from engines.native.kernels.adamw import FlatAdamW
 from engines.native.lora import Adapter
 from engines.native.optimizer import step_scalars
 from engines.native.packed import Angles
-from engines.native.plan import KEEP_ALL
+from engines.native.plan import KEEP_ALL, described
 from engines.native.planner import choose
 from engines.native.shape import LlamaShape, read_shape
 from engines.native.steps import ReplayedSteps, Steps
@@ -232,17 +232,9 @@ def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | No
 
 
 def _kept(decoder: Decoder) -> str:
-    """How many layers make which tensors again, send which to the host, and what is done in parts."""
-    plans = decoder.plans
-    said = []
-    for word, names in (("again", [KEEP_ALL.kept - plan.held for plan in plans]), ("offloaded", [plan.offloaded for plan in plans])):
-        counts = Counter(itertools.chain(*names))
-        if counts:
-            said.append(f"{word} " + ", ".join(f"{name} x{counts[name]}" for name in sorted(counts)))
-    if decoder.host.num_bytes:
-        said.append(f"{decoder.host.num_bytes / 2**30:.2f} GiB pinned")
-    said += [f"{count} layers in {pieces} pieces" for pieces, count in sorted(Counter(plan.pieces for plan in plans).items()) if pieces > 1]
-    return "; ".join([*said, f"{decoder.loss_chunk} rows of logits"]) if said else "all kept"
+    """The plans in words, pinned memory and rows of logits."""
+    pinned = f"; {decoder.host.num_bytes / 2**30:.2f} GiB pinned" if decoder.host.num_bytes else ""
+    return f"{described(decoder.plans)}{pinned}; {decoder.loss_chunk} rows of logits"
 
 
 def _breakdown(step: Any) -> None:

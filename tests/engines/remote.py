@@ -14,10 +14,11 @@ import pickle
 import subprocess
 import sys
 import traceback
+from collections.abc import Mapping
 from typing import IO, Any
 
 from harness import errors
-from harness.engine import Engine, Job, Probe
+from harness.engine import Chosen, Engine, Job, Probe
 from harness.spec import parse
 
 Call = tuple[str, dict[str, Any]]
@@ -59,8 +60,8 @@ class _Told:
     def __init__(self) -> None:
         self.calls: list[Call] = []
 
-    def ready(self) -> None:
-        self.calls.append(("ready", {}))
+    def ready(self, chosen: Mapping[str, Chosen] | None = None) -> None:
+        self.calls.append(("ready", {"chosen": chosen}))
 
     def step(self, *, loss: Any, grad_norm: Any, tokens: Any) -> None:
         norm = None if grad_norm is None else float(grad_norm)

@@ -181,15 +181,16 @@ def test_the_host_has_memory() -> None:
 def test_a_budget_changes_no_loss(tmp_path: Path, family: str) -> None:
     job = make_job(tmp_path, family)
 
-    def losses(name: str, **knobs: Any) -> list[float]:
+    def trained(name: str, **knobs: Any) -> RecordingProbe:
         probe = RecordingProbe()
         engines.fused.train(with_train(job, name), parse(engines.fused.Knobs, {**KNOBS, **knobs}), probe)
-        return probe.losses
+        return probe
 
     with pytest.raises(UnsupportedError, match="needs at least") as refused:
-        losses("none", recompute="fit", memory_gib=1e-6)
+        trained("none", recompute="fit", memory_gib=1e-6)
     assert str(refused.value).count("GiB") == 2
-    everything = losses("all")
+    everything = trained("all")
+    assert everything.chosen == {"plan": "all kept"}
     low, high = 1e-5, 1.0
     for _ in range(20):  # the smallest budget that fits
         middle = (low * high) ** 0.5
@@ -198,12 +199,15 @@ def test_a_budget_changes_no_loss(tmp_path: Path, family: str) -> None:
             high = middle
         except UnsupportedError:
             low = middle
-    assert losses("tight", recompute="fit", memory_gib=high) == pytest.approx(everything, rel=2e-6)
+    tight = trained("tight", recompute="fit", memory_gib=high)
+    assert tight.losses == pytest.approx(everything.losses, rel=2e-6)
+    assert str(tight.chosen["plan"]).startswith("again ")
+    assert 0.9 * high * 2**30 < float(tight.chosen["predicted_peak_bytes"]) <= high * 2**30
 
 
 def _loaded(job: Any, memory_gib: float) -> tuple[Any, ...]:
     knobs = parse(engines.fused.Knobs, {**KNOBS, "recompute": "fit", "memory_gib": memory_gib})
-    _, _, native = engines.fused._load(job, parse(engines.fused.Knobs, KNOBS))
+    _, _, native, _ = engines.fused._load(job, parse(engines.fused.Knobs, KNOBS))
     return knobs, native.shape, native.weights
 
 
