@@ -152,8 +152,8 @@ def _startup_text(of: Measured) -> str:
 
 def _chosen(of: Measured) -> str:
     """Sizes in GiB."""
-    told = {name.removesuffix("_bytes"): f"{gib(int(value))} GiB" if name.endswith("_bytes") else value for name, value in of.chosen.items()}
-    return "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in told.items())
+    sizes = {name: f"{gib(int(value))} GiB" for name, value in of.chosen.items() if name.endswith("_bytes")}
+    return "; ".join(f"{name.removesuffix('_bytes').replace('_', ' ')}: {sizes.get(name, value)}" for name, value in of.chosen.items())
 
 
 def _energy(of: Measured) -> str:
