@@ -54,6 +54,28 @@ class Base:
 
 def prepare_base(model: Model, sources: Sources, cache: Path) -> Base:
     """Make (or find) the base of ``model`` under ``cache``. Raises WeightsError, ConfigError or StoreError saying what to do."""
+    weights, tokenizer, folder = _places(model, sources, cache)
+    found = read_base(folder)
+    if found is not None:
+        return found
+    with building(folder) as partial:
+        _build(model, weights, tokenizer, partial)
+    made = read_base(folder)
+    if made is None:
+        raise StoreError(f"{folder}: its manifest cannot be read; delete the folder and run again")
+    return made
+
+
+def find_base(model: Model, sources: Sources, cache: Path) -> Base | None:
+    """The base that ``prepare_base`` would find, after the same checks; None where it must be made, or the Hub asked."""
+    named = ((model.weights, sources.weights), (model.tokenizer, sources.tokenizer))
+    if any(name.startswith("hub:") and path is None for name, path in named):
+        return None
+    return read_base(_places(model, sources, cache)[2])
+
+
+def _places(model: Model, sources: Sources, cache: Path) -> tuple[Path | None, Path, Path]:
+    """Where the weights (None: random) and the tokenizer lie, unchanged since the plan, and the folder of the base that is made of them."""
     weights = _locate(model.weights, sources.weights)
     tokenizer = _locate(model.tokenizer, sources.tokenizer, weights=False)
     if tokenizer is None:
@@ -66,16 +88,7 @@ def prepare_base(model: Model, sources: Sources, cache: Path) -> Base:
     identity["tokenizer"] = tokenizer_fingerprint(tokenizer, cache)
     if model.tokenizer_fingerprint not in (None, identity["tokenizer"]):
         raise WeightsError(f"'{model.tokenizer}': its files changed since the run was planned; run again")
-    folder = cache / "base" / _hash(identity)[:20]
-    found = read_base(folder)
-    if found is not None:
-        return found
-    with building(folder) as partial:
-        _build(model, weights, tokenizer, partial)
-    made = read_base(folder)
-    if made is None:
-        raise StoreError(f"{folder}: its manifest cannot be read; delete the folder and run again")
-    return made
+    return weights, tokenizer, cache / "base" / _hash(identity)[:20]
 
 
 @contextmanager
@@ -221,13 +234,14 @@ def read_base(folder: Path) -> Base | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         config = json.loads((folder / "config.json").read_text())
+        found = Base(folder, manifest["base_sha256"], manifest["description"], config, manifest["tokenizer_sha256"])
         complete = all(file.exists() for file in folder.glob("*.safetensors"))  # a link's target may have gone
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     if not complete:
         shutil.rmtree(folder)
         return None
-    return Base(folder, manifest["base_sha256"], manifest["description"], config, manifest["tokenizer_sha256"])
+    return found
 
 
 def _hash(value: Any) -> str:
