@@ -12,9 +12,10 @@ LARGEST = 448.0
 
 
 def quantise_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes of ``values``'s size, the scale of each row, float32): a row's largest magnitude becomes 448; a row of zeros has the scale 1/448.
+    """(codes of ``values``'s size, the scale of each row, float32).
 
-    A row is the last dimension: the inputs of one output of a weight, the features of one token.
+    A row is the last dimension: the inputs of one output of a weight, the features of one token. Its largest magnitude becomes 448; a row
+    of zeros has the scale 1/448.
     """
     wide = values.float()
     largest = wide.abs().amax(-1)

@@ -16,9 +16,9 @@ from harness.data.tokenise import VERSION
 from harness.data.tokens import TokenFile
 from harness.errors import ConfigError, DataError, HarnessError, StoreError
 from harness.places import Prepared, PrepareRequest
-from harness.spec import Data, Model, QLora, Workload, parse
+from harness.spec import Data, LoraFp8, Model, QLora, Workload, parse
 from harness.weights.adapter import prepare_adapter
-from harness.weights.base_model import Base, prepare_base
+from harness.weights.base_model import Base, as_fp8, prepare_base
 from harness.weights.nf4_base import prepare_nf4
 from harness.weights.sources import fingerprint, resolve_source, write_atomically
 
@@ -55,6 +55,7 @@ def prepare(request: PrepareRequest) -> Prepared:
     adapter = prepare_adapter(workload, base, cache)
     tokens = _tokens(workload, request.sources.data, base, cache)
     base = prepare_nf4(base, workload.model.dtype, cache) if isinstance(workload.method, QLora) else base
+    base = as_fp8(base) if isinstance(workload.method, LoraFp8) else base
     counts = parse(DataCounts, TokenFile.open(tokens).metadata["counts"])
     said = f"data ({_layouts(workload.data, counts)}): {counts.sentence()}"
     print(said, flush=True)

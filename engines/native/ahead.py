@@ -38,8 +38,8 @@ _WITHOUT_E4M3 = ("sm_75", "sm_80", "sm_86", "gfx942")  # gfx942 has another e4m3
 class Specimen:
     """A kernel as the Llama-3.1-8B shape launches it.
 
-    ``pointers``: argument name -> h (bf16), f (fp32), i (int32), l (int64), b (uint8) or e (e4m3); ``scalars`` are fp32, every other an int32,
-    a multiple of 16 unless ``odd``. ``has_dot``: it multiplies matrices, so it needs tensor cores (not on sm_75: Triton has none there).
+    ``pointers``: argument name -> h (bf16), f (fp32), i (int32), l (int64), b (uint8) or e (e4m3); ``scalars`` are fp32, every other
+    an int32, a multiple of 16 unless ``odd``. ``has_dot``: it multiplies matrices, so it needs tensor cores (Triton has none on sm_75).
     ``contracts``: products and sums may become one operation, rounded once.
     """
 

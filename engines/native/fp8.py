@@ -8,14 +8,15 @@ Legend: N output and K input columns of a linear group, P its padded ranks. M ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from engines.native.nf4 import Shared, SharedBuffers
+from harness.errors import UnsupportedError
 from harness.fp8 import CODE, LARGEST, quantise_rows
 
 Mode = Literal["forward", "forward_and_input_gradients"]
@@ -86,6 +87,11 @@ class Fp8Weight:
             {},
         )
 
+    @property
+    def mode(self) -> Mode:
+        """Which products are in 8 bits."""
+        return "forward" if self.turned is None else "forward_and_input_gradients"
+
     def forward_codes(self, write: WriteTail) -> Fp8Rows:
         """``forward``, B in its tails."""
         self._refresh("forward", self.forward, self.up, write)
@@ -123,12 +129,24 @@ class Fp8Weight:
 
 
 def split_thin(values: Tensor, *, weight: bool) -> Tensor:
-    """[M, P] in units of the rows' scales to codes [M, 3P]; products of a weight's and an activation's make high high + low high + high low."""
+    """[M, P] in units of the rows' scales to codes [M, 3P], ordered so that those of a weight and of an activation meet rightly."""
     scaled = (values / TAIL_GAIN if weight else values * TAIL_GAIN).clamp(-LARGEST, LARGEST)
     high = scaled.to(CODE)
     low = ((scaled - high.float()) * LOW_GAIN).to(CODE)
     less = (high.float() / LOW_GAIN).to(CODE)
     return torch.cat([high, less, low] if weight else [high, low, less], dim=1)
+
+
+def check_not_outgrown(layers: Iterable[Any]) -> None:
+    """Raise UnsupportedError where an adapter of ``layers`` (LayerWeights) has grown beyond what 8-bit products can hold of it."""
+    for index, layer in enumerate(layers):
+        for group in layer.groups:
+            if group.fp8 is not None and (times := outgrown(group.fp8)) > 1:
+                name = group.parts[0].name
+                raise UnsupportedError(
+                    f"layer {index}, {name}: adapter weights are {times:.3g} times what 8-bit products hold beside these weights "
+                    f"({TAIL_GAIN:g} times the row's largest), and were cut off; lower the learning rate, or use operations=reference"
+                )
 
 
 def outgrown(weight: Fp8Weight) -> float:
