@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from engines.native.fp8_reasons import not_taught
 from engines.native.hf_reasons import class_reasons, dropout_reasons
 from harness.data.tokens import Batch, pack, pad
 from harness.engine import Job, Machine, Probe
@@ -127,6 +128,8 @@ def _dtype_reasons(workload: Workload, knobs: Knobs) -> list[str]:
     method = workload.method
     if isinstance(method, QLora):
         return ["fsdp shards no NF4 weights yet; use method=lora, or engine=hf"]
+    if refused := not_taught(workload, "fsdp"):
+        return refused
     if method.dtype == "float16":
         return ["method.dtype=float16 needs loss scaling, which fsdp does not do; use float32 or bfloat16"]
     if knobs.compute_dtype == "float32" and method.dtype != "float32":

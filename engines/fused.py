@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from engines.native.fp8_reasons import check_device, size_reasons
 from harness.data.tokens import Sample, StepTokens, chunks, pack
 from harness.engine import Chosen, Job, Machine, Probe
 from harness.errors import UnsupportedError
-from harness.spec import Lora, Positive, Spec, Train, Workload
+from harness.spec import Lora, LoraFp8, Positive, Spec, Train, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from engines.native.weights import DecoderWeights
 
 _RANK_MULTIPLE = 64  # see Placement
+_FP8_RANK_MULTIPLE = 16  # see engines.native.fp8
 _USABLE = 0.95  # of the free memory
 _TARGETS = frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
 
@@ -49,6 +51,7 @@ class Knobs(Spec):
     operations: Literal["reference", "fused"]
     replay: bool
     loss_chunk: Positive
+    fp8: Literal["forward", "forward_and_input_gradients"]
 
 
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
@@ -109,9 +112,12 @@ class _Session:
     def save(self) -> None:
         """Leave the adapter, or the full weights, in the job's folder."""
         from engines.native.checkpoint import save_weights
+        from engines.native.fp8 import check_not_outgrown
         from engines.native.lora import save_adapter
 
         model, out = self._job.workload.model, self._job.out
+        if self._knobs.operations == "fused":
+            check_not_outgrown(self._decoder.weights.layers)
         if self._adapter is not None:
             save_adapter(self._decoder.weights, self._adapter.config, model.name, out)
         else:
@@ -141,7 +147,9 @@ def _fused_reasons(workload: Workload, knobs: Knobs, machine: Machine) -> list[s
         if machine.device != "cuda" or knobs.compute_dtype != "bfloat16":
             reasons.append("operations=fused needs an NVIDIA GPU and compute_dtype=bfloat16; use operations=reference")
         if not isinstance(workload.method, Lora) or workload.method.dtype != "float32":
-            reasons.append("operations=fused trains float32 adapters (method=lora or qlora); use operations=reference")
+            reasons.append("operations=fused trains float32 adapters (method=lora, qlora or lora_fp8); use operations=reference")
+        if isinstance(workload.method, LoraFp8) and not _model_reasons(workload):
+            reasons += size_reasons(workload)
     return reasons
 
 
@@ -170,13 +178,16 @@ def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decod
     config = read_config(job.base)
     shape = read_shape(config, job.workload.data.sequence_length)
     adapter = None if job.adapter_init is None else read_adapter(job.adapter_init)
-    rank_multiple = _RANK_MULTIPLE if job.device == "cuda" else 1
-    placement = Placement(device, getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype), rank_multiple, _filling(knobs))
+    fp8 = knobs.fp8 if isinstance(method, LoraFp8) else None
+    if fp8 and knobs.operations == "fused":
+        check_device(shape)
+    multiple = 1 if job.device == "cpu" else _RANK_MULTIPLE if fp8 is None else _FP8_RANK_MULTIPLE
+    placement = Placement(device, getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype), multiple, _filling(knobs), fp8)
     weights = load_weights(job.base, shape, placement, adapter)
     if adapter is not None:
         adapter.check_nothing_is_left(weights)
     plans, loss_chunk, chosen = _plans(job, knobs, shape, weights)
-    decoder = Decoder(shape=shape, weights=weights, ops=_operations(knobs), plans=plans, loss_chunk=loss_chunk)
+    decoder = Decoder(shape=shape, weights=weights, ops=_operations(knobs, fp8), plans=plans, loss_chunk=loss_chunk)
     return config, adapter, decoder, chosen
 
 
@@ -236,14 +247,16 @@ def _free_bytes() -> float:
     return min(_USABLE * free + torch.cuda.memory_allocated(), _USABLE * allowed)
 
 
-def _operations(knobs: Knobs) -> Ops:
+def _operations(knobs: Knobs, fp8: str | None) -> Ops:
     if knobs.operations == "reference":
+        from engines.native.fp8_reference import REFERENCE_FP8
         from engines.native.reference import REFERENCE
 
-        return REFERENCE
+        return REFERENCE_FP8 if fp8 else REFERENCE
+    from engines.native.fp8_ops import FUSED_FP8
     from engines.native.fused_ops import FUSED
 
-    return FUSED
+    return FUSED_FP8 if fp8 else FUSED
 
 
 def _filling(knobs: Knobs) -> Filling:

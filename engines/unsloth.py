@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from engines.native.fp8_reasons import not_taught
 from harness.data.tokens import Batch, Sample, StepTokens, chunks, pack, pad
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
@@ -57,6 +58,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     reasons = [*_knob_reasons(workload, knobs, machine), *(_model_reasons(config, workload) if config else [])]
     if isinstance(workload.method, QLora):
         reasons.append("this adapter does not load 4-bit bases through Unsloth yet; use method=lora, or engine=hf")
+    reasons += not_taught(workload, "Unsloth as it is driven here")
     if workload.method.dtype != "float32":
         reasons.append(f"Unsloth keeps what it trains in float32, method.dtype is {workload.method.dtype}; use method.dtype=float32")
     return "; ".join(reasons) or None

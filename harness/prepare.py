@@ -14,9 +14,9 @@ from harness.data.counts import DataCounts
 from harness.data.tokens import VERSION, TokenFile
 from harness.errors import ConfigError, DataError, HarnessError, StoreError
 from harness.places import Prepared, PrepareRequest
-from harness.spec import Data, Lora, Model, QLora, Workload, parse
+from harness.spec import Data, Lora, LoraFp8, Model, QLora, Workload, parse
 from harness.weights.adapter import Adapter, find_adapter, prepare_adapter
-from harness.weights.base_model import Base, find_base, prepare_base
+from harness.weights.base_model import Base, as_fp8, find_base, prepare_base
 from harness.weights.nf4_base import find_nf4, prepare_nf4
 from harness.weights.sources import fingerprint, resolve_source, write_atomically
 
@@ -56,7 +56,7 @@ def prepare(request: PrepareRequest) -> Prepared:
     adapter = prepare_adapter(workload, base, cache)
     tokens = _tokens(workload, request.sources.data, base, cache)
     base = prepare_nf4(base, workload.model.dtype, cache) if isinstance(workload.method, QLora) else base
-    made = _prepared(workload, base, adapter, tokens)
+    made = _prepared(workload, as_fp8(base) if isinstance(workload.method, LoraFp8) else base, adapter, tokens)
     print(made.notes[-1], flush=True)
     return made
 
@@ -72,7 +72,7 @@ def find(request: PrepareRequest) -> Prepared | None:
     quantised = find_nf4(base, cache) if isinstance(workload.method, QLora) else base
     if tokens is None or quantised is None or (adapter is None and isinstance(workload.method, Lora)):
         return None
-    return _prepared(workload, quantised, adapter, tokens)
+    return _prepared(workload, as_fp8(quantised) if isinstance(workload.method, LoraFp8) else quantised, adapter, tokens)
 
 
 def _prepared(workload: Workload, base: Base, adapter: Adapter | None, tokens: Path) -> Prepared:

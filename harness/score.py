@@ -16,7 +16,7 @@ from harness.data.tokens import IGNORE, Sample, Split, TokenFile, pad
 from harness.errors import ConfigError, DataError, HarnessError, WeightsError
 from harness.places import PairItem, Prepared, ScoreItem, ScoreRequest
 from harness.record import Score, dumps
-from harness.spec import parse
+from harness.spec import LoraFp8, parse
 from harness.updates import UpdatePair
 from harness.weights.sources import write_atomically
 from harness.weights.tensors import CHUNK, Stored, read_tensors
@@ -68,7 +68,7 @@ def _score_items(request: ScoreRequest) -> None:
         if item.adapter is not None and request.workload.method.name == "full":
             model, after = _load(Path(item.adapter), request.device), None
         else:
-            base = base or _load(Path(request.prepared.base), request.device)
+            base = base or _base(request)
             model = base if item.adapter is None else _with_adapter(base, Path(item.adapter))
             after = model if item.adapter is not None else None
         loss, count = held_out_loss(model, tokens.held_out, request.device)
@@ -149,6 +149,16 @@ def batches(split: Split, vocab_size: int) -> Iterator[list[Sample]]:
             batch = []
         batch.append(sample)
     yield batch
+
+
+def _base(request: ScoreRequest) -> Any:
+    """The base that adapters are trained on, computing as their method says."""
+    base = _load(Path(request.prepared.base), request.device)
+    if isinstance(request.workload.method, LoraFp8):
+        from harness.fp8 import emulate
+
+        emulate(base)
+    return base
 
 
 def _load(folder: Path, device: str) -> Any:

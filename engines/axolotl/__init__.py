@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 from typing import Any, Literal
 
+from engines.native.fp8_reasons import not_taught
 from harness.engine import Job, LossNorm, Machine, Probe
 from harness.errors import UnsupportedError
 from harness.spec import Lora, Positive, QLora, Spec, Workload
@@ -119,6 +120,8 @@ def _method_reasons(workload: Workload, knobs: Knobs) -> list[str]:
     method = workload.method
     if isinstance(method, QLora):
         return ["this adapter has not been taught axolotl's own loading of 4-bit bases; use method=lora, or engine=hf"]
+    if refused := not_taught(workload, "axolotl as it is driven here"):
+        return refused
     if method.dtype == "float16":
         return ["method.dtype=float16 needs loss scaling, whose skipped steps no other engine makes; use float32 or bfloat16"]
     if not isinstance(method, Lora):

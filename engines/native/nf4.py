@@ -50,15 +50,19 @@ class Shared:
     """A buffer, and whose turn it is. One stream works on it, so the order of launches keeps turns apart."""
 
     buffer: Tensor
-    holder: Turn | None = None
+    holder: object | None = None
 
 
 class SharedBuffers:
-    """One buffer for each kind of linear group; its corner and what lies between the blocks of B stay zero."""
+    """One buffer for each kind of linear group; its corner and what lies between the blocks of B stay zero.
+
+    ``num_passes``: how often what is made from the adapters has been out of date.
+    """
 
     def __init__(self) -> None:
         """None is made yet."""
         self._made: dict[str, Shared] = {}
+        self.num_passes = 0
 
     def get(self, kind: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Shared:
         """That of ``kind``, of a size that all its groups have."""
@@ -71,6 +75,7 @@ class SharedBuffers:
 
     def forget(self) -> None:
         """What the buffers hold is out of date, because adapters have changed."""
+        self.num_passes += 1
         for shared in self._made.values():
             shared.holder = None
 

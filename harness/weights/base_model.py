@@ -9,7 +9,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from harness.weights.tensors import CODES, adapter_sha256, read_tensors, write_m
 from harness.weights.tokenizer_files import write_tokenizer
 
 FORMAT = 1  # raise when the same source would be written differently
+_FP8_FORMAT = 1  # raise when harness.fp8 rounds differently
 VOLATILE = frozenset({"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"})
 PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
@@ -242,6 +243,12 @@ def read_base(folder: Path) -> Base | None:
         shutil.rmtree(folder)
         return None
     return found
+
+
+def as_fp8(base: Base) -> Base:
+    """``base`` with linear layers that compute in e4m3: the same folder, but another function, so another hash."""
+    sha256 = _hash({"base": base.sha256, "fp8": _FP8_FORMAT})
+    return replace(base, sha256=sha256, description=f"{base.description}; linear layers compute in e4m3")
 
 
 def _hash(value: Any) -> str:
