@@ -19,9 +19,7 @@ MORE = 12
 EARLY = 15  # of the kills come at any time after the start, with everything imported
 LAUNCHED = 15  # come at any time after the first cell was launched
 RECORDED = 10  # just after a cell was recorded; the others while an engine is at work: that is where there is most to lose
-LATEST_SECONDS = (
-    0.5  # after the start or the launch: on a quiet machine a sweep finds what is prepared, then runs three to four cells a second
-)
+LATEST_SECONDS = 0.5  # after the start or the launch: a quiet machine runs three to four cells a second
 LATEST_IN_ENGINE_SECONDS = 0.2  # an engine takes at least 0.12 s
 INTERRUPTED = 5  # engines at least that a kill must meet at work, however slow the machine: more kills are made until it is so
 KILLS_WHILE_SCORING = 5
