@@ -28,7 +28,7 @@ Door = Callable[..., None]
 
 
 def settings(runs: Path, **more: Any) -> Settings:
-    return Settings(**{"plan": "run", "rerun": "stale", "keep": "none", "runs": str(runs), "cache": "unused", **more})
+    return Settings(**{"plan": "run", "rerun": "stale", "keep": "none", "runs": str(runs), "cache": "unused", "lane": None, **more})
 
 
 def doors(made: Made, *, unloadable: frozenset[str] = frozenset(), interrupted: list[str] | None = None) -> Door:
