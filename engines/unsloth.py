@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from engines.native.hf_nf4 import computing_in, decoder_reasons
 from harness.data.tokens import Batch, Sample, StepTokens, chunks, pack, pad
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
@@ -55,8 +56,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     """Every reason why this cannot run here, or None."""
     config = workload.model.config
     reasons = [*_knob_reasons(workload, knobs, machine), *(_model_reasons(config, workload) if config else [])]
-    if isinstance(workload.method, QLora):
-        reasons.append("this adapter does not load 4-bit bases through Unsloth yet; use method=lora, or engine=hf")
+    reasons += decoder_reasons(workload, knobs.compute_dtype, config or {}, machine.device)
     if workload.method.dtype != "float32":
         reasons.append(f"Unsloth keeps what it trains in float32, method.dtype is {workload.method.dtype}; use method.dtype=float32")
     return "; ".join(reasons) or None
@@ -145,7 +145,8 @@ def _switches(job: Job, knobs: Knobs) -> dict[str, str]:
 def _load(job: Job, knobs: Knobs) -> Any:
     """The model, ready to train. ``Any``: of a library that rewrites its classes as it goes."""
     config: dict[str, Any] = json.loads((job.base / "config.json").read_text(encoding="utf-8"))
-    if reasons := _model_reasons(config, job.workload):
+    reasons = _model_reasons(config, job.workload) + decoder_reasons(job.workload, knobs.compute_dtype, config, job.device)
+    if reasons:
         raise UnsupportedError("; ".join(reasons))
     import torch
     import unsloth  # before transformers and PEFT, which it patches
@@ -156,9 +157,9 @@ def _load(job: Job, knobs: Knobs) -> Any:
     fast, method = unsloth.FastLanguageModel, job.workload.method
     checkpointing = {"unsloth": "unsloth", "full": True, "none": False}[knobs.recompute]
     model, _ = fast.from_pretrained(
-        str(_folder(job, config)),
+        str(_folder(job, computing_in(config, knobs.compute_dtype))),
         max_seq_length=job.workload.data.sequence_length,
-        load_in_4bit=False,  # by default it is
+        load_in_4bit=isinstance(method, QLora),  # by default it is
         use_exact_model_name=True,
         local_files_only=True,
         use_gradient_checkpointing=checkpointing,
@@ -197,8 +198,9 @@ def _folder(job: Job, config: dict[str, Any]) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for file in job.base.iterdir():
-        if file.name in ("config.json", "model.safetensors.index.json") or file.suffix == ".safetensors":
+        if file.name == "model.safetensors.index.json" or file.suffix == ".safetensors":
             (folder / file.name).symlink_to(file.resolve())
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     padding = 1 if config.get("pad_token_id") == 0 else 0
     words = Tokenizer(WordLevel({"<pad>": padding, "<unk>": 1 - padding, "<eos>": 2}, unk_token="<unk>"))
     made = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
