@@ -38,7 +38,7 @@ class Remote:
     @functools.cached_property
     def _process(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(self._command, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        atexit.register(process.kill)
+        atexit.register(_end, process)
         return process
 
     def train(self, job: Job, knobs: Any, probe: Probe) -> None:
@@ -52,6 +52,11 @@ class Remote:
         if error is not None:
             kind, said = error
             raise getattr(errors, kind, RuntimeError)(said)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.communicate()
 
 
 class _Told:
