@@ -34,7 +34,7 @@ from engines.native.shape import read_shape
 from engines.native.weights import Linear, Part, Weight
 from harness.engine import Job
 from harness.errors import UnsupportedError
-from harness.fp8 import LARGEST, decode_rows, quantise_rows, rounded
+from harness.fp8 import ACTIVATION_MOST, LARGEST, WEIGHT_MOST, decode_rows, quantise_rows, rounded
 from harness.spec import parse
 from tests.engines.test_fused import KNOBS as FUSED
 from tests.engines.test_fused import gradients, packed
@@ -60,14 +60,14 @@ def run(engine: ModuleType, job: Job, knobs: dict[str, Any]) -> RecordingProbe:
 def test_rows_are_rounded_to_a_sixteenth_of_a_value() -> None:
     values = torch.randn(5, 300)
     values[2] = 0
-    codes, scales = quantise_rows(values)
+    codes, scales = quantise_rows(values, ACTIVATION_MOST)
     back = decode_rows(codes, scales)
-    assert codes.float().abs().amax(1).tolist() == [LARGEST, LARGEST, 0, LARGEST, LARGEST]
+    assert codes.float().abs().amax(1).tolist() == [ACTIVATION_MOST, ACTIVATION_MOST, 0, ACTIVATION_MOST, ACTIVATION_MOST]
     assert back[2].equal(values[2])
     least = scales.unsqueeze(1) * 2.0**-10  # below the smallest normal code steps are of one size
     assert ((back - values).abs() <= torch.maximum(values.abs() / 16, least)).all()
     assert 0.015 < float((back - values).norm() / values.norm()) < 0.035
-    again, _ = quantise_rows(back)
+    again, _ = quantise_rows(back, ACTIVATION_MOST)
     assert decode_rows(again, scales).equal(back)
 
 
@@ -90,7 +90,7 @@ def group(mode: Mode, dtype: torch.dtype) -> tuple[Linear, Tensor]:
 def test_a_group_is_its_definition_and_its_gradient_that_of_autograd(mode: Mode) -> None:
     linear, weight = group(mode, torch.float32)
     x, dy = torch.randn(4, 10, requires_grad=True), torch.randn(4, 6)
-    y = rounded(x) @ decode_rows(*quantise_rows(weight)).t()
+    y = rounded(x) @ decode_rows(*quantise_rows(weight, WEIGHT_MOST)).t()
     y.backward(dy)
     assert x.grad is not None
     torch.testing.assert_close(fp8_reference.linear(Input(x.detach(), None), linear, 0), y.detach())
@@ -98,7 +98,7 @@ def test_a_group_is_its_definition_and_its_gradient_that_of_autograd(mode: Mode)
     if mode == "forward":
         torch.testing.assert_close(found, x.grad)
         return
-    torch.testing.assert_close(found, rounded(dy) @ decode_rows(*quantise_rows(weight.t())).t())
+    torch.testing.assert_close(found, rounded(dy) @ decode_rows(*quantise_rows(weight.t(), WEIGHT_MOST)).t())
     assert 0.001 < (found - x.grad).norm() / x.grad.norm() < 0.1
 
 
