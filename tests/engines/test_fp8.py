@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import engines.axolotl
 import engines.fsdp
@@ -32,10 +33,13 @@ from engines.native.ops import Input
 from engines.native.plan import KEEP_ALL
 from engines.native.shape import read_shape
 from engines.native.weights import Linear, Part, Weight
+from harness import score
 from harness.engine import Job
 from harness.errors import UnsupportedError
-from harness.fp8 import ACTIVATION_MOST, LARGEST, WEIGHT_MOST, decode_rows, quantise_rows, rounded
+from harness.fp8 import ACTIVATION_MOST, LARGEST, WEIGHT_MOST, decode_rows, emulate, quantise_rows, rounded
+from harness.places import Prepared, ScoreRequest
 from harness.spec import parse
+from harness.weights.base_model import Base, as_fp8
 from tests.engines.test_fused import KNOBS as FUSED
 from tests.engines.test_fused import gradients, packed
 from tests.engines.test_hf import KNOBS as HF
@@ -120,6 +124,22 @@ def test_but_for_such_roundings_they_are_the_same(tmp_path: Path, family: str, m
     assert found.grad_norms == pytest.approx(right.grad_norms, rel=1e-4)
 
 
+def test_it_is_scored_as_it_is_trained(job: Job, tmp_path: Path) -> None:
+    """The neutral evaluator rounds as well, and a score of it is none of the same weights in bf16."""
+    place = Prepared(tokens="", base=str(job.base), adapter_init=None, base_sha256="b" * 64, adapter_init_sha256=None, notes=())
+    request = ScoreRequest(workload=job.workload, prepared=place, items=(), device="cpu")
+    plain = request.model_copy(update={"workload": make_workload(LLAMA, LORA)})
+    ids = torch.arange(20)[None]
+    found, bare = (score._base(each)(input_ids=ids).logits for each in (request, plain))
+    mine = AutoModelForCausalLM.from_pretrained(job.base, dtype=torch.float32)
+    emulate(mine)
+    assert found.equal(mine(input_ids=ids).logits)
+    assert 0.001 < (found - bare).norm() / bare.norm() < 0.2
+    base = Base(job.base, "b" * 64, "tiny", {}, "t" * 64)
+    assert as_fp8(base).path == base.path
+    assert as_fp8(base).sha256 != base.sha256
+
+
 def test_the_function_is_another_than_that_of_lora(job: Job, tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     plain = make_job(tmp_path / "lora")
@@ -197,7 +217,7 @@ def test_an_adapter_beyond_its_room_is_an_error(job: Job) -> None:
             each.fp8.up.fill_(1e-3)
             each.fp8.down.fill_(1e-3)
     check_not_outgrown(native.weights.layers)
-    fp8.up[3, 0] = 5 * LARGEST * fp8.forward.scales[3]
+    fp8.up[3, 0] = 1.25 * LARGEST * fp8.forward.scales[3]
     with pytest.raises(UnsupportedError, match=r"layer 1, mlp.down_proj: adapter weights are 1.25 times what 8-bit products hold"):
         check_not_outgrown(native.weights.layers)
 
