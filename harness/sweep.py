@@ -22,7 +22,7 @@ from harness.plan import Planned, least_memory_bytes, plan, weights_bytes
 from harness.progress import SweepProgress, label, sweep_progress
 from harness.record import Record
 from harness.scoring import Trained, drop, is_unjudged, judge_weights, needed_later
-from harness.store import Results, check_writable, load, recorded, save, writing
+from harness.store import check_writable, load, recorded, save, writing
 from harness.turns import turn
 
 _GIB = 2**30
@@ -204,12 +204,11 @@ def _finish(sweep: Sweep, records: Sequence[Record], scored: bool) -> Exit:
     ok = statuses.count("ok")
     results = load(root)
     if results.stored:
+        groups = report.judged(results)
         with writing(root):
-            path = report.write(results, root)
-        workloads = [cell.request.cell.workload for cell in planned]
-        keys_here = {key for work in workloads for key in (work.key, work.first_step.key)}  # a verdict may rest on a first step run before
-        mine = tuple(stored for stored in results.stored if stored.record.cell.workload.key in keys_here)
-        sweep.say(report.table(Results(mine, results.problems, results.updates)))
+            path = report.write(results, root, groups)
+        keys_here = {cell.request.cell.workload.key for cell in planned}
+        sweep.say(report.table(results, [group for group in groups if group.workload.key in keys_here]))
         sweep.say(f"report: {path}")
     if ok == 0:
         sweep.say("nothing was measured: no cell ended ok")

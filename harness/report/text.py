@@ -14,9 +14,12 @@ from harness.report.sentence import sentences
 from harness.store import Results
 
 
-def table(results: Results) -> str:
-    """The ranking of every group, ties shown as ties, failures with their reasons; printable characters only."""
-    parts = [_group(group, results.floors) for group in judged(results)]
+def table(results: Results, groups: Sequence[Group] | None = None) -> str:
+    """The ranking of every group, ties shown as ties, failures with their reasons; printable characters only.
+
+    ``groups``: all or some of ``judged(results)``, from whoever has judged them already.
+    """
+    parts = [_group(group, results.floors) for group in (judged(results) if groups is None else groups)]
     if results.problems:
         parts.append("\n".join(["Files that could not be read:", *(f"  {_one_line(problem)}" for problem in results.problems)]))
     return "\n\n".join(parts)
