@@ -16,6 +16,7 @@ from harness.errors import ConfigError, HarnessError
 from harness.interpreter import located
 from harness.places import Sources
 from harness.record import Price
+from harness.searched import Searched
 from harness.spec import Cell, Data, DataFile, DType, EngineSpec, Method, Model, Name, Positive, Spec, Train, Workload, parse
 from harness.weights import fingerprint, resolve_source
 from harness.weights.sources import tokenizer_fingerprint
@@ -28,7 +29,7 @@ Lane = Annotated[str, Field(pattern=r"^\d+/[1-9]\d*$")]
 class EngineConfig(Spec):
     """``conf/engine/<name>.yaml``. ``python``: the interpreter of the engine's environment, null for ours; a relative path starts at
     this tree. ``packages`` are those whose versions matter to its figures: a record made with other versions is stale. ``search`` is
-    for tune.
+    what tune may try, see :class:`Searched`.
     """
 
     name: Name
@@ -38,7 +39,7 @@ class EngineConfig(Spec):
     packages: tuple[str, ...]
     processes: Positive
     knobs: dict[str, JsonValue]
-    search: dict[str, list[JsonValue]]
+    search: dict[str, Searched]
 
 
 class MachineConfig(Spec):
