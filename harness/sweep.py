@@ -109,7 +109,7 @@ def _prepare(sweep: Sweep) -> dict[str, Prepared]:
         tried.add(workload.key)
         sweep.say(f"preparing {workload.label}")
         try:
-            prepared[workload.key] = _prepare_workload(cell, sweep)
+            prepared[workload.key] = prepare_workload(cell, sweep)
         except StoreError:
             raise
         except HarnessError as error:
@@ -119,7 +119,8 @@ def _prepare(sweep: Sweep) -> dict[str, Prepared]:
     return prepared
 
 
-def _prepare_workload(cell: Planned, sweep: Sweep) -> Prepared:
+def prepare_workload(cell: Planned, sweep: Sweep) -> Prepared:
+    """Make, or find, what the workload of ``cell`` needs. Raises HarnessError with what cannot be had."""
     workload = cell.request.cell.workload
     job = sweep.root / "work" / "prepare" / f"{workload.key}.json"
     out = job.with_suffix(".prepared.json")
@@ -147,14 +148,14 @@ def _run_cells(sweep: Sweep, prepared: dict[str, Prepared]) -> list[Record]:
         for cell in waiting:
             progress.begin(cell)
             try:
-                records.append(_run_cell(cell, prepared[cell.request.cell.workload.key], sweep, progress, sitting))
+                records.append(run_one(cell, prepared[cell.request.cell.workload.key], sweep, progress, sitting))
             except KeyboardInterrupt:
                 progress.discard(cell)
                 raise
     return records
 
 
-def _run_cell(cell: Planned, place: Prepared, sweep: Sweep, progress: SweepProgress, sitting: str) -> Record:
+def run_one(cell: Planned, place: Prepared, sweep: Sweep, progress: SweepProgress, sitting: str) -> Record:
     """Look at the store again before running: another sweep may have recorded the cell since the plan, or left it to be recorded."""
     root, request, machine = sweep.root, cell.request, cell.machine
     with turn(root, lambda: progress.event({"event": "waiting"})) as held:

@@ -63,15 +63,16 @@ class CostModel:
         sure = np.hypot(deviations, _STRAY)
         return {one: Prediction(float(np.exp(m)), float(d)) for one, m, d in zip(everything, middles, sure, strict=True)}
 
-    def startup(self, timed: Sequence[Timed]) -> Mapping[Candidate, float]:
-        """Seconds of start-up, compiling included: expected ones, not bounds."""
+    def startup(self, timed: Sequence[Timed]) -> Mapping[Candidate, tuple[float, float]]:
+        """Seconds of start-up, compiling included, and their deviation."""
         rows = np.array([self._row[one.candidate] for one in timed], dtype=int)
         observed = np.array([one.startup_seconds for one in timed]) - self._startup_expected[rows]
         noise, exact = np.full(len(rows), _STARTUP_NOISE), np.zeros(len(rows), dtype=bool)
         matrix = self._startup_design
         posterior = corrected(self._startup_prior, lambda parameters: (matrix[rows] @ parameters, matrix[rows]), observed, noise, exact)
-        seconds = matrix @ posterior.mean + self._startup_expected
-        return {one: max(0.0, float(value)) for one, value in zip(self._space.candidates, seconds, strict=True)}
+        values, deviations = posterior.of(lambda parameters: (matrix @ parameters, matrix))
+        seconds = np.maximum(0.0, values + self._startup_expected)
+        return {one: (float(value), float(sd)) for one, value, sd in zip(self._space.candidates, seconds, deviations, strict=True)}
 
     def _function(self, rows: Sequence[int]) -> Function:
         """Logarithms of the step times of the candidates in these rows."""

@@ -11,11 +11,11 @@ from harness.tune.search import Outcome, Result
 _OUTCOMES: dict[str, Outcome] = {"ok": "ok", "unsteady": "ok", "oom": "oom", "oom_host": "oom"}
 
 
-def result_of(record: Record, steps: int | None = None, *, positions: float | None = None, unfit: str | None = None) -> Result:
+def result_of(record: Record, steps: int | None = None, *, positions: Sequence[float] = (), unfit: str | None = None) -> Result:
     """The result of ``record``, or of its first ``steps`` as if it had been stopped there.
 
-    ``positions``: of a mean step of the planned run, where the recorded steps may be longer or shorter. ``unfit``: why it trained
-    something else than the reference.
+    ``positions``: of every step of the planned run, where they differ: what was measured is stretched from its steps to all. ``unfit``:
+    why it trained something else than the reference.
     """
     measured, wall = record.measurement, record.provenance.wall_seconds
     outcome = _OUTCOMES.get(record.status, "failed")
@@ -25,7 +25,9 @@ def result_of(record: Record, steps: int | None = None, *, positions: float | No
     used = seconds if steps is None else seconds[:steps]
     first = _settled(measured, len(used))
     step = statistics.median(used[first:])
-    planned = step if positions is None else positions * _seconds_a_position(measured, range(first, len(used)))
+    planned = step
+    if positions:
+        planned = sum(used[first:]) / sum(positions[first : len(used)]) * statistics.fmean(positions)
     startup = wall - sum(seconds) + sum(value - step for value in used[:first])
     cost = wall - sum(seconds[len(used) :])
     if unfit is not None:
@@ -45,11 +47,6 @@ def _settled(measured: Measurement, count: int) -> int:
     """The first of ``count`` steps after the last that compiled something; at least one, at most half of them is left out."""
     compiled = max((index + 1 for index, number in enumerate((measured.steps.compiles or ())[:count]) if number), default=1)
     return min(max(1, compiled), count // 2)
-
-
-def _seconds_a_position(measured: Measurement, window: range) -> float:
-    seconds: Sequence[float] = measured.steps.seconds
-    return sum(seconds[index] for index in window) / max(1, sum(measured.steps.tokens_processed[index] for index in window))
 
 
 def _last_line(reason: str | None) -> str:

@@ -17,7 +17,7 @@ from harness.tune.judge import Judged, MemoryJudged, judged, memory_judged, near
 from harness.tune.search import Rules, Search, search
 
 MOST_RUNS = 8
-PLANNED_STEPS = (200, 2000)
+PLANNED_STEPS = (500, 5000)
 RUNGS = (6, 10)  # a grid's cells are short
 SEEDS = 50
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from harness.data.tokens import TokenFile, chunks
+import numpy as np
+import numpy.typing as npt
+
+from harness.data.tokens import TokenFile, epoch_order
 from harness.engine import Machine
 from harness.errors import ConfigError
 from harness.plan import BYTES, NF4_BYTES, linear_parameters, num_parameters
@@ -45,16 +48,24 @@ def dense_facts(workload: Workload, micro_batch: int) -> Facts:
     return Facts(positions=samples * length, num_passes=-(-samples // micro_batch), largest=min(micro_batch, samples) * length)
 
 
-def token_facts(workload: Workload, tokens: TokenFile, micro_batch: int, layout: str) -> Facts:
-    """From the lengths of every sample of the whole run; ``layout`` padded: each micro-batch to its longest."""
-    train = workload.train
-    num_steps, positions, passes, largest = train.steps, 0, 0, 0
-    for step in range(num_steps):
-        for group in chunks(tokens.step(train, step), micro_batch):
-            lengths = [len(sample) for sample in group]
-            size = sum(lengths) if layout == "packed" else len(lengths) * max(lengths)
-            positions, passes, largest = positions + size, passes + 1, max(largest, size)
-    return Facts(positions=positions / num_steps, num_passes=passes / num_steps, largest=largest)
+def token_facts(workload: Workload, tokens: TokenFile, micro_batch: int, layout: str) -> tuple[Facts, tuple[float, ...]]:
+    """From the length of every sample of the whole planned run, and the positions of each of its steps. ``layout`` padded: each micro-batch
+    to its longest sample; packed: without padding.
+    """
+    lengths = _lengths(workload, tokens)
+    passes = [lengths[:, start : start + micro_batch] for start in range(0, lengths.shape[1], micro_batch)]
+    sizes = [group.sum(1) if layout == "packed" else group.shape[1] * group.max(1) for group in passes]
+    steps = np.sum(sizes, axis=0)
+    largest = max(int(size.max()) for size in sizes)
+    return Facts(positions=float(steps.mean()), num_passes=len(passes), largest=largest), tuple(float(size) for size in steps)
+
+
+def _lengths(workload: Workload, tokens: TokenFile) -> npt.NDArray[np.int64]:
+    """Tokens of every sample that the planned run consumes [steps, samples]."""
+    train, size = workload.train, len(tokens.train)
+    sizes, wanted = np.diff(tokens.train.offsets), workload.train.steps * train.samples_per_step
+    epochs = [sizes[epoch_order(train.seed, epoch, size)] for epoch in range(-(-wanted // size))]
+    return np.concatenate(epochs)[:wanted].reshape(train.steps, train.samples_per_step)
 
 
 def capacity_bytes(machine: Machine) -> float | None:

@@ -8,6 +8,7 @@ memory rules out all that surely needs as much. Then those too close to tell rac
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -109,7 +110,7 @@ class Search:
         """What follows from all that was ``told``, oldest first. The same answers always lead to the same next question."""
         forecasts = self._forecasts(told)
         ruled_out = self._ruled_out(told, forecasts)
-        totals = self.totals(told)
+        totals = self._totals(told, forecasts)
         incumbent = min(totals, key=lambda one: totals[one], default=None)
         best = None if incumbent is None else totals[incumbent]
         tried = {ask.candidate for ask, _ in told}
@@ -131,18 +132,26 @@ class Search:
         left = "nothing else is left" if bound is None else f"nothing left can take less than {bound:.1f} s, by its optimistic bound"
         return view(None, f"{left}; the best takes {best:.1f} s")
 
-    def totals(self, told: Sequence[Told]) -> dict[Candidate, float]:
-        """Seconds of the planned run of every candidate that ran, by its longest look."""
+    def _totals(self, told: Sequence[Told], forecasts: Mapping[Candidate, Forecast]) -> dict[Candidate, float]:
+        """Seconds of the planned run of every candidate that ran, by its longest look. The start-up is what all runs of its engine say of
+        it: one start alone varies by seconds, which would decide a short run.
+        """
         totals = {}
         for one, results in _by_candidate(told).items():
             longest = max(ask.steps for ask, _ in results)
             looks = [result for ask, result in results if ask.steps == longest]
             if all(result.outcome == "ok" for _, result in results):
-                totals[one] = self._total(_mean(looks, "startup_seconds"), _mean(looks, "step_seconds"))
+                steps = [result.step_seconds for result in looks if result.step_seconds is not None]
+                totals[one] = self._total(forecasts[one].startup_seconds, statistics.fmean(steps))
         return totals
 
     def _total(self, startup: float, step: float) -> float:
         return startup + self.rules.planned_steps * step
+
+    def _optimistic(self, startup: tuple[float, float], step: Prediction, deviations: float) -> float:
+        """The planned run if start-up and steps, each on its own, turn out so many deviations better together."""
+        gain = math.hypot(deviations * startup[1], self.rules.planned_steps * (step.middle - step.low(deviations)))
+        return max(0.0, self._total(startup[0], step.middle) - gain)
 
     def _promising(
         self, open_ones: Mapping[Candidate, Forecast], forecasts: Mapping[Candidate, Forecast], tried: set[Candidate], worth: float
@@ -188,11 +197,11 @@ class Search:
         steps, startups, memory = self.cost.step(timed), self.cost.startup(timed), self.memory.predict(peaks)
         return {
             one: Forecast(
-                self._total(startups[one], steps[one].middle),
-                self._total(startups[one], steps[one].low(self.rules.bound_deviations)),
-                self._total(startups[one], steps[one].low(self.rules.hope_deviations)),
+                self._total(startups[one][0], steps[one].middle),
+                self._optimistic(startups[one], steps[one], self.rules.bound_deviations),
+                self._optimistic(startups[one], steps[one], self.rules.hope_deviations),
                 steps[one],
-                startups[one],
+                startups[one][0],
                 memory[one],
             )
             for one in self.space.candidates
@@ -252,8 +261,3 @@ def _by_candidate(told: Sequence[Told]) -> dict[Candidate, list[Told]]:
     for ask, result in told:
         found.setdefault(ask.candidate, []).append((ask, result))
     return found
-
-
-def _mean(results: Sequence[Result], name: Literal["startup_seconds", "step_seconds"]) -> float:
-    values = [value for result in results if (value := getattr(result, name)) is not None]
-    return float(sum(values) / len(values))

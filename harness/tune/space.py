@@ -97,13 +97,14 @@ class Space:
         if value == other:
             return True
         searched = self.expected[engine][knob]
-        known = []
+        surely = False
         for kind in KINDS:
             mine, its = searched.factor(kind, value), searched.factor(kind, other)
-            if mine is None:
+            least = _least(searched, kind) if its is None else its
+            if mine is None or mine < least:
                 return False  # it makes do with less
-            known.append((mine, _least(searched, kind) if its is None else its))
-        return all(mine >= its for mine, its in known) and any(mine > its for mine, its in known)
+            surely = surely or its is None or mine > its
+        return surely
 
 
 def _least(searched: Searched, kind: Kind) -> float:
