@@ -107,9 +107,7 @@ def _prepare(sweep: Sweep) -> dict[str, Prepared]:
         tried.add(workload.key)
         sweep.say(f"preparing {workload.label}")
         try:
-            with sweep.turn() as held:
-                folder = sweep.root / "work" / "prepare"
-                prepared[workload.key] = preparing.prepared(cell.request, sweep.settings.cache, folder, held=held, say=sweep.say)
+            prepared[workload.key] = prepare_workload(cell, sweep)
         except StoreError:
             raise
         except HarnessError as error:
@@ -117,6 +115,13 @@ def _prepare(sweep: Sweep) -> dict[str, Prepared]:
     if problems:
         raise HarnessError("\n".join(problems))
     return prepared
+
+
+def prepare_workload(cell: Planned, sweep: Sweep) -> Prepared:
+    """Find, or make, what the workload of ``cell`` needs. Raises HarnessError with what cannot be had."""
+    with sweep.turn() as held:
+        folder = sweep.root / "work" / "prepare"
+        return preparing.prepared(cell.request, sweep.settings.cache, folder, held=held, say=sweep.say)
 
 
 def _run_cells(sweep: Sweep, prepared: dict[str, Prepared]) -> list[Record]:
@@ -135,14 +140,14 @@ def _run_cells(sweep: Sweep, prepared: dict[str, Prepared]) -> list[Record]:
         for cell in waiting:
             progress.begin(cell)
             try:
-                records.append(_run_cell(cell, prepared[cell.request.cell.workload.key], sweep, progress, sitting))
+                records.append(run_one(cell, prepared[cell.request.cell.workload.key], sweep, progress, sitting))
             except KeyboardInterrupt:
                 progress.discard(cell)
                 raise
     return records
 
 
-def _run_cell(cell: Planned, place: Prepared, sweep: Sweep, progress: SweepProgress, sitting: str) -> Record:
+def run_one(cell: Planned, place: Prepared, sweep: Sweep, progress: SweepProgress, sitting: str) -> Record:
     """Look at the store again before running: another sweep may have recorded the cell since the plan, or left it to be recorded."""
     root, request, machine = sweep.root, cell.request, cell.machine
     with turn(root, lambda: progress.event({"event": "waiting"})) as held:
