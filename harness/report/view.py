@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from harness.engine import LossNorm
 from harness.floor import Floors
 from harness.rank import Group, Variant, compare_variants, failure_text
 from harness.record import Record
+from harness.report.front import told
 from harness.report.measured import Details, details
 from harness.report.numbers import gib, number, plain_rate
 from harness.report.reproduce import Options, command
@@ -98,7 +99,7 @@ def section(group: Group, known: Options, floors: Floors, drawn: Sequence[Plot] 
         title=f"{work.model.name} · {work.method.name} · {work.data.name}",
         machine=group.machine.key,
         facts=facts,
-        sentences=sentences(group),
+        sentences=_sentences(group),
         memory_name=memory_name(group),
         rows=tuple(_row(variant, group, (look or {}).get(variant.label)) for variant in group.variants if variant.runs),
         behind=details(group, floors),
@@ -106,6 +107,12 @@ def section(group: Group, known: Options, floors: Floors, drawn: Sequence[Plot] 
         plots=tuple(drawn),
         sources=tuple(_source(variant, group, known) for variant in group.variants),
     )
+
+
+def _sentences(group: Group) -> Sentences:
+    """The answer, and what to choose where memory is short."""
+    said, short = sentences(group), told(group)
+    return said if short is None else replace(said, details=(*said.details, short))
 
 
 def _row(variant: Variant, group: Group, look: Look | None) -> Row:
