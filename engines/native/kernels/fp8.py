@@ -1,6 +1,6 @@
 """Rows rounded to e4m3 for 8-bit products: activations with their thin parts split behind them, thin parts alone, and weights decoded.
 
-q = e4m3(x 14 / max |x|) row by row, the scale max |x| / 14. A thin value v, in that scale, becomes high = e4m3(v), low = e4m3(16 (v -
+q = e4m3(x 16 / max |x|) row by row, the scale max |x| / 16. A thin value v, in that scale, becomes high = e4m3(v), low = e4m3(16 (v -
 high)), less = e4m3(high / 16): three columns of an activation high, low, less, of a weight high, less, low. Where v would exceed 448
 the scale grows with it; a thin part that comes later, when the scale is fixed, is cut off there.
 References: ``harness.fp8`` and ``split_thin`` of engines.native.fp8.
@@ -26,13 +26,19 @@ _BLOCK = 2048  # columns a program decodes
 
 
 @triton.jit
+def _nearest(values):
+    """The nearest values of e4m3, ties to even, in float32; of magnitudes up to 448."""
+    bits = values.to(tl.int32, bitcast=True)
+    bits = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) << 20
+    small = (values + 24576.0) - 24576.0  # multiples of 2^-9, the least code
+    return tl.where(tl.abs(values) < 0.015625, small, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def _to_code(values, dtype: tl.constexpr, BY_HAND: tl.constexpr):
-    """The nearest code, ties to even; ``BY_HAND``: rounded before the conversion, which Triton's interpreter gets wrong."""
+    """The nearest code; ``BY_HAND``: rounded before the conversion, which Triton's interpreter gets wrong."""
     if BY_HAND:
-        bits = values.to(tl.int32, bitcast=True)
-        bits = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) << 20
-        small = (values + 24576.0) - 24576.0  # multiples of 2^-9, the least code
-        values = tl.where(tl.abs(values) < 0.015625, small, bits.to(tl.float32, bitcast=True))
+        values = _nearest(values)
     return values.to(dtype)
 
 
@@ -40,10 +46,13 @@ def _to_code(values, dtype: tl.constexpr, BY_HAND: tl.constexpr):
 def _store_thin(
     scaled, place, inside, FIRST: tl.constexpr, SECOND: tl.constexpr, P: tl.constexpr, GAIN: tl.constexpr, BY_HAND: tl.constexpr
 ):
-    """high at ``place``, low and less ``FIRST`` and ``SECOND`` times P columns behind."""
-    high = _to_code(scaled, place.dtype.element_ty, BY_HAND)
-    exact = high.to(tl.float32)
-    tl.store(place, high, mask=inside)
+    """high at ``place``, low and less ``FIRST`` and ``SECOND`` times P columns behind.
+
+    high is not made by converting there and back: ptxas 12.8 then unpacks a register that was never written (F2FP.UNPACK_B of R1 on
+    sm_90, two pairs of four; an H200's adapters were garbage by it, 2026-11-27).
+    """
+    exact = _nearest(scaled)
+    tl.store(place, exact.to(place.dtype.element_ty), mask=inside)
     tl.store(place + FIRST * P, _to_code((scaled - exact) * GAIN, place.dtype.element_ty, BY_HAND), mask=inside)
     tl.store(place + SECOND * P, _to_code(exact / GAIN, place.dtype.element_ty, BY_HAND), mask=inside)
 
