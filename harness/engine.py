@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast, get_args
@@ -77,6 +78,9 @@ class Probe(Protocol):
 
         ``loss``: token-weighted mean over the step. ``grad_norm``: global norm before clipping.
         """
+
+    def waits(self) -> AbstractContextManager[None]:
+        """Around what one of several ranks does where it waits for the slowest, once a step. It never synchronises either."""
 
 
 K = TypeVar("K")

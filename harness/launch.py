@@ -24,7 +24,7 @@ from harness.interpreter import environment, interpreter
 from harness.machine import driver_version, host_id
 from harness.monitor import Monitor, monitoring
 from harness.places import Prepared, WorkerJob
-from harness.ranks import memory_of_the_others, worker_command
+from harness.ranks import logs_of_the_others, threads, worker_command
 from harness.record import Artifacts, Provenance, Record, Status
 from harness.spec import Spec, parse
 from harness.store import commit_of, write_at_once, writing
@@ -190,7 +190,8 @@ def _run_worker(
 
 
 def _environment(request: Request) -> dict[str, str]:
-    return _with_tree({**_OFFLINE, **_WORKER, **request.cell.engine.environment}, request.python)
+    engine = request.cell.engine
+    return _with_tree({**_OFFLINE, **_WORKER, **threads(request.machine.device, engine.processes), **engine.environment}, request.python)
 
 
 def _with_tree(extra: dict[str, str], python: str | None = None) -> dict[str, str]:
@@ -207,7 +208,7 @@ def _record(
         adapter_init_sha256=job.prepared.adapter_init_sha256,
         adapter_sha256=last.get("adapter_sha256"),
     )
-    measured = measurement([*events, *memory_of_the_others(Path(job.events).parent)], artifacts)
+    measured = measurement(events, artifacts, logs_of_the_others(Path(job.events).parent))
     if measured is not None and monitor is not None:
         measured = monitor.add_to(measured)
     status, reason = doubted(status, reason, measured, monitor.stranger if monitor else None)

@@ -39,6 +39,16 @@ class Steps(Spec):
     compiles: tuple[int, ...] | None = None
 
 
+class RankSteps(Spec):
+    """Of one rank of several, by its own clock: seconds of every step, and of these what it spent in the exchange of losses that follows
+    the backward pass, where it waits for the slowest; null where the engine does not say. The rank that waits least is that one.
+    """
+
+    rank: int
+    seconds: tuple[float, ...]
+    waiting_seconds: tuple[float, ...] | None
+
+
 class Startup(Spec):
     """Where the time before the first step went, in seconds.
 
@@ -123,7 +133,8 @@ class Measurement(Spec):
     """What the probe saw. A cell that failed midway keeps the steps it made.
 
     ``work`` is null where ``work_unknown`` says why, and in a cell that did not end. ``gemm_peak_flops``: operations per second of a
-    large bfloat16 product in this very process, after the last step; null on a CPU and where there was no room for it.
+    large bfloat16 product in this very process, after the last step; null on a CPU and where there was no room for it. ``ranks``: of a
+    cell in several processes; its ``steps`` are rank 0's.
     """
 
     startup: Startup
@@ -131,6 +142,7 @@ class Measurement(Spec):
     memory: tuple[Memory, ...]
     artifacts: Artifacts
     gpus: tuple[GpuSamples, ...] = ()
+    ranks: tuple[RankSteps, ...] = ()
     work: Work | None = None
     work_unknown: str | None = None
     gemm_peak_flops: float | None = None

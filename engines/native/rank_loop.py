@@ -125,7 +125,8 @@ def train_steps(trained: Trained, cost: Cost, job: Job, knobs: Shared, probe: Pr
         for number, batch in enumerate(step.batches[rank], start=1):
             given = _given(batch, divisor, knobs, job.device)
             loss += trained.accumulate(given, last=number == len(step.batches[rank]))
-        distributed.all_reduce(loss)
+        with probe.waits():
+            distributed.all_reduce(loss)
         probe.step(loss=loss, grad_norm=trained.update(index), tokens=step.tokens)
     expect_agreement(seen.digest(), "the samples of every step and who trains on them")
 

@@ -46,7 +46,7 @@ def _html(results: Results, groups: tuple[Group, ...], known: Options) -> str:
     from harness.report.plots import looks, plots  # matplotlib takes half a second to import, and a terminal table needs none of it
 
     look = looks(groups)
-    sections = [section(group, known, results.floors, plots(group, look), look) for group in groups]
+    sections = [section(group, groups, known, results.floors, plots(group, look), look) for group in groups]
     environment = _environment(autoescape=True)
     environment.filters["breakable"] = _breakable
     return environment.get_template("report.html.j2").render(_context(results, sections, environment))
@@ -56,7 +56,7 @@ def _markdown(results: Results, groups: tuple[Group, ...], known: Options) -> st
     environment = _environment(autoescape=False, finalize=_escaped)
     environment.filters["code"] = _code
     return environment.get_template("report.md.j2").render(
-        _context(results, [section(group, known, results.floors) for group in groups], environment)
+        _context(results, [section(group, groups, known, results.floors) for group in groups], environment)
     )
 
 
