@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from engines.native.fp8_reasons import check_device, size_reasons
 from harness.data.tokens import Sample, StepTokens, chunks, pack
-from harness.engine import Job, Machine, Probe
+from harness.engine import Chosen, Job, Machine, Probe
 from harness.errors import UnsupportedError
-from harness.spec import Lora, Positive, Spec, Train, Workload
+from harness.spec import Lora, LoraFp8, Positive, Spec, Train, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from engines.native.decoder import Decoder
     from engines.native.footprint import MemoryModel
     from engines.native.lora import Adapter
-    from engines.native.nf4 import Decode
+    from engines.native.nf4 import Filling
     from engines.native.ops import Ops
     from engines.native.optimizer import Optimizer
     from engines.native.plan import Plan
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from engines.native.weights import DecoderWeights
 
 _RANK_MULTIPLE = 64  # see Placement
+_FP8_RANK_MULTIPLE = 16  # see engines.native.fp8
 _USABLE = 0.95  # of the free memory
 _TARGETS = frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
 
@@ -49,6 +51,7 @@ class Knobs(Spec):
     operations: Literal["reference", "fused"]
     replay: bool
     loss_chunk: Positive
+    fp8: Literal["forward", "forward_and_input_gradients"]
 
 
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
@@ -73,7 +76,7 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
     session = _Session(job, knobs)
-    probe.ready()
+    probe.ready(session.chosen)
     for index in range(schedule.num_steps):
         loss, grad_norm, tokens = session.step(job.tokens.step(schedule, index), index)
         probe.step(loss=loss, grad_norm=grad_norm, tokens=tokens)
@@ -91,7 +94,7 @@ class _Session:
         from engines.native.steps import ReplayedSteps, Steps
 
         self._job, self._knobs = job, knobs
-        self._config, self._adapter, self._decoder = _load(job, knobs)
+        self._config, self._adapter, self._decoder, self.chosen = _load(job, knobs)
         num_positions = max(job.workload.data.sequence_length, FILLER)
         angles = Angles.of(self._decoder.shape, num_positions, torch.device(job.device))
         steps = Steps(self._decoder, angles, _optimizer(self._decoder, job.workload.train, knobs), job.workload.train.max_grad_norm)
@@ -109,9 +112,12 @@ class _Session:
     def save(self) -> None:
         """Leave the adapter, or the full weights, in the job's folder."""
         from engines.native.checkpoint import save_weights
+        from engines.native.fp8 import check_not_outgrown
         from engines.native.lora import save_adapter
 
         model, out = self._job.workload.model, self._job.out
+        if self._knobs.operations == "fused":
+            check_not_outgrown(self._decoder.weights.layers)
         if self._adapter is not None:
             save_adapter(self._decoder.weights, self._adapter.config, model.name, out)
         else:
@@ -141,7 +147,9 @@ def _fused_reasons(workload: Workload, knobs: Knobs, machine: Machine) -> list[s
         if machine.device != "cuda" or knobs.compute_dtype != "bfloat16":
             reasons.append("operations=fused needs an NVIDIA GPU and compute_dtype=bfloat16; use operations=reference")
         if not isinstance(workload.method, Lora) or workload.method.dtype != "float32":
-            reasons.append("operations=fused trains float32 adapters (method=lora or qlora); use operations=reference")
+            reasons.append("operations=fused trains float32 adapters (method=lora, qlora or lora_fp8); use operations=reference")
+        if isinstance(workload.method, LoraFp8) and not _model_reasons(workload):
+            reasons += size_reasons(workload)
     return reasons
 
 
@@ -157,7 +165,8 @@ def _model_reasons(workload: Workload) -> list[str]:
     return []
 
 
-def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decoder]:
+def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decoder, dict[str, Chosen]]:
+    """The model's config, its adapter, the decoder, and what was decided of its plans."""
     import torch
 
     from engines.native.checkpoint import Placement, load_weights, read_config
@@ -169,29 +178,46 @@ def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decod
     config = read_config(job.base)
     shape = read_shape(config, job.workload.data.sequence_length)
     adapter = None if job.adapter_init is None else read_adapter(job.adapter_init)
-    rank_multiple = _RANK_MULTIPLE if job.device == "cuda" else 1
-    placement = Placement(device, getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype), rank_multiple, _decode(knobs))
+    fp8 = knobs.fp8 if isinstance(method, LoraFp8) else None
+    if fp8 and knobs.operations == "fused":
+        check_device(shape)
+    multiple = 1 if job.device == "cpu" else _RANK_MULTIPLE if fp8 is None else _FP8_RANK_MULTIPLE
+    placement = Placement(device, getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype), multiple, _filling(knobs), fp8)
     weights = load_weights(job.base, shape, placement, adapter)
     if adapter is not None:
         adapter.check_nothing_is_left(weights)
-    plans, loss_chunk = _plans(job, knobs, shape, weights)
-    return config, adapter, Decoder(shape=shape, weights=weights, ops=_operations(knobs), plans=plans, loss_chunk=loss_chunk)
+    plans, loss_chunk, chosen = _plans(job, knobs, shape, weights)
+    decoder = Decoder(shape=shape, weights=weights, ops=_operations(knobs, fp8), plans=plans, loss_chunk=loss_chunk)
+    return config, adapter, decoder, chosen
 
 
-def _plans(job: Job, knobs: Knobs, shape: LlamaShape, weights: DecoderWeights) -> tuple[tuple[Plan, ...], int]:
-    """What each layer keeps, and rows of logits. On a CPU without ``memory_gib`` all of it: the host's memory is not ours alone."""
+def _plans(job: Job, knobs: Knobs, shape: LlamaShape, weights: DecoderWeights) -> tuple[tuple[Plan, ...], int, dict[str, Chosen]]:
+    """What each layer keeps, rows of logits, and both in words with what is predicted.
+
+    On a CPU without ``memory_gib`` all is kept: the host's memory is not ours alone.
+    """
     from engines.native.footprint import MemoryModel, largest_load
-    from engines.native.plan import KEEP_ALL, KEEP_INPUT
+    from engines.native.plan import KEEP_ALL, KEEP_INPUT, described
 
     if knobs.recompute != "fit" or (job.device == "cpu" and knobs.memory_gib is None):
-        return (KEEP_INPUT if knobs.recompute == "full" else KEEP_ALL,) * shape.num_layers, knobs.loss_chunk
+        plans = (KEEP_INPUT if knobs.recompute == "full" else KEEP_ALL,) * shape.num_layers
+        return plans, knobs.loss_chunk, {"plan": described(plans)}
     train = job.workload.train
     steps = (job.tokens.step(train, index) for index in range(train.steps))
     batches = (pack(group) for samples in steps for group in chunks(samples, knobs.micro_batch))
     load = largest_load(batches, knobs.loss_chunk, shared=knobs.replay)
     budget = knobs.memory_gib * 2**30 if knobs.memory_gib is not None else _free_bytes()
     choice = _choice(MemoryModel.of(shape, weights, load), budget, offload=knobs.offload and job.device == "cuda")
-    return choice.plans, choice.loss_chunk
+    return (
+        choice.plans,
+        choice.loss_chunk,
+        {
+            "plan": described(choice.plans),
+            "loss_chunk": choice.loss_chunk,
+            "predicted_peak_bytes": choice.peak_bytes,
+            "pinned_bytes": choice.host_bytes,
+        },
+    )
 
 
 def _choice(memory: MemoryModel, budget: float, *, offload: bool) -> Choice:
@@ -221,24 +247,26 @@ def _free_bytes() -> float:
     return min(_USABLE * free + torch.cuda.memory_allocated(), _USABLE * allowed)
 
 
-def _operations(knobs: Knobs) -> Ops:
+def _operations(knobs: Knobs, fp8: str | None) -> Ops:
     if knobs.operations == "reference":
+        from engines.native.fp8_reference import REFERENCE_FP8
         from engines.native.reference import REFERENCE
 
-        return REFERENCE
+        return REFERENCE_FP8 if fp8 else REFERENCE
+    from engines.native.fp8_ops import FUSED_FP8
     from engines.native.fused_ops import FUSED
 
-    return FUSED
+    return FUSED_FP8 if fp8 else FUSED
 
 
-def _decode(knobs: Knobs) -> Decode:
+def _filling(knobs: Knobs) -> Filling:
     if knobs.operations == "reference":
-        from engines.native.nf4 import decode_reference
+        from engines.native.nf4 import REFERENCE
 
-        return decode_reference
-    from engines.native.kernels.nf4 import decode_nf4
+        return REFERENCE
+    from engines.native.fused_ops import FILLING
 
-    return decode_nf4
+    return FILLING
 
 
 def _optimizer(decoder: Decoder, schedule: Train, knobs: Knobs) -> Optimizer:

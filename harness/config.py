@@ -22,6 +22,7 @@ from harness.weights.sources import tokenizer_fingerprint
 from harness.weights.vocabulary import check_fits, num_entries, num_rows
 
 Seconds = Annotated[float, Field(gt=0)]
+Lane = Annotated[str, Field(pattern=r"^\d+/[1-9]\d*$")]
 
 
 class EngineConfig(Spec):
@@ -73,6 +74,7 @@ class Config(Spec):
     keep: Literal["none", "adapters"]
     runs: str
     cache: str
+    lane: Lane | None
     limits: Limits
 
 
@@ -84,6 +86,7 @@ class Settings(Spec):
     keep: Literal["none", "adapters"]
     runs: str
     cache: str
+    lane: Lane | None
 
 
 class Request(Spec):
@@ -113,10 +116,23 @@ def requests(overrides: Sequence[str], *, multirun: bool) -> tuple[Settings, lis
         except HarnessError as error:
             problems.update(dict.fromkeys(str(error).splitlines()))
     if len(set(settings)) > 1:
-        problems["plan, rerun, keep, runs and cache hold for a whole sweep: give each one value"] = None
+        problems["plan, rerun, keep, runs, cache and lane hold for a whole sweep: give each one value"] = None
     if problems:
         raise ConfigError("\n".join(problems))
-    return settings[0], found
+    return settings[0], in_lane(found, settings[0].lane)
+
+
+def in_lane(found: Sequence[Request], lane: str | None) -> list[Request]:
+    """The cells of lane ``i/n``: every n-th by the order of their keys, which has nothing to do with their settings, so that no setting
+    meets one lane's machine only. Raises ConfigError for a lane that does not exist.
+    """
+    if lane is None:
+        return list(found)
+    number, count = map(int, lane.split("/"))
+    if number >= count:
+        raise ConfigError(f"lane: got {lane}; of {count} lanes the first is 0/{count} and the last {count - 1}/{count}")
+    keys = sorted({request.cell.key for request in found})[number::count]
+    return [request for request in found if request.cell.key in keys]
 
 
 def _config(raw: dict[str, Any]) -> Config:

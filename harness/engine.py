@@ -67,11 +67,14 @@ class Job:
     processes: int = 1
 
 
+Chosen = str | int | float
+
+
 class Probe(Protocol):
     """The harness's stopwatch. Engines report; the harness measures."""
 
-    def ready(self) -> None:
-        """Set-up is over; the next thing is step 1."""
+    def ready(self, chosen: Mapping[str, Chosen] | None = None) -> None:
+        """Set-up is over; the next thing is step 1. ``chosen``: what the engine decided by itself, for the record."""
 
     def step(self, *, loss: Tensor | float, grad_norm: Tensor | float | None, tokens: StepTokens) -> None:
         """One optimizer step has been issued. Copies the tensors on the current stream and never synchronises.

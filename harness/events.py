@@ -94,6 +94,7 @@ class _Ready(Spec):
     data_seconds: float | None = None
     at: float | None = None
     gpus: tuple[str, ...] = ()
+    chosen: dict[str, str | int | float] | None = None
 
 
 class _Step(Spec):
@@ -186,6 +187,7 @@ def measurement(
         memory=tuple(Memory(**event["memory"]) for said in (events, *others.values()) for event in said if event["event"] == "memory"),
         artifacts=artifacts,
         ranks=tuple(_rank_steps(rank, said) for rank, said in ({0: events, **others} if others else {}).items()),
+        chosen=ready.get("chosen") if ready else None,
         work=parse(Work, work["work"]) if work["work"] else None,
         work_unknown=work["unknown"],
         gemm_peak_flops=work["gemm_peak_flops"],

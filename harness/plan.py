@@ -14,7 +14,7 @@ from harness.fingerprint import engine_fingerprint
 from harness.interpreter import lack
 from harness.machine import detect
 from harness.record import Record, Status
-from harness.spec import Cell, DType, Full, Lora, Model, QLora, parse
+from harness.spec import Cell, DType, Full, Lora, LoraFp8, Model, QLora, parse
 
 Rerun = Literal["missing", "stale", "all"]
 RETRIED: frozenset[Status] = frozenset({"timeout", "no_progress", "crash", "contended", "unsteady"})  # accidents; the others are answers
@@ -159,10 +159,10 @@ def least_memory_bytes(request: Request) -> int | None:
     """What training holds at the very least: the weights, and for full fine-tuning fp32 gradients and two AdamW moments besides."""
     model, method = request.cell.workload.model, request.cell.workload.method
     stored = _stored_bytes(model)
-    if stored is not None and isinstance(method, QLora):
+    if stored is not None and isinstance(method, QLora | LoraFp8):
         assert model.config is not None
         quantised = int(str(model.config["num_hidden_layers"])) * _linear_parameters(model.config)
-        return stored - int(quantised * (BYTES[model.dtype] - NF4_BYTES))
+        return stored - int(quantised * (BYTES[model.dtype] - (NF4_BYTES if isinstance(method, QLora) else 1)))
     if stored is None or isinstance(method, Lora):
         return stored
     assert isinstance(method, Full)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.compiles import CompileCounter
 from harness.data.tokens import StepTokens
+from harness.engine import Chosen
 from harness.events import EventLog
 from harness.memory import MemoryPeaks, Phase, reserved_bytes, status_bytes
 from harness.startup import ImportClock
@@ -38,14 +39,15 @@ class StepProbe:
         self._data_seconds = data_seconds
         self.num_steps = 0
 
-    def ready(self) -> None:
-        """Set-up is over; the next thing is step 1."""
+    def ready(self, chosen: Mapping[str, Chosen] | None = None) -> None:
+        """Set-up is over; the next thing is step 1. ``chosen``: what the engine decided by itself."""
         imports = self._imports.stop()
         self._clock.start(self._compiles.count)
         at = time.monotonic()
         self._close("setup", at)
         fields = {"setup_seconds": at - self._began, "import_seconds": imports, "data_seconds": self._data_seconds, "at": at}
-        self._log.write("ready", {**fields, "gpus": _uuids() if self._device == "cuda" else []})
+        gpus = _uuids() if self._device == "cuda" else []
+        self._log.write("ready", {**fields, "gpus": gpus, "chosen": dict(chosen) if chosen else None})
 
     def step(self, *, loss: Tensor | float, grad_norm: Tensor | float | None, tokens: StepTokens) -> None:
         """One optimizer step has been issued; ``loss`` is its token-weighted mean, ``grad_norm`` the norm before clipping."""

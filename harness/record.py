@@ -134,7 +134,8 @@ class Measurement(Spec):
 
     ``work`` is null where ``work_unknown`` says why, and in a cell that did not end. ``gemm_peak_flops``: operations per second of a
     large bfloat16 product in this very process, after the last step; null on a CPU and where there was no room for it. ``ranks``: of a
-    cell in several processes; its ``steps`` are rank 0's.
+    cell in several processes; its ``steps`` are rank 0's. ``chosen``: what the engine decided by itself, in its own words; null where it
+    says nothing.
     """
 
     startup: Startup
@@ -146,6 +147,7 @@ class Measurement(Spec):
     work: Work | None = None
     work_unknown: str | None = None
     gemm_peak_flops: float | None = None
+    chosen: dict[str, str | int | float] | None = None
 
 
 class Provenance(Spec):

@@ -155,6 +155,12 @@ class QLora(Lora):
     name: Literal["qlora"]  # type: ignore[assignment]  # the tag of a union is narrower in every member
 
 
+class LoraFp8(Lora):
+    """Adapters on a base whose linear layers but the head compute in 8-bit floating point: harness/fp8.py says which function that is."""
+
+    name: Literal["lora_fp8"]  # type: ignore[assignment]
+
+
 class Full(Spec):
     """Every weight is trained; ``dtype`` is the type of the trained (master) weights."""
 
@@ -162,7 +168,7 @@ class Full(Spec):
     dtype: DType = "float32"
 
 
-Method = Annotated[Lora | QLora | Full, Field(discriminator="name")]
+Method = Annotated[Lora | QLora | LoraFp8 | Full, Field(discriminator="name")]
 
 
 class Train(Spec):

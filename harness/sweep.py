@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import signal
 from collections.abc import Iterator, Sequence
@@ -14,16 +13,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from harness import report
+from harness import preparing, report
 from harness.config import Request, Settings
 from harness.errors import HarnessError, StoreError
-from harness.launch import recovered, run_cell, run_door, unsupported
-from harness.places import Prepared, PrepareRequest
+from harness.launch import recovered, run_cell, unsupported
+from harness.places import Prepared
 from harness.plan import Planned, least_memory_bytes, plan, weights_bytes
 from harness.progress import SweepProgress, label, sweep_progress
 from harness.record import Record
 from harness.scoring import Trained, drop, is_unjudged, judge_weights, needed_later
-from harness.spec import parse
 from harness.store import Results, check_writable, load, recorded, save, writing
 from harness.turns import turn
 
@@ -109,7 +107,9 @@ def _prepare(sweep: Sweep) -> dict[str, Prepared]:
         tried.add(workload.key)
         sweep.say(f"preparing {workload.label}")
         try:
-            prepared[workload.key] = _prepare_workload(cell, sweep)
+            with sweep.turn() as held:
+                folder = sweep.root / "work" / "prepare"
+                prepared[workload.key] = preparing.prepared(cell.request, sweep.settings.cache, folder, held=held, say=sweep.say)
         except StoreError:
             raise
         except HarnessError as error:
@@ -117,18 +117,6 @@ def _prepare(sweep: Sweep) -> dict[str, Prepared]:
     if problems:
         raise HarnessError("\n".join(problems))
     return prepared
-
-
-def _prepare_workload(cell: Planned, sweep: Sweep) -> Prepared:
-    workload = cell.request.cell.workload
-    job = sweep.root / "work" / "prepare" / f"{workload.key}.json"
-    out = job.with_suffix(".prepared.json")
-    request = PrepareRequest(
-        workload=workload, sources=cell.request.sources, cache=str(Path(sweep.settings.cache).expanduser().resolve()), out=str(out)
-    )
-    with sweep.turn() as held:
-        run_door("harness.prepare", request, job, held=held, network=True)
-        return parse(Prepared, json.loads(out.read_text(encoding="utf-8")))
 
 
 def _run_cells(sweep: Sweep, prepared: dict[str, Prepared]) -> list[Record]:

@@ -46,8 +46,10 @@ def test_every_option_composes_into_a_valid_cell(option: str, cache: Path, tmp_p
 
 
 @pytest.mark.parametrize("sweep", GROUPS["sweep"])
-def test_every_sweep_composes(sweep: str, cache: Path) -> None:
-    _, found = ask(cache, f"+sweep={sweep}")
+def test_every_sweep_composes(sweep: str, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    own = "override /data: jsonl" in (CONF / "sweep" / f"{sweep}.yaml").read_text()
+    _, found = ask(cache, f"+sweep={sweep}", *([f"data.path={tmp_path / 'rows.jsonl'}"] if own else []))
     assert len(found) > 1
     assert len({request.cell.key for request in found}) == len(found)
 
@@ -76,6 +78,21 @@ def test_a_sweep_composes_once_for_each_choice_of_groups(monkeypatch: pytest.Mon
     points = compose_all(["engine=hf,fused", "repeat=range(50)"], multirun=True)
     assert len(points) == 100
     assert len(calls) == 3
+
+
+def test_lanes_part_a_sweep_and_none_has_one_setting_to_itself(cache: Path) -> None:
+    _, whole = ask(cache, "+sweep=grid_hf")
+    lanes = [ask(cache, "+sweep=grid_hf", f"lane={number}/8")[1] for number in range(8)]
+    assert sorted(request.cell.key for lane in lanes for request in lane) == sorted(request.cell.key for request in whole)
+    assert all(len({request.cell.engine.knobs["micro_batch"] for request in lane}) > 1 for lane in lanes)
+    with pytest.raises(ConfigError, match="of 8 lanes the first is 0/8 and the last 7/8"):
+        ask(cache, "+sweep=grid_hf", "lane=8/8")
+
+
+def test_the_parts_of_the_grid_are_one_workload(cache: Path) -> None:
+    parts = [ask(cache, f"+sweep={name}")[1] for name in ("grid_hf", "grid_hf_packed", "grid_fused", "grid_unsloth")]
+    assert len({request.cell.workload.key for part in parts for request in part}) == 1
+    assert sum(map(len, parts)) <= 120
 
 
 def test_own_options_from_a_folder(cache: Path) -> None:

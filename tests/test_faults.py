@@ -28,7 +28,7 @@ Door = Callable[..., None]
 
 
 def settings(runs: Path, **more: Any) -> Settings:
-    return Settings(**{"plan": "run", "rerun": "stale", "keep": "none", "runs": str(runs), "cache": "unused", **more})
+    return Settings(**{"plan": "run", "rerun": "stale", "keep": "none", "runs": str(runs), "cache": "unused", "lane": None, **more})
 
 
 def doors(made: Made, *, unloadable: frozenset[str] = frozenset(), interrupted: list[str] | None = None) -> Door:
@@ -52,7 +52,7 @@ def doors(made: Made, *, unloadable: frozenset[str] = frozenset(), interrupted: 
 
 def through(monkeypatch: pytest.MonkeyPatch, door: Door) -> None:
     """Preparing and scoring go through ``door``."""
-    monkeypatch.setattr("harness.sweep.run_door", door)
+    monkeypatch.setattr("harness.preparing.run_door", door)
     monkeypatch.setattr("harness.scoring.run_door", door)
 
 

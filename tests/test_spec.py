@@ -41,7 +41,7 @@ def test_all_mistakes_are_reported_at_once_with_their_keys_and_the_nearest_known
         ("train", {"warmup_steps": 4}, "warmup_steps (4) must be less than steps (4)"),
         ("train", {"learning_rate": 0}, "greater than 0"),
         ("train", {"steps": True}, "valid integer"),
-        ("method", {"name": "loar"}, "'lora', 'qlora', 'full'"),
+        ("method", {"name": "loar"}, "'lora', 'qlora', 'lora_fp8', 'full'"),
         ("model", {"name": "../escape"}, "pattern"),
     ],
 )

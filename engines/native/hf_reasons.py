@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from engines.native.fp8_reasons import not_taught
 from harness.spec import QLora, Workload
 
 
@@ -50,6 +51,8 @@ def dtype_reasons(engine: str, workload: Workload, *, compute_dtype: str, adapte
     method = workload.method
     if isinstance(method, QLora):
         return [f"{engine} shards no NF4 weights yet; use method=lora, or engine=hf"]
+    if refused := not_taught(workload, engine):
+        return refused
     if method.dtype == "float16":
         return [f"method.dtype=float16 needs loss scaling, which {engine} does not do here; use float32 or bfloat16"]
     if compute_dtype == "float32" and method.dtype != "float32":

@@ -14,11 +14,29 @@ from torch import Tensor
 from harness.nf4 import Quantised, decode
 
 Decode = Callable[[Quantised, Tensor], None]  # writes the values of a weight [N, K] into a tensor of that size
+Copy = Callable[[Sequence[Tensor], Sequence[Tensor]], None]  # writes matrices into places of one buffer
 
 
 def decode_reference(weight: Quantised, out: Tensor) -> None:
     """In plain torch, on any device."""
     out.copy_(decode(weight))
+
+
+def copy_reference(values: Sequence[Tensor], places: Sequence[Tensor]) -> None:
+    """In plain torch, on any device."""
+    for value, place in zip(values, places, strict=True):
+        place.copy_(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """How a shared buffer is filled: ``decode`` for packed weights, ``copy`` for A and B."""
+
+    decode: Decode = decode_reference
+    copy: Copy = copy_reference
+
+
+REFERENCE = Filling()
 
 
 def placed(weight: Quantised, device: torch.device) -> Quantised:
@@ -32,15 +50,19 @@ class Shared:
     """A buffer, and whose turn it is. One stream works on it, so the order of launches keeps turns apart."""
 
     buffer: Tensor
-    holder: Turn | None = None
+    holder: object | None = None
 
 
 class SharedBuffers:
-    """One buffer for each kind of linear group; its corner and what lies between the blocks of B stay zero."""
+    """One buffer for each kind of linear group; its corner and what lies between the blocks of B stay zero.
+
+    ``num_passes``: how often what is made from the adapters has been out of date.
+    """
 
     def __init__(self) -> None:
         """None is made yet."""
         self._made: dict[str, Shared] = {}
+        self.num_passes = 0
 
     def get(self, kind: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Shared:
         """That of ``kind``, of a size that all its groups have."""
@@ -53,6 +75,7 @@ class SharedBuffers:
 
     def forget(self) -> None:
         """What the buffers hold is out of date, because adapters have changed."""
+        self.num_passes += 1
         for shared in self._made.values():
             shared.holder = None
 
@@ -63,7 +86,7 @@ class Turn:
 
     shared: Shared
     packed: Sequence[tuple[Quantised, Tensor]]
-    decode: Decode
+    filling: Filling
     thin: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def take(self) -> None:
@@ -71,9 +94,8 @@ class Turn:
         if self.shared.holder is self:
             return
         for weight, place in self.packed:
-            self.decode(weight, place)
-        for value, place in self.thin:
-            place.copy_(value)
+            self.filling.decode(weight, place)
+        self.filling.copy([value for value, _ in self.thin], [place for _, place in self.thin])
         self.shared.holder = self
 
     def apart(self, place: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from harness.errors import StoreError
 from harness.rank import Group
 from harness.report.history import history
 from harness.report.judged import judged
+from harness.report.plots import looks, plots
 from harness.report.reproduce import Options, options
 from harness.report.view import Section, section
 from harness.store import Results
@@ -43,8 +44,6 @@ def save_one(results: Results, out: Path, name: str) -> Path:
 
 
 def _html(results: Results, groups: tuple[Group, ...], known: Options) -> str:
-    from harness.report.plots import looks, plots  # matplotlib takes half a second to import, and a terminal table needs none of it
-
     look = looks(groups)
     sections = [section(group, groups, known, results.floors, plots(group, look), look) for group in groups]
     environment = _environment(autoescape=True)

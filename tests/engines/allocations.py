@@ -19,6 +19,7 @@ from engines.native.bench import RANK, adapter_sizes, tensor_sizes
 from engines.native.checkpoint import Placement, build_weights
 from engines.native.decoder import Decoder
 from engines.native.footprint import Load
+from engines.native.fp8 import RANK_MULTIPLE, Mode
 from engines.native.fused_ops import FUSED
 from engines.native.lora import Adapter
 from engines.native.ops import Attended, Heads, Input, Normed
@@ -126,6 +127,29 @@ ALLOCATIONS = replace(
 )
 
 
+def fp8_linear(input: Input, linear: Linear, room: int) -> Tensor:
+    """The codes of the input, and the product's result."""
+    codes = _codes(input.wide, linear.num_inputs)
+    made = input.wide.new_empty(len(input.wide), linear.num_outputs + room)[:, : linear.num_outputs]
+    del codes
+    return made
+
+
+def fp8_input_gradient(dy_TW: Tensor, linear: Linear) -> Tensor:
+    assert linear.fp8 is not None
+    codes = _codes(dy_TW, linear.num_outputs) if linear.fp8.turned is not None else None
+    made = dy_TW.new_empty(len(dy_TW), linear.num_inputs)
+    del codes
+    return made
+
+
+def _codes(wide_TW: Tensor, num_columns: int) -> Tensor:
+    return torch.empty(len(wide_TW), num_columns + 3 * (wide_TW.shape[1] - num_columns), dtype=torch.uint8, device=META)
+
+
+FP8_ALLOCATIONS = replace(ALLOCATIONS, linear=fp8_linear, input_gradient=fp8_input_gradient)
+
+
 class _Shapes:
     """Stands for an open file: every tensor on the meta device."""
 
@@ -136,13 +160,13 @@ class _Shapes:
         return torch.empty(self._sizes[name], device=META)
 
 
-def meta_decoder(shape: LlamaShape) -> Decoder:
+def meta_decoder(shape: LlamaShape, fp8: Mode | None = None) -> Decoder:
     """A decoder of bf16 weights with LoRA on all linears, as the bench makes it, that takes no memory."""
     sizes = dict(tensor_sizes(shape))
     adapters = {name: torch.empty(size, device=META) for name, size in adapter_sizes(sizes).items()}
-    placement = Placement(META, torch.bfloat16, torch.float32, 64)
+    placement = Placement(META, torch.bfloat16, torch.float32, RANK_MULTIPLE if fp8 else 64, fp8=fp8)
     weights = build_weights(dict.fromkeys(sizes, _Shapes(sizes)), shape, placement, Adapter({}, adapters, RANK, 2.0))
-    return Decoder(shape=shape, weights=weights, ops=ALLOCATIONS, plans=(), loss_chunk=1)
+    return Decoder(shape=shape, weights=weights, ops=FP8_ALLOCATIONS if fp8 else ALLOCATIONS, plans=(), loss_chunk=1)
 
 
 def transient_bytes(decoder: Decoder, load: Load, plans: Sequence[Plan]) -> int:

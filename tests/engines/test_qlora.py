@@ -14,10 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import engines.axolotl
 import engines.fused
 import engines.hf
-import engines.unsloth
 from engines.native.bench import random_weights
 from engines.native.checkpoint import Placement
 from engines.native.footprint import stored_bytes
@@ -98,15 +96,6 @@ def test_hf_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engines.hf.unsupported(work, parse(engines.hf.Knobs, HF), CPU) is None
     state_space = make_workload({"model_type": "mamba"}, QLORA)
     assert "reads weights past bitsandbytes' modules" in (engines.hf.unsupported(state_space, knobs, CPU) or "")
-
-
-@pytest.mark.parametrize("engine", [engines.unsloth, engines.axolotl], ids=["unsloth", "axolotl"])
-def test_who_does_not_train_it_says_so(engine: ModuleType) -> None:
-    from harness.compose import compose_all, plain
-
-    composed = compose_all([f"engine={engine.__name__.rpartition('.')[2]}"], multirun=False)[0][1]
-    knobs = parse(engine.Knobs, plain(composed)["engine"]["knobs"])
-    assert "4-bit bases" in (engine.unsupported(make_workload(LLAMA, QLORA), knobs, CPU) or "")
 
 
 SUBSET = {**QLORA, "targets": ("v_proj", "down_proj", "q_proj")}
