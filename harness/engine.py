@@ -51,11 +51,26 @@ class Machine(Spec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoints:
+    """Where an engine that ``resumes`` leaves its state, after every ``every`` steps; ``made``: steps whose state is there to go on from, 0
+    when the run starts. A state that is there is whole: write it beside its place, then rename it.
+    """
+
+    folder: Path
+    every: int
+    made: int = 0
+
+    def at(self, steps: int) -> Path:
+        """The place of the state after so many steps."""
+        return self.folder / f"step-{steps:08d}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What an engine is given. All paths exist; ``out`` is an empty folder for the adapter (or the full weights).
 
     ``base``: folder with config.json, *.safetensors and, where there is one, the tokenizer. ``adapter_init``: folder with the
-    shared initial adapter in PEFT format, None for ``method=full``. ``device``: where to train.
+    shared initial adapter in PEFT format, None for ``method=full``. ``device``: where to train. ``checkpoints``: None when none are wanted.
     """
 
     workload: Workload
@@ -65,6 +80,7 @@ class Job:
     out: Path
     device: Literal["cpu", "cuda"]
     processes: int = 1
+    checkpoints: Checkpoints | None = None
 
 
 Chosen = str | int | float
@@ -93,6 +109,7 @@ class Engine(Protocol[K]):
     """What a module must have to be an engine. It may also say ``loss_norm``, a :data:`LossNorm` or a function of the number of
     processes that gives one, which is recorded and shown;
     ``recomputed_fraction(workload, knobs)``: of the layers' forward pass, what backward does again; None when it cannot tell beforehand;
+    ``resumes``: True when it heeds ``Job.checkpoints``;
     ``requires``: packages without which it cannot start; ``variant(knobs)``: the name that its users have for these knobs.
     """
 
@@ -127,6 +144,11 @@ def loss_norm(engine: object, processes: int = 1) -> LossNorm | None:
     """What ``engine`` says its loss is a mean of on ``processes``; None when it does not say."""
     said = getattr(engine, "loss_norm", None)
     return cast("LossNorm | None", said(processes) if callable(said) else said)
+
+
+def resumes(engine: object) -> bool:
+    """Whether ``engine`` saves its state and goes on from it."""
+    return bool(getattr(engine, "resumes", False))
 
 
 def requires(engine: object) -> tuple[str, ...]:
