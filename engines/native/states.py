@@ -9,7 +9,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from harness.engine import Checkpoints
 
@@ -53,7 +54,7 @@ class Shards:
 
     def save_state(self, folder: Path) -> None:
         """A file a rank, and one that says what lies where."""
-        checkpoint.save(self._tensors(), checkpoint_id=folder)
+        save_tensors(self._tensors(), checkpoint_id=folder)
 
     def load_state(self, folder: Path) -> None:
         """In place."""
@@ -61,7 +62,7 @@ class Shards:
             device = parameter.device if self._optimizer.defaults["fused"] else torch.device("cpu")
             zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self._optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=device), **zeros}
-        checkpoint.load(self._tensors(), checkpoint_id=folder)
+        load(self._tensors(), checkpoint_id=folder)
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {}
