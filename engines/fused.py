@@ -68,7 +68,6 @@ def recomputed_fraction(workload: Workload, knobs: Knobs) -> float | None:
 
 def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     """Train with AdamW on every trained tensor (norms and biases decay too), and save into ``job.out``."""
-
     from engines.native import replicas
 
     if reasons := share_reasons(job.workload, job.processes):

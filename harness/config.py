@@ -9,13 +9,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue
 
-from harness.compose import compose_all, plain
+from harness.best import best_engine, without_best
+from harness.compose import compose_all, compose_one, plain
 from harness.data.files import find_files
 from harness.engine import load, variant
 from harness.errors import ConfigError, HarnessError
 from harness.interpreter import located
 from harness.places import Sources
 from harness.record import Price
+from harness.searched import Searched
 from harness.spec import Cell, Data, DataFile, DType, EngineSpec, Method, Model, Name, Positive, Spec, Train, Workload, parse
 from harness.weights import fingerprint, resolve_source
 from harness.weights.sources import tokenizer_fingerprint
@@ -28,7 +30,7 @@ Lane = Annotated[str, Field(pattern=r"^\d+/[1-9]\d*$")]
 class EngineConfig(Spec):
     """``conf/engine/<name>.yaml``. ``python``: the interpreter of the engine's environment, null for ours; a relative path starts at
     this tree. ``packages`` are those whose versions matter to its figures: a record made with other versions is stale. ``search`` is
-    for tune.
+    what tune may try, see :class:`Searched`.
     """
 
     name: Name
@@ -38,7 +40,7 @@ class EngineConfig(Spec):
     packages: tuple[str, ...]
     processes: Positive
     knobs: dict[str, JsonValue]
-    search: dict[str, list[JsonValue]]
+    search: dict[str, Searched]
 
 
 class MachineConfig(Spec):
@@ -105,6 +107,7 @@ class Request(Spec):
 
 def requests(overrides: Sequence[str], *, multirun: bool) -> tuple[Settings, list[Request]]:
     """The requests of ``python -m harness OVERRIDES``. Raises ConfigError with every problem of every cell, each once."""
+    tuned, overrides = without_best(overrides)
     found: list[Request] = []
     settings: list[Settings] = []
     problems: dict[str, None] = {}
@@ -112,6 +115,7 @@ def requests(overrides: Sequence[str], *, multirun: bool) -> tuple[Settings, lis
     for own, composed in compose_all(overrides, multirun=multirun):
         try:
             config = _config(plain(composed))
+            config = _with_best(config, [*overrides, *own]) if tuned else config
             found.append(request(config, own))
             _check_vocabulary(found[-1], entries)
             settings.append(Settings(**{name: getattr(config, name) for name in Settings.model_fields}))
@@ -122,6 +126,19 @@ def requests(overrides: Sequence[str], *, multirun: bool) -> tuple[Settings, lis
     if problems:
         raise ConfigError("\n".join(problems))
     return settings[0], in_lane(found, settings[0].lane)
+
+
+def single(overrides: Sequence[str]) -> Config:
+    """The configuration of one cell. Raises ConfigError with every problem."""
+    return _config(plain(compose_one(overrides)))
+
+
+def _with_best(config: Config, overrides: Sequence[str]) -> Config:
+    """What tune found in place of the engine; a person who trains with it wants the adapter, so it is kept unless told otherwise."""
+    workload, machine = request(config).cell.workload, config.machine
+    engine, _ = best_engine(overrides, workload, machine.device, machine.memory_cap_gib, Path(config.runs).expanduser())
+    keep = config.keep if any(line.startswith("keep=") for line in overrides) else "adapters"
+    return config.model_copy(update={"engine": parse(EngineConfig, engine, at="engine"), "keep": keep})
 
 
 def in_lane(found: Sequence[Request], lane: str | None) -> list[Request]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -36,7 +37,7 @@ class Machine(Spec):
     interconnect: str | None = None
     power_limit_watts: int | None = None
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """A readable folder name, for example ``nvidia-h100-80gb-hbm3-x1-80gib-700w``."""
         words = "".join(c if c.isalnum() else "-" for c in self.name.lower())

@@ -143,10 +143,10 @@ def num_parameters(config: Mapping[str, object]) -> int | None:
         return None
     hidden, _, layers, _, vocabulary = (int(str(value)) for value in values)
     tied = bool(config.get("tie_word_embeddings", False))
-    return layers * (_linear_parameters(config) + 2 * hidden) + hidden + vocabulary * hidden * (1 if tied else 2)
+    return layers * (linear_parameters(config) + 2 * hidden) + hidden + vocabulary * hidden * (1 if tied else 2)
 
 
-def _linear_parameters(config: Mapping[str, object]) -> int:
+def linear_parameters(config: Mapping[str, object]) -> int:
     """Of the linear modules of one layer, where ``num_parameters`` knows them."""
     hidden, inner, heads = (int(str(config[name])) for name in ("hidden_size", "intermediate_size", "num_attention_heads"))
     head = int(str(config.get("head_dim") or hidden // heads))
@@ -168,7 +168,7 @@ def least_memory_bytes(request: Request) -> int | None:
     stored = _stored_bytes(model)
     if stored is not None and isinstance(method, QLora | LoraFp8):
         assert model.config is not None
-        quantised = int(str(model.config["num_hidden_layers"])) * _linear_parameters(model.config)
+        quantised = int(str(model.config["num_hidden_layers"])) * linear_parameters(model.config)
         return stored - int(quantised * (BYTES[model.dtype] - (NF4_BYTES if isinstance(method, QLora) else 1)))
     if stored is None or isinstance(method, Lora):
         return stored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,7 +50,7 @@ class Verdict(Protocol):
         """Whether a run with this verdict may win a ranking."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Entry:
     """One record, where it is stored (relative to its root), its score and its verdict."""
 
@@ -58,7 +59,7 @@ class Entry:
     score: Score | None
     verdict: Verdict
 
-    @property
+    @functools.cached_property
     def tokens_per_second(self) -> float | None:
         """The rate of a run with status ok; None when it failed, went on from a checkpoint, or nothing was timed."""
         measurement = self.record.measurement
@@ -202,7 +203,7 @@ def _group(entries: Sequence[Entry]) -> Group:
 def _variants(entries: Sequence[Entry]) -> list[Variant]:
     found: dict[str, list[Entry]] = {}
     for entry in entries:
-        found.setdefault(_canonical(entry.record.cell.engine.model_dump(mode="json")), []).append(entry)
+        found.setdefault(entry.record.cell.engine.key, []).append(entry)
     members = list(found.values())
     names = labels([entries[0].record.cell.engine for entries in members])
     return [_variant(name, entries) for name, entries in zip(names, members, strict=True)]

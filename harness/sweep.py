@@ -22,7 +22,7 @@ from harness.plan import Planned, least_memory_bytes, plan, weights_bytes
 from harness.progress import SweepProgress, label, sweep_progress
 from harness.record import Record
 from harness.scoring import Trained, drop, is_unjudged, judge_weights, needed_later
-from harness.store import Results, check_writable, load, recorded, save, writing
+from harness.store import check_writable, load, recorded, save, writing
 from harness.turns import turn
 
 _GIB = 2**30
@@ -107,9 +107,7 @@ def _prepare(sweep: Sweep) -> dict[str, Prepared]:
         tried.add(workload.key)
         sweep.say(f"preparing {workload.label}")
         try:
-            with sweep.turn() as held:
-                folder = sweep.root / "work" / "prepare"
-                prepared[workload.key] = preparing.prepared(cell.request, sweep.settings.cache, folder, held=held, say=sweep.say)
+            prepared[workload.key] = prepare_workload(cell, sweep)
         except StoreError:
             raise
         except HarnessError as error:
@@ -117,6 +115,13 @@ def _prepare(sweep: Sweep) -> dict[str, Prepared]:
     if problems:
         raise HarnessError("\n".join(problems))
     return prepared
+
+
+def prepare_workload(cell: Planned, sweep: Sweep) -> Prepared:
+    """Find, or make, what the workload of ``cell`` needs. Raises HarnessError with what cannot be had."""
+    with sweep.turn() as held:
+        folder = sweep.root / "work" / "prepare"
+        return preparing.prepared(cell.request, sweep.settings.cache, folder, held=held, say=sweep.say)
 
 
 def _run_cells(sweep: Sweep, prepared: dict[str, Prepared]) -> list[Record]:
@@ -135,14 +140,14 @@ def _run_cells(sweep: Sweep, prepared: dict[str, Prepared]) -> list[Record]:
         for cell in waiting:
             progress.begin(cell)
             try:
-                records.append(_run_cell(cell, prepared[cell.request.cell.workload.key], sweep, progress, sitting))
+                records.append(run_one(cell, prepared[cell.request.cell.workload.key], sweep, progress, sitting))
             except KeyboardInterrupt:
                 progress.discard(cell)
                 raise
     return records
 
 
-def _run_cell(cell: Planned, place: Prepared, sweep: Sweep, progress: SweepProgress, sitting: str) -> Record:
+def run_one(cell: Planned, place: Prepared, sweep: Sweep, progress: SweepProgress, sitting: str) -> Record:
     """Look at the store again before running: another sweep may have recorded the cell since the plan, or left it to be recorded."""
     root, request, machine = sweep.root, cell.request, cell.machine
     with turn(root, lambda: progress.event({"event": "waiting"})) as held:
@@ -204,12 +209,11 @@ def _finish(sweep: Sweep, records: Sequence[Record], scored: bool) -> Exit:
     ok = statuses.count("ok")
     results = load(root)
     if results.stored:
+        groups = report.judged(results)
         with writing(root):
-            path = report.write(results, root)
-        workloads = [cell.request.cell.workload for cell in planned]
-        keys_here = {key for work in workloads for key in (work.key, work.first_step.key)}  # a verdict may rest on a first step run before
-        mine = tuple(stored for stored in results.stored if stored.record.cell.workload.key in keys_here)
-        sweep.say(report.table(Results(mine, results.problems, results.updates)))
+            path = report.write(results, root, groups)
+        keys_here = {cell.request.cell.workload.key for cell in planned}
+        sweep.say(report.table(results, [group for group in groups if group.workload.key in keys_here]))
         sweep.say(f"report: {path}")
     if ok == 0:
         sweep.say("nothing was measured: no cell ended ok")

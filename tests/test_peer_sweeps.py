@@ -20,7 +20,7 @@ TABLES = {
     "peers": {*ON_DENSE, "hf/default", "hf/best+padded"},
     "peers_qlora": ON_DENSE,
     "peers_gsm8k": {
-        *PEERS, "hf/default", "hf/best", "unsloth/nockpt", "unsloth/nockpt+padded+grouped", "unsloth/nockpt+graphs+grouped+to-128",
+        *PEERS, "hf/default", "hf/best", "unsloth/nockpt", "unsloth/nockpt+padded+grouped", "unsloth/nockpt+graphs+grouped+to-64",
         "axolotl/kernels+liger+packed",
     },
 }  # fmt: skip

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engines.native.kernels import adamw, cross_entropy, fp8, nf4, outer, parts, rms_norm, rotary, swiglu, swiglu_gradients
+from engines.native.kernels import adamw, cross_entropy, fp8, fp8_inputs, nf4, outer, parts, rms_norm, rotary, swiglu, swiglu_gradients
 
 # Shared memory that one block may use, bytes (CUDA C++ Programming Guide, compute capabilities; CDNA 3 whitepaper).
 TARGETS: Mapping[str, tuple[GPUTarget, int]] = {
@@ -74,7 +74,7 @@ def specimens() -> tuple[Specimen, ...]:
     thin = dict.fromkeys(("x", "thin", "weight"), "h") | {"inverse": "f", "partial": "f", "arrived": "i", "gradient": "f"}
     sums = dict.fromkeys(("partial", "d_input", "d_outputs"), "f") | {"arrived": "i"}
     tile = {"BT": 128, "BN": 64, "BR": 16}
-    split = {"P": 16, "PAD": 16, "MOST": 448.0, "GAIN": 16.0, "BY_HAND": False}
+    split = {"P": 16, "PAD": 16, "LIMIT": 448.0, "GAIN": 16.0, "BY_HAND": False}
     flat = dict.fromkeys(("master", "gradient", "first", "second", "scalars"), "f") | {"anchor": "h", "plan": "l"}
     return (
         Specimen(
@@ -120,13 +120,22 @@ def specimens() -> tuple[Specimen, ...]:
         *(
             Specimen(
                 f"quantise_{block}{'' if single else '_twice'}", fp8._quantise_wide, {"x": "h", "codes": "e", "scales": "f"},
-                {"BLOCK": block, "SINGLE": single, **split, "TAIL": 4.0}, block // 1024,
+                {"BLOCK": block, "SINGLE": single, "MOST": 14.0, **split}, block // 1024,
             )
             for block, single in ((4096, True), (16384, True), (32768, True), (32768, False))
         ),
         Specimen(
-            "write_tail", fp8._write_tail, {"thin": "h", "codes": "e", "scales": "f"}, {"ROWS": 64, **split, "TAIL": 4.0}, 4,
+            "write_tail", fp8._write_tail, {"thin": "h", "codes": "e", "scales": "f"}, {"ROWS": 64, **split, "FIRST": 2, "SECOND": 1}, 4,
             odd=("rank_stride",),
+        ),
+        Specimen(
+            "rms_norm_codes", fp8_inputs._rms_norm_codes,
+            {"x": "h", "delta": "h", "w": "h", "sums": "h", "y": "h", "inverse": "f", "codes": "e", "scales": "f"},
+            {"BLOCK": 4096, "HAS_DELTA": True, "MOST": 14.0, "BY_HAND": False}, 8, ("epsilon",),
+        ),
+        Specimen(
+            "swiglu_codes", fp8_inputs._swiglu_codes, {"gate_up": "h", "h": "h", "codes": "e", "scales": "f"},
+            {"BLOCK": 16384, "MOST": 14.0, "BY_HAND": False}, 16,
         ),
         Specimen("decode_rows", fp8._decode_rows, {"codes": "e", "scales": "f", "out": "h"}, {"BLOCK": 2048}, 4),
     )  # fmt: skip

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from engines.native.bench import RANK, model_shape
 from engines.native.fp8 import RANK_MULTIPLE, Fp8Rows
-from engines.native.kernels.fp8 import decode_rows, quantise_wide, write_tail
+from engines.native.kernels.fp8 import decode_rows, quantise_wide, write_low, write_tail
+from engines.native.kernels.fp8_inputs import rms_norm_codes, swiglu_codes
+from engines.native.kernels.rms_norm import rms_norm
+from engines.native.kernels.swiglu import swiglu
 from engines.native.shape import LlamaShape
 
 
@@ -52,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for direction, rows, columns in (("y", group.outputs, group.inputs), ("dx", group.inputs, group.outputs)):
                 times = _product(f"{group.name} {direction}", tokens, rows, columns, -(-group.ranks // RANK_MULTIPLE) * RANK_MULTIPLE)
                 totals = [total + time for total, time in zip(totals, times, strict=True)]
+        for line in _producers(tokens, model_shape(options.model, None)):
+            print(line, flush=True)
         said = ("bf16", "8 bits, adapter inside", "without", "exact sums", "quantised")
         print(f"{tokens} tokens, a layer: {', '.join(f'{name} {total:.3f}' for name, total in zip(said, totals, strict=True))}", flush=True)
 
@@ -84,6 +89,31 @@ def _product(name: str, tokens: int, rows: int, columns: int, room: int) -> tupl
         flush=True,
     )
     return *times, quantised
+
+
+def _producers(tokens: int, shape: LlamaShape) -> Iterator[str]:
+    """Norm and SwiGLU that round what they make, beside those that do not and a rounding afterwards."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    x, delta = (torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    weight, gate_up = torch.ones(hidden, device="cuda", dtype=torch.bfloat16), torch.randn(tokens, 2 * inner, device="cuda").bfloat16()
+    calls: dict[str, tuple[Callable[[], Any], Callable[[], Any], int]] = {
+        "norm": (lambda: rms_norm_codes(x, weight, 1e-5, RANK, delta), lambda: rms_norm(x, weight, 1e-5, RANK, delta), hidden),
+        "swiglu": (lambda: swiglu_codes(gate_up, RANK), lambda: swiglu(gate_up, RANK), inner),
+    }
+    for name, (rounding, plain, columns) in calls.items():
+        made = plain()
+        after, thin = _rounded_after(made[0] if isinstance(made, tuple) else made, columns)
+        yield (
+            f"{name:<11} {tokens} x {columns}: rounding {_time(rounding):.3f}; without {_time(plain):.3f}, rounded after {after:.3f}; "
+            f"thin {thin:.3f}"
+        )
+
+
+def _rounded_after(wide: Tensor, columns: int) -> tuple[float, float]:
+    """Times of rounding what is there, and of storing its thin part behind the codes."""
+    codes, scales = quantise_wide(wide, columns)
+    low = wide[:, columns:].contiguous()
+    return _time(lambda: quantise_wide(wide, columns)), _time(lambda: write_low(codes, scales, low))
 
 
 def _scaled(codes: Tensor, scales: Tensor, rows: Fp8Rows, *, fast: bool = True) -> Tensor:

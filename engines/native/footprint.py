@@ -167,13 +167,20 @@ class MemoryModel:
     def _backward_codes(self, columns: int, padded_rank: int) -> float:
         return self._codes(columns, padded_rank) if self.fp8 == "forward_and_input_gradients" else 0.0
 
+    def _made(self, columns: int, padded_rank: int) -> float:
+        """The input of a product while a norm or SwiGLU makes it."""
+        return columns + padded_rank + self._codes(columns, padded_rank)
+
+    def _read(self, columns: int, padded_rank: int) -> float:
+        """The same once the thin part is there: of 8-bit products only the codes stay."""
+        return columns + padded_rank if self.fp8 is None else self._codes(columns, padded_rank)
+
     def _attention(self) -> int:
         """Forward up to the sum in the middle: the incoming pair, the input, the heads, attention's output twice, its projection."""
         hidden, ranks, queries = self.shape.hidden_size, self.ranks, self.shape.query_size
-        wide = hidden + ranks.qkv
-        norm, project = 4 * hidden + ranks.qkv, hidden + wide + self._codes(hidden, ranks.qkv) + self._heads
+        norm, project = 3 * hidden + self._made(hidden, ranks.qkv), hidden + self._read(hidden, ranks.qkv) + self._heads
         attend = hidden + self._heads + 2 * queries + ranks.output
-        middle = hidden + self._heads + queries + ranks.output + 3 * hidden + ranks.gate_up
+        middle = hidden + self._heads + queries + ranks.output + 2 * hidden + self._made(hidden, ranks.gate_up)
         return self._span(max(norm, project, attend, middle))
 
     def _mlp(self, plan: Plan) -> int:
@@ -182,10 +189,13 @@ class MemoryModel:
         hidden, inner = shape.hidden_size, shape.intermediate_size
         whole = "gate_up" in plan.held
         pieces = 1 if whole else plan.pieces
-        last = self._codes(inner, ranks.down) + hidden
-        rows = inner + ranks.down + (last if whole else max(last, 2 * inner + ranks.gate_up))
+        rows = max(
+            self._made(inner, ranks.down) + (0 if whole else 2 * inner + ranks.gate_up),
+            self._read(inner, ranks.down) + hidden,
+        )
         middle = 0 if "middle" in plan.held else hidden
-        return self._span(middle + hidden + ranks.gate_up + max(hidden * (pieces - 1) / pieces + rows / pieces, 2 * hidden))
+        rest = max(hidden * (pieces - 1) / pieces + rows / pieces, 2 * hidden)
+        return self._span(middle + self._read(hidden, ranks.gate_up) + rest)
 
     def _mlp_backward(self, plan: Plan) -> int:
         """The gradient that comes in, what is made again for this half, and gate, up and their gradients of some rows at a time."""
@@ -197,13 +207,16 @@ class MemoryModel:
             if "attended" not in held:
                 again += shape.query_size + ranks.output + (0 if "heads" in held else self._heads)
         gate_up = 0 if "gate_up" in held else 2 * inner + ranks.gate_up
-        normed = 0 if "gate_up" in held else hidden + ranks.gate_up
+        normed = 0 if "gate_up" in held else self._read(hidden, ranks.gate_up)
         done = (hidden + ranks.output) / pieces
         first, second = (self._backward_codes(*each) for each in ((hidden, ranks.down), (2 * inner, ranks.gate_up)))
-        last = (pieces - 1) * done + (gate_up + max(inner + first, hidden + max(hidden + ranks.output, second))) / pieces
+        widest = inner + first
+        if "low_down" not in held:  # h is made again for it
+            widest = max(widest, self._made(inner, ranks.down))
+        last = (pieces - 1) * done + (gate_up + max(widest, hidden + max(hidden + ranks.output, second))) / pieces
         before_last: float = normed + gate_up
         if pieces > 1:
-            before_last = (pieces - 2) * done + normed + (gate_up + max(inner + first, hidden + second)) / pieces
+            before_last = (pieces - 2) * done + normed + (gate_up + max(widest, hidden + second)) / pieces
         return self._span(hidden + ranks.down + again + max(last, before_last, 2 * hidden + normed if again else 0))
 
     def _attention_backward(self, plan: Plan) -> int:

@@ -17,12 +17,9 @@ from torch import Tensor
 
 from engines.native.nf4 import Shared, SharedBuffers
 from harness.errors import UnsupportedError
-from harness.fp8 import CODE, LARGEST, quantise_rows
+from harness.fp8 import CODE, LARGEST, WEIGHT_MOST, quantise_rows
 
 Mode = Literal["forward", "forward_and_input_gradients"]
-# A thin activation is stored so much larger, a thin weight so much smaller, than their rows' scales say: a B may grow to four times the
-# largest magnitude of its row of W. Powers of two, so that they round nothing.
-TAIL_GAIN = 4.0
 LOW_GAIN = 16.0  # what high leaves is at most a sixteenth of it
 SPLITS = 3
 RANK_MULTIPLE = 16  # columns of 8-bit products come in sixteens
@@ -42,7 +39,7 @@ class Fp8Rows:
         rows, columns = values_ML.shape
         codes = torch.zeros(rows + room, columns + SPLITS * padded_rank, dtype=torch.uint8, device=values_ML.device).view(CODE)
         scales = torch.ones(rows + room, dtype=torch.float32, device=values_ML.device)
-        codes[:rows, :columns], scales[:rows] = quantise_rows(values_ML)
+        codes[:rows, :columns], scales[:rows] = quantise_rows(values_ML, WEIGHT_MOST)
         return cls(codes, scales, columns)
 
     @property
@@ -130,7 +127,7 @@ class Fp8Weight:
 
 def split_thin(values: Tensor, *, weight: bool) -> Tensor:
     """[M, P] in units of the rows' scales to codes [M, 3P], ordered so that those of a weight and of an activation meet rightly."""
-    scaled = (values / TAIL_GAIN if weight else values * TAIL_GAIN).clamp(-LARGEST, LARGEST)
+    scaled = values.clamp(-LARGEST, LARGEST)
     high = scaled.to(CODE)
     low = ((scaled - high.float()) * LOW_GAIN).to(CODE)
     less = (high.float() / LOW_GAIN).to(CODE)
@@ -145,7 +142,7 @@ def check_not_outgrown(layers: Iterable[Any]) -> None:
                 name = group.parts[0].name
                 raise UnsupportedError(
                     f"layer {index}, {name}: adapter weights are {times:.3g} times what 8-bit products hold beside these weights "
-                    f"({TAIL_GAIN:g} times the row's largest), and were cut off; lower the learning rate, or use operations=reference"
+                    f"({LARGEST / WEIGHT_MOST:g} x the row's largest), cut off; lower train.learning_rate or use operations=reference"
                 )
 
 
@@ -154,6 +151,6 @@ def outgrown(weight: Fp8Weight) -> float:
     found = 0.0
     for rows, thin in ((weight.forward, weight.up), (weight.turned, weight.down.t())):
         if rows is not None and thin.shape[1]:
-            most = TAIL_GAIN * LARGEST * rows.scales[: len(thin)]
+            most = LARGEST * rows.scales[: len(thin)]
             found = max(found, float((thin.float().abs().amax(1) / most).max()))
     return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from markupsafe import Markup
 
 from harness.rank import Entry, Group, Variant
+from harness.report.front import stairs
 from harness.report.numbers import GIB, plain_rate
 from harness.report.scale import has_place
 from harness.report.svg import Axis, Line, Mark, Row, Shape, chart, strip
@@ -82,8 +83,13 @@ def _memory(placed: Sequence[Variant], group: Group, look: Mapping[str, Look]) -
         speed, size, mine = variant.tokens_per_second or 0.0, (memory_bytes(variant, group) or 0) / GIB, look[variant.label]
         said.append(f"{variant.label} {size:.2f} GiB at {plain_rate(speed)} tokens/s")
         marks.append(Mark(speed, size, mine.colour, mine.shape, said[-1]))
-    svg = chart(Axis("tokens/s", zero=True), Axis(f"{name}, GiB", zero=True), marks, f"Memory against speed: {'; '.join(said)}")
-    return Plot("Memory against speed: lower right is better", Markup(svg))
+    line, title = stairs(group), "Memory against speed: lower right is better"
+    drawn: list[Mark | Line] = [*marks]
+    if len(line) > 1:
+        drawn.insert(0, Line(line, "currentColor", "the best speed of every budget", 1.2, dashed=True))
+        title += "; the line is the best speed of every budget"
+    svg = chart(Axis("tokens/s", zero=True), Axis(f"{name}, GiB", zero=True), drawn, f"Memory against speed: {'; '.join(said)}")
+    return Plot(title, Markup(svg))
 
 
 def _losses(ran: Sequence[Variant], look: Mapping[str, Look]) -> Plot:

@@ -15,10 +15,13 @@ from harness.report.sentence import sentences
 from harness.store import Results
 
 
-def table(results: Results) -> str:
-    """The ranking of every group, ties shown as ties, failures with their reasons; printable characters only."""
-    groups = judged(results)
-    parts = [_group(group, groups, results.floors) for group in groups]
+def table(results: Results, groups: Sequence[Group] | None = None) -> str:
+    """The ranking of every group, ties shown as ties, failures with their reasons; printable characters only.
+
+    ``groups``: all or some of ``judged(results)``, from whoever has judged them already.
+    """
+    shown = judged(results) if groups is None else groups
+    parts = [_group(group, shown, results.floors) for group in shown]
     if results.problems:
         parts.append("\n".join(["Files that could not be read:", *(f"  {_one_line(problem)}" for problem in results.problems)]))
     return "\n\n".join(parts)

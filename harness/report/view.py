@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from harness.engine import LossNorm
@@ -11,6 +11,7 @@ from harness.floor import Floors
 from harness.rank import Group, Variant, compare_variants, failure_text
 from harness.record import Record
 from harness.report import processes
+from harness.report.front import told
 from harness.report.measured import Details, details
 from harness.report.numbers import gib, number, plain_rate
 from harness.report.reproduce import Options, command
@@ -107,7 +108,7 @@ def section(
         title=f"{work.model.name} · {work.method.name} · {work.data.name}",
         machine=group.machine.key,
         facts=facts,
-        sentences=sentences(group),
+        sentences=_sentences(group),
         memory_name=memory_name(group),
         rows=tuple(_row(variant, group, (look or {}).get(variant.label)) for variant in group.variants if variant.runs),
         behind=details(group, floors),
@@ -116,6 +117,12 @@ def section(
         plots=tuple(drawn),
         sources=tuple(_source(variant, group, known) for variant in group.variants),
     )
+
+
+def _sentences(group: Group) -> Sentences:
+    """The answer, and what to choose where memory is short."""
+    said, short = sentences(group), told(group)
+    return said if short is None else replace(said, details=(*said.details, short))
 
 
 def _row(variant: Variant, group: Group, look: Look | None) -> Row:

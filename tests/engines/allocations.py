@@ -127,10 +127,27 @@ ALLOCATIONS = replace(
 )
 
 
+def fp8_norm(x_TH: Tensor, delta_TH: Tensor | None, weight: Weight, epsilon: float, linear: Linear) -> Normed:
+    """The unrounded norm lives until x A^T is made."""
+    y_TH = torch.empty_like(x_TH)
+    sum_TH = x_TH if delta_TH is None else torch.empty_like(x_TH)
+    return Normed(fp8_input(y_TH, linear), sum_TH, x_TH.new_empty(len(x_TH), dtype=torch.float32))
+
+
+def fp8_swiglu(gate_up_TN: Tensor, linear: Linear) -> Input:
+    return fp8_input(gate_up_TN.new_empty(len(gate_up_TN), linear.num_inputs), linear)
+
+
+def fp8_input(x_TK: Tensor, linear: Linear) -> Input:
+    codes = torch.empty(len(x_TK), linear.num_inputs + 3 * linear.padded_rank, dtype=torch.uint8, device=META)
+    scales = torch.empty(len(x_TK), dtype=torch.float32, device=META)
+    return Input(codes, x_TK.new_empty(len(x_TK), linear.padded_rank), scales)
+
+
 def fp8_linear(input: Input, linear: Linear, room: int) -> Tensor:
     """The codes of the input, and the product's result."""
-    codes = _codes(input.wide, linear.num_inputs)
-    made = input.wide.new_empty(len(input.wide), linear.num_outputs + room)[:, : linear.num_outputs]
+    codes = _codes(input.wide, linear.num_inputs) if input.scales is None else None
+    made = torch.empty(len(input.wide), linear.num_outputs + room, dtype=torch.bfloat16, device=META)[:, : linear.num_outputs]
     del codes
     return made
 
@@ -147,7 +164,7 @@ def _codes(wide_TW: Tensor, num_columns: int) -> Tensor:
     return torch.empty(len(wide_TW), num_columns + 3 * (wide_TW.shape[1] - num_columns), dtype=torch.uint8, device=META)
 
 
-FP8_ALLOCATIONS = replace(ALLOCATIONS, linear=fp8_linear, input_gradient=fp8_input_gradient)
+FP8_ALLOCATIONS = replace(ALLOCATIONS, norm=fp8_norm, swiglu=fp8_swiglu, linear=fp8_linear, input_gradient=fp8_input_gradient)
 
 
 class _Shapes:

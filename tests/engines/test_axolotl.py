@@ -71,6 +71,14 @@ class TestAxolotl(EngineConformance):
         assert probe.losses == pytest.approx([loss for loss, _, _ in plain], rel=2e-5)
         assert probe.grad_norms == pytest.approx([norm for _, norm, _ in plain], rel=1e-4)
 
+    def test_full_in_bfloat16_stays_near(self, tmp_path: Path) -> None:
+        exact = make_job(tmp_path / "exact", method=FULL)
+        rounded = make_job(tmp_path / "rounded", method={**FULL, "dtype": "bfloat16"})
+        told = self.run(exact), self.run(rounded, compute_dtype="bfloat16")
+        assert told[0].losses != told[1].losses
+        assert told[1].losses[0] == pytest.approx(told[0].losses[0], rel=2e-3)
+        assert told[1].losses == pytest.approx(told[0].losses, rel=3e-2)
+
     def test_micro_batches_that_do_not_fill_a_step_are_refused(self, job: Job) -> None:
         with pytest.raises(UnsupportedError, match="does not divide"):
             self.run(job, micro_batch=2)

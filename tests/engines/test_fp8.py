@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import engines.axolotl
 import engines.fsdp
@@ -32,10 +33,13 @@ from engines.native.ops import Input
 from engines.native.plan import KEEP_ALL
 from engines.native.shape import read_shape
 from engines.native.weights import Linear, Part, Weight
+from harness import score
 from harness.engine import Job
 from harness.errors import UnsupportedError
-from harness.fp8 import LARGEST, decode_rows, quantise_rows, rounded
+from harness.fp8 import ACTIVATION_MOST, LARGEST, WEIGHT_MOST, decode_rows, emulate, quantise_rows, rounded
+from harness.places import Prepared, ScoreRequest
 from harness.spec import parse
+from harness.weights.base_model import Base, as_fp8
 from tests.engines.test_fused import KNOBS as FUSED
 from tests.engines.test_fused import gradients, packed
 from tests.engines.test_hf import KNOBS as HF
@@ -60,14 +64,14 @@ def run(engine: ModuleType, job: Job, knobs: dict[str, Any]) -> RecordingProbe:
 def test_rows_are_rounded_to_a_sixteenth_of_a_value() -> None:
     values = torch.randn(5, 300)
     values[2] = 0
-    codes, scales = quantise_rows(values)
+    codes, scales = quantise_rows(values, ACTIVATION_MOST)
     back = decode_rows(codes, scales)
-    assert codes.float().abs().amax(1).tolist() == [LARGEST, LARGEST, 0, LARGEST, LARGEST]
+    assert codes.float().abs().amax(1).tolist() == [ACTIVATION_MOST, ACTIVATION_MOST, 0, ACTIVATION_MOST, ACTIVATION_MOST]
     assert back[2].equal(values[2])
     least = scales.unsqueeze(1) * 2.0**-10  # below the smallest normal code steps are of one size
     assert ((back - values).abs() <= torch.maximum(values.abs() / 16, least)).all()
     assert 0.015 < float((back - values).norm() / values.norm()) < 0.035
-    again, _ = quantise_rows(back)
+    again, _ = quantise_rows(back, ACTIVATION_MOST)
     assert decode_rows(again, scales).equal(back)
 
 
@@ -90,7 +94,7 @@ def group(mode: Mode, dtype: torch.dtype) -> tuple[Linear, Tensor]:
 def test_a_group_is_its_definition_and_its_gradient_that_of_autograd(mode: Mode) -> None:
     linear, weight = group(mode, torch.float32)
     x, dy = torch.randn(4, 10, requires_grad=True), torch.randn(4, 6)
-    y = rounded(x) @ decode_rows(*quantise_rows(weight)).t()
+    y = rounded(x) @ decode_rows(*quantise_rows(weight, WEIGHT_MOST)).t()
     y.backward(dy)
     assert x.grad is not None
     torch.testing.assert_close(fp8_reference.linear(Input(x.detach(), None), linear, 0), y.detach())
@@ -98,7 +102,7 @@ def test_a_group_is_its_definition_and_its_gradient_that_of_autograd(mode: Mode)
     if mode == "forward":
         torch.testing.assert_close(found, x.grad)
         return
-    torch.testing.assert_close(found, rounded(dy) @ decode_rows(*quantise_rows(weight.t())).t())
+    torch.testing.assert_close(found, rounded(dy) @ decode_rows(*quantise_rows(weight.t(), WEIGHT_MOST)).t())
     assert 0.001 < (found - x.grad).norm() / x.grad.norm() < 0.1
 
 
@@ -118,6 +122,22 @@ def test_but_for_such_roundings_they_are_the_same(tmp_path: Path, family: str, m
     found, right = run(engines.fused, with_train(job, "fused"), FUSED), run(engines.hf, job, HF)
     assert found.losses == pytest.approx(right.losses, rel=2e-5)
     assert found.grad_norms == pytest.approx(right.grad_norms, rel=1e-4)
+
+
+def test_it_is_scored_as_it_is_trained(job: Job, tmp_path: Path) -> None:
+    """The neutral evaluator rounds as well, and a score of it is none of the same weights in bf16."""
+    place = Prepared(tokens="", base=str(job.base), adapter_init=None, base_sha256="b" * 64, adapter_init_sha256=None, notes=())
+    request = ScoreRequest(workload=job.workload, prepared=place, items=(), device="cpu")
+    plain = request.model_copy(update={"workload": make_workload(LLAMA, LORA)})
+    ids = torch.arange(20)[None]
+    found, bare = (score._base(each)(input_ids=ids).logits for each in (request, plain))
+    mine = AutoModelForCausalLM.from_pretrained(job.base, dtype=torch.float32)
+    emulate(mine)
+    assert found.equal(mine(input_ids=ids).logits)
+    assert 0.001 < (found - bare).norm() / bare.norm() < 0.2
+    base = Base(job.base, "b" * 64, "tiny", {}, "t" * 64)
+    assert as_fp8(base).path == base.path
+    assert as_fp8(base).sha256 != base.sha256
 
 
 def test_the_function_is_another_than_that_of_lora(job: Job, tmp_path: Path) -> None:
@@ -197,7 +217,7 @@ def test_an_adapter_beyond_its_room_is_an_error(job: Job) -> None:
             each.fp8.up.fill_(1e-3)
             each.fp8.down.fill_(1e-3)
     check_not_outgrown(native.weights.layers)
-    fp8.up[3, 0] = 5 * LARGEST * fp8.forward.scales[3]
+    fp8.up[3, 0] = 1.25 * LARGEST * fp8.forward.scales[3]
     with pytest.raises(UnsupportedError, match=r"layer 1, mlp.down_proj: adapter weights are 1.25 times what 8-bit products hold"):
         check_not_outgrown(native.weights.layers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 import engines.fused
 from engines.native import fp8_ops
 from engines.native.fp8 import Fp8Weight, Mode
+from engines.native.fused_ops import FUSED
 from engines.native.nf4 import SharedBuffers
-from engines.native.ops import Input
-from engines.native.weights import Linear, Part, Weight
+from engines.native.ops import Input, Ops
+from engines.native.weights import Block, Linear, LowRank, Part, Weight
 from harness.engine import Job
+from harness.fp8 import decode_rows, rounded
 from harness.spec import parse
 from tests.engines.test_fp8 import LORA_FP8, MODES
 from tests.engines.test_fused_gpu import EXACT, KNOBS
@@ -57,6 +60,38 @@ def test_a_group_is_near_its_definition(tokens: int, outputs: int, inputs: int, 
         (fp8_ops.input_gradient(dy, linear), dy.double() @ right[1]),
     ):
         assert (found.double() - truth).norm() < 0.01 * truth.norm()  # the adapter alone
+
+
+@pytest.mark.parametrize("room", [0, 16])
+def test_inputs_are_near_their_definition(room: int) -> None:
+    """Norm and SwiGLU with their adapters, read by a product."""
+    torch.manual_seed(2)
+    hidden, inner, tokens = 576, 1536, 37
+    x, delta, gate_up = (torch.randn(tokens, columns, device="cuda").bfloat16() for columns in (hidden, hidden, 2 * inner))
+    weight = Weight((1 + 0.1 * torch.randn(hidden, device="cuda")).bfloat16())
+    makers: tuple[tuple[int, Callable[[Ops, Linear], Input]], ...] = (
+        (hidden, lambda ops, each: ops.norm(x, delta, weight, 1e-5, each).input),
+        (inner, lambda ops, each: ops.swiglu(gate_up, each)),
+    )
+    for columns, make in makers:
+        fp8 = Fp8Weight.of(0.05 * torch.randn(64, columns, device="cuda"), "forward", "group", SharedBuffers(), room, torch.bfloat16)
+        fp8.shared.forget()
+        fp8.up.normal_(std=0.01)
+        fp8.down.normal_(std=0.02)
+        blocks = (Block("group", slice(0, 64), slice(0, room), Weight(fp8.up)),)
+        lora = LowRank(Weight(fp8.down), fp8.up, blocks, 2.0, torch.zeros(64, dtype=torch.int32, device="cuda")) if room else None
+        codes = fp8.forward.plain[:64]
+        linear = Linear(codes, Weight(codes), None, (Part("group", slice(0, 64)),), lora, fp8=fp8)
+        read = make(fp8_ops.FUSED_FP8, linear)
+        bare = make(FUSED, Linear(torch.empty(64, columns), Weight(torch.empty(64, columns)), None, ())).wide
+        assert read.scales is not None
+        low = 2.0 * bare.double() @ fp8.down.double().t()
+        if room:
+            assert read.low is not None
+            assert (read.low.double() - low).norm() < 0.01 * low.norm()
+        y = fp8_ops.linear(read, linear, 0)
+        truth = rounded(bare).double() @ decode_rows(codes, fp8.forward.scales[:64]).double().t() + low @ fp8.up.double().t()
+        assert (y.double() - truth).norm() < 0.01 * truth.norm()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import engines.axolotl
 import engines.hf
@@ -17,6 +19,8 @@ import engines.unsloth
 from harness.engine import Job, Machine
 from harness.errors import UnsupportedError
 from harness.spec import Workload, parse
+from harness.weights.base_model import Base
+from harness.weights.nf4_base import prepare_nf4
 from tests.engines.peers import knobs, peer
 from tests.engines.test_axolotl import AXOLOTL
 from tests.engines.test_axolotl import MARKS as AXOLOTL_MARKS
@@ -48,6 +52,17 @@ def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     return make_job(tmp_path, "whole_blocks", QLORA)
 
 
+@pytest.fixture
+def rounded(whole: Job) -> Job:
+    """The same, whose values are stored as bfloat16: what real bases are."""
+    base, raw = whole.out.parent / "base", whole.workload.model_dump(mode="json")
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    made = prepare_nf4(Base(base, "c" * 64, "tiny", config, "t" * 64), "bfloat16", whole.out.parent)
+    return replace(whole, workload=parse(Workload, {**raw, "model": {**raw["model"], "dtype": "bfloat16"}}), base=made.path)
+
+
 @pytest.mark.parametrize(("engine", "chosen"), WAYS)
 def test_makes_the_steps_of_hf_on_the_same_bytes(whole: Job, engine: ModuleType, chosen: dict[str, Any]) -> None:
     truth, found = run(engines.hf, with_train(whole, "truth"), HF), run(engine, whole, chosen)
@@ -65,8 +80,8 @@ def test_makes_the_steps_of_hf_on_the_same_bytes(whole: Job, engine: ModuleType,
 
 
 @pytest.mark.parametrize(("engine", "chosen"), EACH)
-def test_bfloat16_stays_near(whole: Job, engine: ModuleType, chosen: dict[str, Any]) -> None:
-    truth, found = run(engines.hf, with_train(whole, "truth"), HF), run(engine, whole, {**chosen, "compute_dtype": "bfloat16"})
+def test_bfloat16_stays_near(rounded: Job, engine: ModuleType, chosen: dict[str, Any]) -> None:
+    truth, found = run(engines.hf, with_train(rounded, "truth"), HF), run(engine, rounded, {**chosen, "compute_dtype": "bfloat16"})
     assert found.losses != truth.losses
     assert found.losses == pytest.approx(truth.losses, rel=2e-3)
 
@@ -118,13 +133,13 @@ def test_axolotl_does_not_shard_packed_bytes(distributed: str) -> None:
         pytest.param("axolotl", {**OF_AXOLOTL, **KERNELS, "layout": "packed", "micro_batch": 5}, id="axolotl packed", marks=AXOLOTL_MARKS),
     ],
 )
-def test_on_a_gpu_no_further_from_the_truth_than_bfloat16(whole: Job, name: str, chosen: dict[str, Any]) -> None:
+def test_on_a_gpu_no_further_from_the_truth_than_bfloat16(rounded: Job, name: str, chosen: dict[str, Any]) -> None:
     """Each in a process of its own: a peer decides what it is when it is imported. ``hf`` goes through bitsandbytes itself."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     there, _ = peer(name, **OFFLINE, HF_DATASETS_OFFLINE="1")
-    truth = run(engines.hf, with_train(whole, "truth"), HF)
-    anchor = run(engines.hf, replace(with_train(whole, "anchor"), device="cuda"), BF16)
-    found = run(there, replace(whole, device="cuda"), {**chosen, "compute_dtype": "bfloat16"})  # type: ignore[arg-type]
+    truth = run(engines.hf, with_train(rounded, "truth"), HF)
+    anchor = run(engines.hf, replace(with_train(rounded, "anchor"), device="cuda"), BF16)
+    found = run(there, replace(rounded, device="cuda"), {**chosen, "compute_dtype": "bfloat16"})  # type: ignore[arg-type]
     assert found.losses == pytest.approx(truth.losses, rel=2e-2)
     assert found.losses == pytest.approx(anchor.losses, rel=5e-3)
     assert found.grad_norms == pytest.approx(anchor.grad_norms, rel=5e-2)

@@ -80,6 +80,18 @@ class TestUnsloth(EngineConformance):
         assert on_gpu.grad_norms == pytest.approx(on_cpu.grad_norms, rel=1e-3)
         assert rounded.losses == pytest.approx(on_cpu.losses, rel=2e-2)
 
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+    def test_replayed_graphs_on_batches_of_few_widths_change_no_loss(self, tmp_path: Path) -> None:
+        job, probes = make_job(tmp_path, steps=8), (RecordingProbe(), RecordingProbe())
+        graphs = {"cuda_graphs": True, "order": "by_length", "pad_to_multiple_of": 8}
+        for name, changed, probe in zip(("usual", "graphs"), ({"layout": "packed"}, graphs), probes, strict=True):
+            there, _ = peer("unsloth", **OFFLINE)
+            own = replace(with_train(job, name), device="cuda")
+            there.train(own, parse(engines.unsloth.Knobs, {**KNOBS, "compute_dtype": "bfloat16", **changed}), probe)
+        assert probes[1].losses == pytest.approx(probes[0].losses, rel=5e-3)
+        assert probes[1].grad_norms == pytest.approx(probes[0].grad_norms, rel=5e-2)
+
     def test_packed_documents_do_not_see_each_other(self, job: Job) -> None:
         told = [
             self.run(with_train(two_documents(job, seed), f"packed {seed}", steps=2, warmup_steps=1), micro_batch=2, layout="packed")

@@ -1,8 +1,8 @@
-"""Rows rounded to e4m3 for 8-bit products: activations with their thin parts split behind them, thin weights alone, and weights decoded.
+"""Rows rounded to e4m3 for 8-bit products: activations with their thin parts split behind them, thin parts alone, and weights decoded.
 
-q = e4m3(x 448 / max |x|) row by row, the scale max |x| / 448. A thin value v = 4 l 448 / max |x| (a thin weight: v = b / (4 scale)) becomes
-high = e4m3(v), low = e4m3(16 (v - high)), less = e4m3(high / 16): three columns of an activation high, low, less, of a weight high, less,
-low. Where 4 l exceeds every x of its row, the scale grows with it; a thin weight is cut off at 448.
+q = e4m3(x 14 / max |x|) row by row, the scale max |x| / 14. A thin value v, in that scale, becomes high = e4m3(v), low = e4m3(16 (v -
+high)), less = e4m3(high / 16): three columns of an activation high, low, less, of a weight high, less, low. Where v would exceed 448
+the scale grows with it; a thin part that comes later, when the scale is fixed, is cut off there.
 References: ``harness.fp8`` and ``split_thin`` of engines.native.fp8.
 
 Legend: T rows, L columns, P columns of a thin part. Kept for backward: nothing.
@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engines.native.fp8 import LOW_GAIN, SPLITS, TAIL_GAIN, Fp8Rows
+from engines.native.fp8 import LOW_GAIN, SPLITS, Fp8Rows
 from engines.native.kernels.launching import check_rows
-from harness.fp8 import CODE, LARGEST
+from harness.fp8 import ACTIVATION_MOST, CODE, LARGEST
 
 MAX_ROW = 32768  # what one program holds in registers, 32 values a thread; wider rows are read twice
 _EACH = 1024  # values a warp
@@ -26,13 +26,19 @@ _BLOCK = 2048  # columns a program decodes
 
 
 @triton.jit
+def _rounded(values):
+    """The nearest value that has a code, ties to even, in float32."""
+    bits = values.to(tl.int32, bitcast=True)
+    bits = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) << 20
+    small = (values + 24576.0) - 24576.0  # multiples of 2^-9, the least code
+    return tl.where(tl.abs(values) < 0.015625, small, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def _to_code(values, dtype: tl.constexpr, BY_HAND: tl.constexpr):
-    """The nearest code, ties to even; ``BY_HAND``: rounded before the conversion, which Triton's interpreter gets wrong."""
+    """The nearest code; ``BY_HAND``: rounded before the conversion, which Triton's interpreter gets wrong."""
     if BY_HAND:
-        bits = values.to(tl.int32, bitcast=True)
-        bits = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) << 20
-        small = (values + 24576.0) - 24576.0  # multiples of 2^-9, the least code
-        values = tl.where(tl.abs(values) < 0.015625, small, bits.to(tl.float32, bitcast=True))
+        values = _rounded(values)
     return values.to(dtype)
 
 
@@ -40,10 +46,12 @@ def _to_code(values, dtype: tl.constexpr, BY_HAND: tl.constexpr):
 def _store_thin(
     scaled, place, inside, FIRST: tl.constexpr, SECOND: tl.constexpr, P: tl.constexpr, GAIN: tl.constexpr, BY_HAND: tl.constexpr
 ):
-    """high at ``place``, low and less ``FIRST`` and ``SECOND`` times P columns behind."""
-    high = _to_code(scaled, place.dtype.element_ty, BY_HAND)
-    exact = high.to(tl.float32)
-    tl.store(place, high, mask=inside)
+    """high at ``place``, low and less ``FIRST`` and ``SECOND`` times P columns behind.
+
+    high is never read back from its codes: on an H200 (Triton 3.6) what came back was wrong, by 8 to 13 % of a product.
+    """
+    exact = _rounded(scaled)
+    tl.store(place, exact.to(place.dtype.element_ty), mask=inside)
     tl.store(place + FIRST * P, _to_code((scaled - exact) * GAIN, place.dtype.element_ty, BY_HAND), mask=inside)
     tl.store(place + SECOND * P, _to_code(exact / GAIN, place.dtype.element_ty, BY_HAND), mask=inside)
 
@@ -51,16 +59,16 @@ def _store_thin(
 @triton.jit
 def _quantise_wide(
     x, codes, scales, L, x_stride, codes_stride,
-    BLOCK: tl.constexpr, P: tl.constexpr, PAD: tl.constexpr, SINGLE: tl.constexpr, MOST: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK: tl.constexpr, P: tl.constexpr, PAD: tl.constexpr, SINGLE: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr,
     GAIN: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     start, into = x + row * x_stride, codes + row * codes_stride
     columns = tl.arange(0, BLOCK)
     ranks = tl.arange(0, PAD)
-    thin = tl.load(start + L + ranks, mask=ranks < P, other=0.0).to(tl.float32) * TAIL
+    thin = tl.load(start + L + ranks, mask=ranks < P, other=0.0).to(tl.float32)
     held = tl.load(start + columns, mask=columns < L, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(held), axis=0), tl.max(tl.abs(thin), axis=0))
+    largest = tl.maximum(tl.max(tl.abs(held), axis=0), tl.max(tl.abs(thin), axis=0) * (MOST / LIMIT))
     if not SINGLE:
         for first in range(BLOCK, L, BLOCK):
             more = tl.load(start + first + columns, mask=first + columns < L, other=0.0).to(tl.float32)
@@ -81,8 +89,8 @@ def _quantise_wide(
 @triton.jit
 def _write_tail(
     thin, codes, scales, M, L, row_stride, rank_stride, codes_stride,
-    ROWS: tl.constexpr, P: tl.constexpr, PAD: tl.constexpr, MOST: tl.constexpr, TAIL: tl.constexpr, GAIN: tl.constexpr,
-    BY_HAND: tl.constexpr,
+    ROWS: tl.constexpr, P: tl.constexpr, PAD: tl.constexpr, LIMIT: tl.constexpr, GAIN: tl.constexpr, FIRST: tl.constexpr,
+    SECOND: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ranks = tl.arange(0, PAD)[None, :]
@@ -90,9 +98,8 @@ def _write_tail(
     inside = (rows < M)[:, None] & (ranks < P)
     scale = tl.load(scales + rows, mask=rows < M, other=1.0)
     value = tl.load(thin + wide * row_stride + ranks * rank_stride, mask=inside, other=0.0).to(tl.float32)
-    value = value / (TAIL * scale)[:, None]
-    value = tl.minimum(tl.maximum(value, -MOST), MOST)
-    _store_thin(value, codes + wide * codes_stride + L + ranks, inside, 2, 1, P, GAIN, BY_HAND)
+    value = tl.minimum(tl.maximum(value / scale[:, None], -LIMIT), LIMIT)
+    _store_thin(value, codes + wide * codes_stride + L + ranks, inside, FIRST, SECOND, P, GAIN, BY_HAND)
 
 
 @triton.jit
@@ -113,21 +120,29 @@ def quantise_wide(wide_TW: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
     block = min(MAX_ROW, triton.next_power_of_2(num_columns))
     _quantise_wide[(rows,)](
         wide_TW, codes, scales_T, num_columns, wide_TW.stride(0), codes.stride(0),
-        BLOCK=block, P=room, PAD=triton.next_power_of_2(max(1, room)), SINGLE=block >= num_columns, MOST=LARGEST, TAIL=TAIL_GAIN,
-        GAIN=LOW_GAIN, BY_HAND=triton.knobs.runtime.interpret, num_warps=max(1, block // _EACH),
+        BLOCK=block, P=room, PAD=triton.next_power_of_2(max(1, room)), SINGLE=block >= num_columns, MOST=ACTIVATION_MOST,
+        LIMIT=LARGEST, GAIN=LOW_GAIN, BY_HAND=triton.knobs.runtime.interpret, num_warps=max(1, block // _EACH),
     )  # fmt: skip
     return codes, scales_T
 
 
 def write_tail(rows: Fp8Rows, thin_MP: Tensor) -> None:
-    """Split ``thin`` [M, P], of any strides, into the tails of the first M of ``rows``."""
+    """Split ``thin`` [M, P], of any strides, into the tails of the first M of ``rows``, a weight."""
+    _write(rows.codes, rows.scales, rows.num_columns, thin_MP, first=2, second=1)
+
+
+def write_low(codes: Tensor, scales_T: Tensor, low_TP: Tensor) -> None:
+    """Split ``low`` [T, P] into the last 3P columns of ``codes``, an activation."""
+    _write(codes, scales_T, codes.shape[1] - SPLITS * low_TP.shape[1], low_TP, first=1, second=2)
+
+
+def _write(codes: Tensor, scales: Tensor, num_columns: int, thin_MP: Tensor, *, first: int, second: int) -> None:
     count, room = thin_MP.shape
-    codes = rows.codes
-    if count > len(codes) or codes.shape[1] != rows.num_columns + SPLITS * room:
-        raise ValueError(f"thin is {list(thin_MP.shape)} for tails of {codes.shape[1] - rows.num_columns} columns of {len(codes)} rows")
+    if count > len(codes) or codes.shape[1] != num_columns + SPLITS * room:
+        raise ValueError(f"thin is {list(thin_MP.shape)} for tails of {codes.shape[1] - num_columns} columns of {len(codes)} rows")
     _write_tail[(triton.cdiv(count, _TAIL_ROWS),)](
-        thin_MP, codes, rows.scales, count, rows.num_columns, thin_MP.stride(0), thin_MP.stride(1), codes.stride(0),
-        ROWS=_TAIL_ROWS, P=room, PAD=triton.next_power_of_2(room), MOST=LARGEST, TAIL=TAIL_GAIN, GAIN=LOW_GAIN,
+        thin_MP, codes, scales, count, num_columns, thin_MP.stride(0), thin_MP.stride(1), codes.stride(0),
+        ROWS=_TAIL_ROWS, P=room, PAD=triton.next_power_of_2(room), LIMIT=LARGEST, GAIN=LOW_GAIN, FIRST=first, SECOND=second,
         BY_HAND=triton.knobs.runtime.interpret, num_warps=4,
     )  # fmt: skip
 

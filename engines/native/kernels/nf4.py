@@ -28,7 +28,7 @@ class Cut:
     warps: int
 
 
-CUT = Cut(blocks=32, warps=4)  # eight packed bytes a thread
+CUT = Cut(blocks=32, warps=1)  # H200, 14,336 x 4,096 (2026-11-27, ms): 0.060, with 4 warps 0.069
 _KEPT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 

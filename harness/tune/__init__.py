@@ -1,0 +1,1 @@
+"""Search engines and their knobs for the fastest way to make a planned run on one machine. Start reading at search.py."""

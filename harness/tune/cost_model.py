@@ -1,0 +1,123 @@
+"""How long a candidate's step and start-up take, and how sure that is.
+
+log seconds = log positions + machine + engine + knobs + log(1 + overhead(engine) / positions of a pass): a step is as long as its positions
+at the engine's pace, the floor of the roofline that passes too short to fill the device do not reach. Start-up is a sum. Every measured
+cell corrects the parameters that it shares with others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from harness.tune.gaussian import Floats, Function, Prediction, corrected, independent
+from harness.tune.space import Candidate, Space, design
+
+_MACHINE = (np.log(1e-5), 3.0)  # seconds a position, of a machine that nothing is known of
+_ENGINE_DEVIATION = 0.25
+_KNOB_DEVIATION, _SHARE_OF_EXPECTATION = 0.05, 0.3
+_OVERHEAD = (np.log(1000.0), 1.0)  # positions whose time a pass loses
+_NOISE = 0.01
+_STRAY = 0.025  # what the form of the model leaves out: how knobs act together
+_STARTUP_SECONDS, _STARTUP_DEVIATION, _STARTUP_NOISE = 25.0, 15.0, 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What was measured of a candidate: a mean step of the planned run, and all that a run takes besides its steps."""
+
+    candidate: Candidate
+    step_seconds: float
+    startup_seconds: float
+
+
+class CostModel:
+    """Predicts every candidate of ``space``, corrected by what was timed."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        self._row = {one: row for row, one in enumerate(space.candidates)}
+        names = _step_names(space)
+        place = {name: index for index, name in enumerate(names)}
+        self._prior = independent(names)
+        self._design = design(space.candidates, place, lambda one: ["machine", f"{one.engine}:engine", *_knobs(one)])
+        self._overhead = np.array([place[f"{one.engine}:overhead"] for one in space.candidates], dtype=int)
+        self._pass = np.array([one.facts.positions / one.facts.num_passes for one in space.candidates])
+        self._known = np.array([np.log(one.facts.positions * _factor(space, one) * one.facts.own_seconds) for one in space.candidates])
+        startup = _startup_names(space)
+        self._startup_prior = independent(startup)
+        place = {name: index for index, name in enumerate(startup)}
+        self._startup_design = design(space.candidates, place, lambda one: [one.engine, *_knobs(one)])
+        self._startup_expected = np.array([space.startup_seconds(one) for one in space.candidates])
+
+    def step(self, timed: Sequence[Timed]) -> Mapping[Candidate, Prediction]:
+        """Seconds of a mean step."""
+        rows = [self._row[one.candidate] for one in timed]
+        observed = np.log([one.step_seconds for one in timed])
+        posterior = corrected(self._prior, self._function(rows), observed, np.full(len(rows), _NOISE), np.zeros(len(rows), dtype=bool))
+        everything = self._space.candidates
+        middles, deviations = posterior.of(self._function(list(range(len(everything)))))
+        sure = np.hypot(deviations, _STRAY)
+        return {one: Prediction(float(np.exp(m)), float(d)) for one, m, d in zip(everything, middles, sure, strict=True)}
+
+    def startup(self, timed: Sequence[Timed]) -> Mapping[Candidate, tuple[float, float]]:
+        """Seconds of start-up, compiling included, and their deviation."""
+        rows = np.array([self._row[one.candidate] for one in timed], dtype=int)
+        observed = np.array([one.startup_seconds for one in timed]) - self._startup_expected[rows]
+        noise, exact = np.full(len(rows), _STARTUP_NOISE), np.zeros(len(rows), dtype=bool)
+        matrix = self._startup_design
+        posterior = corrected(self._startup_prior, lambda parameters: (matrix[rows] @ parameters, matrix[rows]), observed, noise, exact)
+        values, deviations = posterior.of(lambda parameters: (matrix @ parameters, matrix))
+        seconds = np.maximum(0.0, values + self._startup_expected)
+        return {one: (float(value), float(sd)) for one, value, sd in zip(self._space.candidates, seconds, deviations, strict=True)}
+
+    def _function(self, rows: Sequence[int]) -> Function:
+        """Logarithms of the step times of the candidates in these rows."""
+        which, chosen = np.array(rows, dtype=int), np.arange(len(rows))
+        matrix, overhead, positions, known = self._design[which], self._overhead[which], self._pass[which], self._known[which]
+
+        def function(parameters: Floats) -> tuple[Floats, Floats]:
+            lost = np.exp(parameters[overhead]) / positions
+            slopes = matrix.copy()
+            slopes[chosen, overhead] = lost / (1 + lost)
+            return known + matrix @ parameters + np.log1p(lost), slopes
+
+        return function
+
+
+def _step_names(space: Space) -> dict[str, tuple[float, float]]:
+    """Every parameter of a step's time, with the mean and the deviation of its prior: logarithms."""
+    names: dict[str, tuple[float, float]] = {"machine": _MACHINE}
+    for engine, expected in space.expected.items():
+        names[f"{engine}:engine"] = 0.0, _ENGINE_DEVIATION
+        names[f"{engine}:overhead"] = _OVERHEAD
+        for knob, searched in expected.items():
+            for value in searched.values[1:] if knob != "micro_batch" else ():  # the first is the engine's own pace
+                ratio = (searched.factor("seconds", value) or 1.0) / (searched.factor("seconds", searched.values[0]) or 1.0)
+                deviation = _KNOB_DEVIATION + _SHARE_OF_EXPECTATION * abs(np.log(ratio))
+                names[f"{engine}:{knob}={json.dumps(value)}"] = 0.0, float(deviation)
+    return names
+
+
+def _factor(space: Space, candidate: Candidate) -> float:
+    """What is expected of the knobs, against the first value of each."""
+    first = np.prod([searched.factor("seconds", searched.values[0]) or 1.0 for searched in space.expected[candidate.engine].values()])
+    return float(space.factor(candidate, "seconds") / first)
+
+
+def _startup_names(space: Space) -> dict[str, tuple[float, float]]:
+    names: dict[str, tuple[float, float]] = {}
+    for engine, expected in space.expected.items():
+        names[engine] = _STARTUP_SECONDS, _STARTUP_DEVIATION
+        for knob, searched in expected.items():
+            for value in searched.values:
+                if said := searched.startup_seconds(value):
+                    names[f"{engine}:{knob}={json.dumps(value)}"] = 0.0, abs(said)
+    return names
+
+
+def _knobs(candidate: Candidate) -> list[str]:
+    return [f"{candidate.engine}:{knob}={value}" for knob, value in candidate.choices]

@@ -1,0 +1,119 @@
+"""Who takes part: every engine that can start here, its configuration, and the candidates that it can run on this workload."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.compose import CONF
+from harness.config import Config, Request, request, single
+from harness.data.tokens import TokenFile
+from harness.engine import Machine, load, requires
+from harness.errors import ConfigError
+from harness.interpreter import lack, located
+from harness.spec import EngineSpec, Workload, parse
+from harness.tune.scale import dense_facts, token_facts
+from harness.tune.space import Candidate, Facts, Space, enumerate_space
+
+
+@dataclass(frozen=True)
+class Entrants:
+    """The engines of a search by name, and why others are left out."""
+
+    configs: Mapping[str, Config]
+    left_out: tuple[str, ...]
+
+    @property
+    def first(self) -> Config:
+        """All agree but for the engine."""
+        return next(iter(self.configs.values()))
+
+    def request(self, candidate: Candidate, steps: int, repeat: int) -> Request:
+        """The cell that looks at ``candidate`` for so many of the planned steps, on the planned schedule."""
+        config = self.configs[candidate.engine]
+        stop = steps if steps < config.train.steps else None
+        changed = {
+            "engine": config.engine.model_copy(update={"knobs": {**config.engine.knobs, **candidate.values}}),
+            "train": config.train.model_copy(update={"stop_after": stop}),
+            "repeat": repeat,
+        }
+        return request(config.model_copy(update=changed))
+
+
+def entrants(overrides: Sequence[str], names: Sequence[str] = ()) -> Entrants:
+    """Of ``names``, or of all engines, those whose packages are there. Raises ConfigError when none is, or when one is not an engine."""
+    every = sorted(path.stem for path in (CONF / "engine").glob("*.yaml"))
+    configs, left_out = {}, []
+    for name in names or every:
+        config = single([*overrides, f"engine={name}"])
+        missing = lack(located(config.engine.python), requires(load(_spec(config))))
+        if missing and name in names:
+            raise ConfigError(f"engines: {name} cannot start: {missing}")
+        if missing:
+            left_out.append(f"{name}: {missing}")
+        else:
+            configs[name] = config
+    if not configs:
+        raise ConfigError("\n".join(["there is no engine to search:", *left_out]))
+    return Entrants(configs, tuple(left_out))
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """What micro-batches and layouts make of the samples of the planned run. An engine without the knob ``layout`` is taken not to pad."""
+
+    workload: Workload
+    tokens: TokenFile
+    known: dict[tuple[int, str], tuple[Facts, tuple[float, ...]]] = field(default_factory=dict)
+
+    def facts(self, knobs: Mapping[str, Any]) -> Facts:
+        """Of these knobs."""
+        if self.workload.data.source == "dense":
+            return dense_facts(self.workload, int(knobs["micro_batch"]))
+        return self._known(int(knobs["micro_batch"]), str(knobs.get("layout", "packed")))[0]
+
+    def positions(self, knobs: Mapping[str, Any]) -> tuple[float, ...]:
+        """Of every planned step; none where all are alike."""
+        if self.workload.data.source == "dense":
+            return ()
+        return self._known(int(knobs["micro_batch"]), str(knobs.get("layout", "packed")))[1]
+
+    def _known(self, micro_batch: int, layout: str) -> tuple[Facts, tuple[float, ...]]:
+        if (micro_batch, layout) not in self.known:
+            self.known[micro_batch, layout] = token_facts(self.workload, self.tokens, micro_batch, layout)
+        return self.known[micro_batch, layout]
+
+
+def candidates(found: Entrants, layouts: Layouts, machine: Machine) -> tuple[Space, tuple[str, ...]]:
+    """Every candidate that can run, and for each engine without one, why."""
+    workload = layouts.workload
+    why: dict[str, str] = {}
+
+    def facts(name: str, values: Mapping[str, Any]) -> Facts | None:
+        config = found.configs[name]
+        engine, knobs = load(_spec(config)), {**config.engine.knobs, **values}
+        if int(knobs["micro_batch"]) > workload.train.samples_per_step:
+            return None  # the same as all samples at once
+        reason = engine.unsupported(workload, parse(engine.Knobs, knobs, at="engine.knobs"), machine)
+        if reason is None:
+            return layouts.facts(knobs)
+        why.setdefault(name, reason)
+        return None
+
+    expected = {name: config.engine.search for name, config in found.configs.items()}
+    space = enumerate_space(expected, facts)
+    present = {one.engine for one in space.candidates}
+    kept = Space(space.candidates, {name: knobs for name, knobs in expected.items() if name in present})
+    return kept, tuple(f"{name}: {reason}" for name, reason in why.items() if name not in present)
+
+
+def config_of_model(workload: Workload, base: Path) -> dict[str, Any]:
+    """The transformers configuration of the base, from the workload or from the prepared weights."""
+    return dict(workload.model.config or json.loads((base / "config.json").read_text(encoding="utf-8")))
+
+
+def _spec(config: Config) -> EngineSpec:
+    return EngineSpec(name=config.engine.name, module=config.engine.module, processes=1, environment={}, knobs={})

@@ -1,0 +1,76 @@
+"""Parameters with Gaussian priors, corrected by observations of a smooth function of them (Gauss-Newton, Laplace's approximation)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating]
+Function = Callable[[Floats], tuple[Floats, Floats]]
+"""From parameters [P] to values [N] and their derivatives [N, P]."""
+
+_ROUNDS = 30
+_CLOSE = 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class Gaussian:
+    """``mean`` [P] and ``covariance`` [P, P]."""
+
+    mean: Floats
+    covariance: Floats
+
+    def of(self, function: Function) -> tuple[Floats, Floats]:
+        """Mean and standard deviation of the values of ``function``, to first order."""
+        values, slopes = function(self.mean)
+        return values, np.sqrt(np.maximum(np.einsum("np,pq,nq->n", slopes, self.covariance, slopes), 0.0))
+
+
+def independent(parameters: Mapping[str, tuple[float, float]]) -> Gaussian:
+    """A prior: the mean and the deviation of each of ``parameters``."""
+    means, deviations = (np.array(column) for column in zip(*parameters.values(), strict=True))
+    return Gaussian(means, np.diag(deviations**2))
+
+
+def corrected(prior: Gaussian, function: Function, observed: Floats, deviation: Floats, at_least: npt.NDArray[np.bool_]) -> Gaussian:
+    """``prior`` after ``observed`` values [N] with their ``deviation`` [N]; where ``at_least``, the value is only known not to be less."""
+    if not len(observed):
+        return prior
+    precision: Floats = np.linalg.inv(prior.covariance)
+    mean: Floats = prior.mean
+    best, information, step = np.inf, precision, np.zeros_like(mean)
+    for _ in range(_ROUNDS):
+        values, slopes = function(mean)
+        off = observed - values
+        weight = np.where(at_least & (off <= 0), 0.0, deviation**-2.0)
+        cost = float(off**2 @ weight + (mean - prior.mean) @ precision @ (mean - prior.mean))
+        if cost > best + _CLOSE:  # too far: half the way back
+            step = step / 2
+            mean = mean - step
+            continue
+        best = cost
+        information = precision + slopes.T @ (weight[:, None] * slopes)
+        step = np.linalg.solve(information, slopes.T @ (weight * off) - precision @ (mean - prior.mean))
+        if np.max(np.abs(step)) < _CLOSE:
+            break
+        mean = mean + step
+    return Gaussian(mean, np.linalg.inv(information))
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A positive quantity: its middle, and the deviation of its logarithm."""
+
+    middle: float
+    deviation: float
+
+    def low(self, deviations: float) -> float:
+        """So many deviations below the middle."""
+        return float(self.middle * np.exp(-deviations * self.deviation))
+
+    def high(self, deviations: float) -> float:
+        """So many deviations above the middle."""
+        return float(self.middle * np.exp(deviations * self.deviation))

@@ -1,0 +1,75 @@
+"""What a workload's memory is made of, from the shape of its model alone: where every search begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.data.tokens import TokenFile, epoch_order
+from harness.engine import Machine
+from harness.errors import ConfigError
+from harness.plan import BYTES, NF4_BYTES, linear_parameters, num_parameters
+from harness.spec import Full, QLora, Workload
+from harness.tune.memory_model import Scale
+from harness.tune.space import Facts
+
+_LOGIT_BYTES = 16.0  # of one logit in a loss that holds all: half precision, float32, its softmax and its gradient (H100, transformers)
+_GUESS = 34 * 2.0  # bytes of a position and a column of the hidden state (Korthikanti et al. 2022), where layers are of another kind
+_CONTEXT_GIB = 1.0  # of a GPU without a cap: what is not the allocator's
+
+
+def scale_of(config: Mapping[str, Any], workload: Workload) -> Scale:
+    """From a transformers ``config``. Raises ConfigError where it lacks the sizes of a decoder."""
+    hidden, layers, vocabulary = (config.get(name) for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    if not (isinstance(hidden, int) and isinstance(layers, int) and isinstance(vocabulary, int)):
+        raise ConfigError("model.config: hidden_size, num_hidden_layers and vocab_size are needed to predict memory")
+    inner = config.get("intermediate_size")
+    width = 2.0 * (10 * hidden + 4 * inner) if isinstance(inner, int) else _GUESS * hidden
+    return Scale(_weights(config, workload), layers * width, vocabulary * _LOGIT_BYTES)
+
+
+def _weights(config: Mapping[str, Any], workload: Workload) -> float:
+    """Bytes that are there all the time: the base, and of full fine-tuning gradients and two moments; 0 where nobody counts them."""
+    count, stored, method = num_parameters(config), BYTES[workload.model.dtype], workload.method
+    if count is None:
+        return 0.0
+    if isinstance(method, Full):
+        return 4.0 * count * BYTES[method.dtype]
+    quantised = int(config["num_hidden_layers"]) * linear_parameters(config) if isinstance(method, QLora) else 0
+    return count * stored - quantised * (stored - NF4_BYTES)
+
+
+def dense_facts(workload: Workload, micro_batch: int) -> Facts:
+    """Where all samples have one length there is nothing to lay out."""
+    samples, length = workload.train.samples_per_step, workload.data.sequence_length
+    return Facts(positions=samples * length, num_passes=-(-samples // micro_batch), largest=min(micro_batch, samples) * length)
+
+
+def token_facts(workload: Workload, tokens: TokenFile, micro_batch: int, layout: str) -> tuple[Facts, tuple[float, ...]]:
+    """From the length of every sample of the whole planned run, and the positions of each of its steps. ``layout`` padded: each micro-batch
+    to its longest sample; packed: without padding.
+    """
+    lengths = _lengths(workload, tokens)
+    passes = [lengths[:, start : start + micro_batch] for start in range(0, lengths.shape[1], micro_batch)]
+    sizes = [group.sum(1) if layout == "packed" else group.shape[1] * group.max(1) for group in passes]
+    steps = np.sum(sizes, axis=0)
+    largest = max(int(size.max()) for size in sizes)
+    return Facts(positions=float(steps.mean()), num_passes=len(passes), largest=largest), tuple(float(size) for size in steps)
+
+
+def _lengths(workload: Workload, tokens: TokenFile) -> npt.NDArray[np.int64]:
+    """Tokens of every sample that the planned run consumes [steps, samples]."""
+    train, size = workload.train, len(tokens.train)
+    sizes, wanted = np.diff(tokens.train.offsets), workload.train.steps * train.samples_per_step
+    epochs = [sizes[epoch_order(train.seed, epoch, size)] for epoch in range(-(-wanted // size))]
+    return np.concatenate(epochs)[:wanted].reshape(train.steps, train.samples_per_step)
+
+
+def capacity_bytes(machine: Machine) -> float | None:
+    """What an allocator may hold on one accelerator; None on a CPU, whose memory is not ours alone."""
+    if machine.device == "cpu":
+        return None
+    return (machine.memory_cap_gib or machine.memory_gib - _CONTEXT_GIB) * 2**30

@@ -1,0 +1,50 @@
+"""What a search says while it runs, and at its end."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+
+from harness.tune.runner import Looked, kind_of
+from harness.tune.search import View
+from harness.tuned import Tuned
+
+_GIB = 2**30
+
+
+def state(view: View, looked: Sequence[Looked], spent: float, budget: float | None, planned_steps: int) -> list[str]:
+    """Where it stands: the incumbent, what is ruled out and why, the bound, and what comes next."""
+    of = f" of {budget / 60:.0f}" if budget is not None else ""
+    lines = [f"[{len(looked)} runs, {spent / 60:.1f}{of} min]"]
+    if view.incumbent is not None:
+        lines[0] += f" best: {view.incumbent.title}, {view.incumbent_seconds:,.0f} s for {planned_steps} steps"
+    bound = "nothing is left" if view.bound is None else f"nothing left can take less than {view.bound:,.0f} s, by its optimistic bound"
+    kinds = Counter(map(kind_of, view.ruled_out.values()))
+    ruled = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
+    lines.append(f"  {bound}; ruled out of {len(view.forecasts)}: {ruled}")
+    if view.next is not None:
+        forecast = view.forecasts[view.next.candidate]
+        lines.append(
+            f"  next: {view.next.candidate.title}, {view.next.steps} steps; predicted {forecast.total_seconds:,.0f} s, at best "
+            f"{forecast.bound_seconds:,.0f} s, {forecast.memory.middle / _GIB:.1f} GiB"
+        )
+    return lines
+
+
+def summary(tuned: Tuned) -> list[str]:
+    """What was found, what was tried, and why it ended."""
+    peak = "" if tuned.peak_bytes is None else f", {tuned.peak_bytes / _GIB:.1f} GiB"
+    knobs = " ".join(f"engine.knobs.{knob}={value if isinstance(value, str) else json.dumps(value)}" for knob, value in tuned.knobs.items())
+    lines = [
+        "",
+        f"best: engine={tuned.engine} {knobs}",
+        f"  {tuned.total_seconds:,.0f} s for {tuned.planned_steps} steps: {tuned.startup_seconds:.1f} s of start-up, "
+        f"{tuned.step_seconds:.4g} s a step{peak}",
+        f"  parity: {tuned.parity}",
+        f"  stopped after {len(tuned.trials)} runs, {tuned.spent_seconds / 60:.1f} min: {tuned.stopped}",
+    ]
+    for trial in tuned.trials:
+        took = f"{trial.total_seconds:,.0f} s" if trial.total_seconds is not None else trial.status
+        lines.append(f"  {took:>12}  (predicted {trial.predicted_seconds:,.0f} s)  {trial.title}, {trial.steps} steps")
+    return [*lines, *(f"  left out: {reason}" for reason in tuned.left_out)]
