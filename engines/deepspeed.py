@@ -11,9 +11,12 @@ from harness.errors import UnsupportedError
 from harness.spec import Lora, Positive, Spec, Workload
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
 loss_norm = "token_global"
+resumes = True
 requires = ("deepspeed",)
 
 
@@ -145,6 +148,12 @@ class _Trained:
         self._engine.step()
         norm: Tensor | float = self._engine.get_global_grad_norm()
         return norm
+
+    def save_state(self, folder: Path) -> None:
+        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True)
+
+    def load_state(self, folder: Path) -> None:
+        self._engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
 
     def gathered(self) -> dict[str, Tensor]:
         """What was trained, whole, on the host of rank 0, from its float32 masters. All ranks must call this."""

@@ -12,9 +12,14 @@ from harness.errors import UnsupportedError
 from harness.spec import Lora, Positive, Spec, Workload
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
+    from engines.native.states import Shards
+
 loss_norm = "token_global"
+resumes = True
 
 
 class Knobs(Spec):
@@ -138,6 +143,17 @@ class _Trained:
             loss: Tensor = self._model(**given).loss
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def save_state(self, folder: Path) -> None:
+        self._state().save_state(folder)
+
+    def load_state(self, folder: Path) -> None:
+        self._state().load_state(folder)
+
+    def _state(self) -> Shards:
+        from engines.native.states import Shards
+
+        return Shards(self._model, self._optimizer)
 
     def update(self, index: int) -> Tensor:
         from engines.native.sharding import update

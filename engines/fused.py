@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from engines.native.fp8_reasons import check_device, size_reasons
-from harness.data.tokens import Sample, StepTokens, chunks, pack
+from engines.native.hf_reasons import share_reasons
+from harness.data.tokens import StepTokens
 from harness.engine import Chosen, Job, Machine, Probe
 from harness.errors import UnsupportedError
 from harness.spec import Lora, LoraFp8, Positive, Spec, Train, Workload
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from engines.native.optimizer import Optimizer
     from engines.native.plan import Plan
     from engines.native.planner import Choice
+    from engines.native.replicas import Shares
     from engines.native.shape import LlamaShape
     from engines.native.steps import ReplayedSteps, Steps
     from engines.native.weights import DecoderWeights
@@ -57,6 +57,7 @@ class Knobs(Spec):
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
     """Every reason that can be told before the weights are open, or None."""
     reasons = [*_method_reasons(workload, knobs), *_model_reasons(workload), *_fused_reasons(workload, knobs, machine)]
+    reasons += share_reasons(workload, machine.count) if machine.device == "cuda" else []
     return "; ".join(reasons) or None
 
 
@@ -67,50 +68,64 @@ def recomputed_fraction(workload: Workload, knobs: Knobs) -> float | None:
 
 def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     """Train with AdamW on every trained tensor (norms and biases decay too), and save into ``job.out``."""
+    from engines.native import replicas
+
+    if reasons := share_reasons(job.workload, job.processes):
+        raise UnsupportedError("; ".join(reasons))
+    with replicas.ranks(job) as rank:
+        _train(job, knobs, probe, rank)
+
+
+def _train(job: Job, knobs: Knobs, probe: Probe, rank: int) -> None:
     import torch
 
-    if job.processes != 1:
-        raise UnsupportedError(f"engine.processes is {job.processes}; fused trains in one process, use engine.processes=1")
     schedule = job.workload.train
     torch.manual_seed(schedule.seed)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
-    session = _Session(job, knobs)
+    session = _Session(job, knobs, probe, rank)
     probe.ready(session.chosen)
     for index in range(schedule.num_steps):
-        loss, grad_norm, tokens = session.step(job.tokens.step(schedule, index), index)
+        loss, grad_norm, tokens = session.step(index)
         probe.step(loss=loss, grad_norm=grad_norm, tokens=tokens)
-    session.save()
+    session.end()
 
 
 class _Session:
     """The decoder and its steps while a job is trained."""
 
-    def __init__(self, job: Job, knobs: Knobs) -> None:
+    def __init__(self, job: Job, knobs: Knobs, probe: Probe, rank: int) -> None:
         import torch
 
+        from engines.native import replicas
         from engines.native.buckets import FILLER
         from engines.native.packed import Angles
         from engines.native.steps import ReplayedSteps, Steps
 
-        self._job, self._knobs = job, knobs
-        self._config, self._adapter, self._decoder, self.chosen = _load(job, knobs)
+        self._job, self._knobs, self._rank = job, knobs, rank
+        self._config, self._adapter, self._decoder, self._shares, self.chosen = _load(job, knobs, rank)
         num_positions = max(job.workload.data.sequence_length, FILLER)
         angles = Angles.of(self._decoder.shape, num_positions, torch.device(job.device))
-        steps = Steps(self._decoder, angles, _optimizer(self._decoder, job.workload.train, knobs), job.workload.train.max_grad_norm)
+        optimizer = _optimizer(self._decoder, job.workload.train, knobs)
+        exchange = replicas.exchange(probe) if job.processes > 1 else None
+        steps = Steps(self._decoder, angles, optimizer, job.workload.train.max_grad_norm, exchange)
         self._steps: Steps | ReplayedSteps = ReplayedSteps(steps) if knobs.replay else steps
 
-    def step(self, samples: Sequence[Sample], index: int) -> tuple[Tensor, Tensor, StepTokens]:
+    def step(self, index: int) -> tuple[Tensor, Tensor, StepTokens]:
         """Optimizer step ``index``: the loss (a mean over its supervised tokens), the gradient norm before clipping, the tokens."""
         from engines.native.optimizer import step_scalars
 
-        batches = [pack(group) for group in chunks(samples, self._knobs.micro_batch)]
-        tokens = StepTokens.of(batches)
-        ran = self._steps.run(batches, step_scalars(self._job.workload.train, index, tokens.loss))
-        return ran.outcome.loss, ran.outcome.grad_norm, replace(tokens, processed=ran.processed)
+        batches, tokens = self._shares.of(index)
+        outcome = self._steps.run(batches, step_scalars(self._job.workload.train, index, tokens.loss)).outcome
+        return outcome.loss, outcome.grad_norm, tokens
 
-    def save(self) -> None:
-        """Leave the adapter, or the full weights, in the job's folder."""
+    def end(self) -> None:
+        """Rank 0 leaves the adapter, or the full weights, in the job's folder."""
+        self._shares.expect_agreement()
+        if self._rank == 0:
+            self._save()
+
+    def _save(self) -> None:
         from engines.native.checkpoint import save_weights
         from engines.native.fp8 import check_not_outgrown
         from engines.native.lora import save_adapter
@@ -165,13 +180,14 @@ def _model_reasons(workload: Workload) -> list[str]:
     return []
 
 
-def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decoder, dict[str, Chosen]]:
-    """The model's config, its adapter, the decoder, and what was decided of its plans."""
+def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | None, Decoder, Shares, dict[str, Chosen]]:
+    """The model's config, its adapter, the decoder, the batches of this rank, and what was decided of its plans."""
     import torch
 
     from engines.native.checkpoint import Placement, load_weights, read_config
     from engines.native.decoder import Decoder
     from engines.native.lora import read_adapter
+    from engines.native.replicas import Shares
     from engines.native.shape import read_shape
 
     method, device = job.workload.method, torch.device(job.device)
@@ -186,12 +202,15 @@ def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decod
     weights = load_weights(job.base, shape, placement, adapter)
     if adapter is not None:
         adapter.check_nothing_is_left(weights)
-    plans, loss_chunk, chosen = _plans(job, knobs, shape, weights)
+    shares = Shares(job, shape, rank, micro_batch=knobs.micro_batch, shared=knobs.replay)
+    plans, loss_chunk, chosen = _plans(job, knobs, shape, weights, shares)
     decoder = Decoder(shape=shape, weights=weights, ops=_operations(knobs, fp8), plans=plans, loss_chunk=loss_chunk)
-    return config, adapter, decoder, chosen
+    return config, adapter, decoder, shares, chosen
 
 
-def _plans(job: Job, knobs: Knobs, shape: LlamaShape, weights: DecoderWeights) -> tuple[tuple[Plan, ...], int, dict[str, Chosen]]:
+def _plans(
+    job: Job, knobs: Knobs, shape: LlamaShape, weights: DecoderWeights, shares: Shares
+) -> tuple[tuple[Plan, ...], int, dict[str, Chosen]]:
     """What each layer keeps, rows of logits, and both in words with what is predicted.
 
     On a CPU without ``memory_gib`` all is kept: the host's memory is not ours alone.
@@ -202,12 +221,9 @@ def _plans(job: Job, knobs: Knobs, shape: LlamaShape, weights: DecoderWeights) -
     if knobs.recompute != "fit" or (job.device == "cpu" and knobs.memory_gib is None):
         plans = (KEEP_INPUT if knobs.recompute == "full" else KEEP_ALL,) * shape.num_layers
         return plans, knobs.loss_chunk, {"plan": described(plans)}
-    train = job.workload.train
-    steps = (job.tokens.step(train, index) for index in range(train.steps))
-    batches = (pack(group) for samples in steps for group in chunks(samples, knobs.micro_batch))
-    load = largest_load(batches, knobs.loss_chunk, shared=knobs.replay)
+    load = largest_load(shares.every(), knobs.loss_chunk, shared=knobs.replay)
     budget = knobs.memory_gib * 2**30 if knobs.memory_gib is not None else _free_bytes()
-    choice = _choice(MemoryModel.of(shape, weights, load), budget, offload=knobs.offload and job.device == "cuda")
+    choice = _choice(MemoryModel.of(shape, weights, load), budget, offload=knobs.offload and job.device == "cuda", processes=job.processes)
     return (
         choice.plans,
         choice.loss_chunk,
@@ -220,12 +236,12 @@ def _plans(job: Job, knobs: Knobs, shape: LlamaShape, weights: DecoderWeights) -
     )
 
 
-def _choice(memory: MemoryModel, budget: float, *, offload: bool) -> Choice:
+def _choice(memory: MemoryModel, budget: float, *, offload: bool, processes: int) -> Choice:
     """The planner's choice; says so where the host has too little memory for it."""
     from engines.native.host import usable_bytes
     from engines.native.planner import choose
 
-    host = usable_bytes() if offload else 0.0
+    host = usable_bytes() / processes if offload else 0.0
     choice = choose(memory, budget, math.inf if offload else 0.0)
     if choice.host_bytes <= host:
         return choice

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast, get_args
@@ -51,11 +52,26 @@ class Machine(Spec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoints:
+    """Where an engine that ``resumes`` leaves its state, after every ``every`` steps; ``made``: steps whose state is there to go on from, 0
+    when the run starts. A state that is there is whole: write it beside its place, then rename it.
+    """
+
+    folder: Path
+    every: int
+    made: int = 0
+
+    def at(self, steps: int) -> Path:
+        """The place of the state after so many steps."""
+        return self.folder / f"step-{steps:08d}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What an engine is given. All paths exist; ``out`` is an empty folder for the adapter (or the full weights).
 
     ``base``: folder with config.json, *.safetensors and, where there is one, the tokenizer. ``adapter_init``: folder with the
-    shared initial adapter in PEFT format, None for ``method=full``. ``device``: where to train.
+    shared initial adapter in PEFT format, None for ``method=full``. ``device``: where to train. ``checkpoints``: None when none are wanted.
     """
 
     workload: Workload
@@ -65,6 +81,7 @@ class Job:
     out: Path
     device: Literal["cpu", "cuda"]
     processes: int = 1
+    checkpoints: Checkpoints | None = None
 
 
 Chosen = str | int | float
@@ -82,6 +99,9 @@ class Probe(Protocol):
         ``loss``: token-weighted mean over the step. ``grad_norm``: global norm before clipping.
         """
 
+    def waits(self) -> AbstractContextManager[None]:
+        """Around what one of several ranks does where it waits for the slowest, once a step. It never synchronises either."""
+
 
 K = TypeVar("K")
 
@@ -90,6 +110,7 @@ class Engine(Protocol[K]):
     """What a module must have to be an engine. It may also say ``loss_norm``, a :data:`LossNorm` or a function of the number of
     processes that gives one, which is recorded and shown;
     ``recomputed_fraction(workload, knobs)``: of the layers' forward pass, what backward does again; None when it cannot tell beforehand;
+    ``resumes``: True when it heeds ``Job.checkpoints``;
     ``requires``: packages without which it cannot start; ``variant(knobs)``: the name that its users have for these knobs.
     """
 
@@ -124,6 +145,11 @@ def loss_norm(engine: object, processes: int = 1) -> LossNorm | None:
     """What ``engine`` says its loss is a mean of on ``processes``; None when it does not say."""
     said = getattr(engine, "loss_norm", None)
     return cast("LossNorm | None", said(processes) if callable(said) else said)
+
+
+def resumes(engine: object) -> bool:
+    """Whether ``engine`` saves its state and goes on from it."""
+    return bool(getattr(engine, "resumes", False))
 
 
 def requires(engine: object) -> tuple[str, ...]:

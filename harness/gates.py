@@ -7,6 +7,7 @@ import gc
 import json
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -126,6 +127,10 @@ class _CountedProbe:
         gc.collect()
         self._steps.append(self._meter.close())
         self._probe.step(loss=loss, grad_norm=grad_norm, tokens=tokens)
+
+    def waits(self) -> AbstractContextManager[None]:
+        """Nothing to count."""
+        return self._probe.waits()
 
     def counts(self, device: Literal["cpu", "cuda"]) -> Counts:
         """All steps so far."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.config import Request
-from harness.engine import Machine, load, requires
+from harness.engine import Machine, load, requires, resumes
 from harness.fingerprint import engine_fingerprint
 from harness.interpreter import lack
 from harness.machine import detect
@@ -53,11 +53,16 @@ def plan(requests: Sequence[Request], records: Sequence[Record], rerun: Rerun) -
     """Decide on every request, in the order they are to be run: blocks of one repeat, their order reversed in the next."""
     known = _Known(
         latest={(record.machine.key, record.cell.key): record for record in records},
-        timed={_kind(record.machine, record.cell): record for record in records if record.status == "ok" and record.measurement},
+        timed={_kind(record.machine, record.cell): record for record in records if _is_whole(record)},
         machine=functools.cache(_machine),
         fingerprint=functools.cache(engine_fingerprint),
     )
     return [_decide(request, known, rerun) for request in _interleaved(_distinct(requests))]
+
+
+def _is_whole(record: Record) -> bool:
+    """Whether its times are those of one run from start to end."""
+    return record.status == "ok" and record.measurement is not None and not record.measurement.resumed_at
 
 
 def _distinct(requests: Sequence[Request]) -> list[Request]:
@@ -94,6 +99,8 @@ def _decide(request: Request, known: _Known, rerun: Rerun) -> Planned:
     knobs = parse(engine.Knobs, cell.engine.knobs, at="engine.knobs")
     if reason := engine.unsupported(cell.workload, knobs, machine):
         return Planned(request, machine, "unsupported", reason, None)
+    if request.save_every is not None and not resumes(engine):
+        return Planned(request, machine, "unsupported", f"{cell.engine.name} writes no checkpoints; set save_every=null", None)
     if missing := lack(request.python, requires(engine)):
         return Planned(request, machine, "unsupported", str(missing), None)
     record = known.latest.get((machine.key, cell.key))

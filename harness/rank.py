@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from harness.engine import Machine
-from harness.record import Record, Score
+from harness.record import Record, Score, untimed
 from harness.spec import EngineSpec, Workload
 from harness.stats import Comparison, compare, median, tokens_per_second
 
@@ -61,9 +61,9 @@ class Entry:
 
     @functools.cached_property
     def tokens_per_second(self) -> float | None:
-        """The rate of a run with status ok; None when it failed or nothing was timed."""
+        """The rate of a run with status ok; None when it failed, went on from a checkpoint, or nothing was timed."""
         measurement = self.record.measurement
-        return tokens_per_second(measurement.steps) if self.record.status == "ok" and measurement else None
+        return tokens_per_second(measurement.steps) if self.record.status == "ok" and measurement and not measurement.resumed_at else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ def rank(entries: Iterable[Entry]) -> tuple[Group, ...]:
 
 def failure_text(record: Record) -> str:
     """``repeat 2: oom: CUDA out of memory``."""
-    why = record.reason or ("nothing was timed" if record.status == "ok" else "no reason was recorded")
+    why = record.reason or (untimed(record) if record.status == "ok" else "no reason was recorded")
     return f"repeat {record.cell.repeat}: {record.status}: {why}"
 
 

@@ -46,6 +46,22 @@ def test_a_cpu_step_lasts_from_the_end_of_the_one_before(tmp_path: Path) -> None
     assert [event["memory"]["phase"] for event in events(log, "memory")] == ["setup", "first_step", "steady"]
 
 
+def test_what_a_rank_waits_is_part_of_its_step(tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    with EventLog(log) as sink:
+        probe = StepProbe(sink, ImportClock(), device="cpu", num_steps=2, began=time.monotonic(), data_seconds=0.01)
+        probe.ready()
+        for _ in range(2):
+            with probe.waits():
+                time.sleep(0.03)
+        probe.step(loss=1.0, grad_norm=None, tokens=TOKENS)
+        probe.step(loss=1.0, grad_norm=None, tokens=TOKENS)
+        probe.finish()
+    first, second = events(log, "step")
+    assert 0.06 <= first["waiting_seconds"] <= first["seconds"]
+    assert second["waiting_seconds"] is None
+
+
 class FakeEvent:
     """A CUDA event of a device whose work we let pass by hand."""
 

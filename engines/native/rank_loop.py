@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
+from engines.native import states
 from engines.native.hf_attention import VARLEN, register
 from engines.native.hf_batches import inputs, leak
 from engines.native.hf_model import with_adapter
@@ -52,7 +53,7 @@ class Shared(Protocol):
         """``full``: layers are computed again for backward."""
 
 
-class Trained(Protocol):
+class Trained(states.State, Protocol):
     """A model spread over all ranks, with its optimizer. All ranks call the same methods in the same order."""
 
     def accumulate(self, given: dict[str, Any], *, last: bool) -> Tensor:
@@ -110,14 +111,17 @@ def expect_documents_apart(model: Any, knobs: Shared, device: str) -> None:
 
 
 def train_steps(trained: Trained, cost: Cost, job: Job, knobs: Shared, probe: Probe) -> None:
-    """Train on this rank's share of every step, and report the whole step. Raises RuntimeError when ranks trained on other samples than
-    the others thought.
+    """Train on this rank's share of every step, and report the whole step; go on from a checkpoint, and save more, where the job says so.
+    Raises RuntimeError when ranks trained on other samples than the others thought.
     """
-    schedule, rank = job.workload.train, distributed.get_rank()
+    schedule, rank, checkpoints = job.workload.train, distributed.get_rank(), job.checkpoints
+    begin = checkpoints.made if checkpoints else 0
+    if checkpoints and begin:
+        trained.load_state(checkpoints.at(begin))
     make_batch = pack if knobs.layout == "packed" else pad
     seen = hashlib.sha256()
     probe.ready()
-    for index in range(schedule.num_steps):
+    for index in range(begin, schedule.num_steps):
         step = split(job.tokens.step(schedule, index), job.processes, cost, micro_batch=knobs.micro_batch, make_batch=make_batch)
         seen.update(fingerprint(step))
         loss = torch.zeros((), device=job.device)
@@ -125,8 +129,11 @@ def train_steps(trained: Trained, cost: Cost, job: Job, knobs: Shared, probe: Pr
         for number, batch in enumerate(step.batches[rank], start=1):
             given = _given(batch, divisor, knobs, job.device)
             loss += trained.accumulate(given, last=number == len(step.batches[rank]))
-        distributed.all_reduce(loss)
+        with probe.waits():
+            distributed.all_reduce(loss)
         probe.step(loss=loss, grad_norm=trained.update(index), tokens=step.tokens)
+        if checkpoints and (index + 1) % checkpoints.every == 0 and index + 1 < schedule.num_steps:
+            states.save(trained, checkpoints, index + 1)
     expect_agreement(seen.digest(), "the samples of every step and who trains on them")
 
 

@@ -81,7 +81,12 @@ def _series(results: Results) -> list[list[Record]]:
     """The records of each machine, work, engine and knobs, oldest first."""
     found: dict[tuple[str, str, str], dict[str, Record]] = {}
     for record in sorted((stored.record for stored in results.stored), key=lambda record: record.provenance.started_utc):
-        if record.status == "ok" and record.measurement and tokens_per_second(record.measurement.steps) is not None:
+        if (
+            record.status == "ok"
+            and record.measurement
+            and not record.measurement.resumed_at
+            and tokens_per_second(record.measurement.steps) is not None
+        ):
             key = (record.machine.key, record.cell.workload.key, record.cell.engine.key)
             found.setdefault(key, {}).setdefault(record.provenance.started_utc, record)  # a promoted record lies in two folders
     return [list(each.values()) for each in found.values()]

@@ -52,7 +52,7 @@ def _content(results: Results, groups: tuple[Group, ...] | None = None) -> dict[
     look = looks(groups)
     records = [stored.record for stored in results.stored]
     return {
-        "sections": [section(group, known, results.floors, plots(group, look), look) for group in groups],
+        "sections": [section(group, groups, known, results.floors, plots(group, look), look) for group in groups],
         "problems": results.problems,
         "history": history(results).lines,
         "num_records": len(records),

@@ -181,9 +181,9 @@ def test_a_host_with_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) 
     model = model_of("llama3_8b", 4, 2048)
     monkeypatch.setattr("engines.native.host.usable_bytes", lambda: 3.0 * GIB)
     with pytest.warns(RuntimeWarning, match=r"\d\.\d GiB would be offloaded, but only 3\.0 GiB"):
-        choice = engines.fused._choice(model, 24 * GIB, offload=True)
+        choice = engines.fused._choice(model, 24 * GIB, offload=True, processes=1)
     assert 0 < choice.host_bytes <= 3 * GIB
-    assert engines.fused._choice(model, 24 * GIB, offload=False).host_bytes == 0
+    assert engines.fused._choice(model, 24 * GIB, offload=False, processes=1).host_bytes == 0
 
 
 def test_the_host_has_memory() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,9 @@ class RecordingProbe:
         self.chosen = dict(chosen or {})
         assert not self.is_ready, "ready() came twice"
         self.is_ready = True
+
+    def waits(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def step(self, *, loss: torch.Tensor | float, grad_norm: torch.Tensor | float | None, tokens: StepTokens) -> None:
         assert self.is_ready, "step() came before ready()"
