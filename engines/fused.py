@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from engines.native.planner import Choice
     from engines.native.shape import LlamaShape
     from engines.native.steps import ReplayedSteps, Steps
+    from engines.native.store import Training
     from engines.native.weights import DecoderWeights
 
 _RANK_MULTIPLE = 64  # see Placement
@@ -49,11 +50,13 @@ class Knobs(Spec):
     operations: Literal["reference", "fused"]
     replay: bool
     loss_chunk: Positive
+    optimizer_state: Literal["fp32", "int8"]
 
 
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
     """Every reason that can be told before the weights are open, or None."""
     reasons = [*_method_reasons(workload, knobs), *_model_reasons(workload), *_fused_reasons(workload, knobs, machine)]
+    reasons += _state_reasons(workload, knobs)
     return "; ".join(reasons) or None
 
 
@@ -140,9 +143,22 @@ def _fused_reasons(workload: Workload, knobs: Knobs, machine: Machine) -> list[s
     if knobs.operations == "fused":
         if machine.device != "cuda" or knobs.compute_dtype != "bfloat16":
             reasons.append("operations=fused needs an NVIDIA GPU and compute_dtype=bfloat16; use operations=reference")
-        if not isinstance(workload.method, Lora) or workload.method.dtype != "float32":
-            reasons.append("operations=fused trains float32 adapters (method=lora or qlora); use operations=reference")
+        if workload.method.dtype != "float32":
+            reasons.append(f"operations=fused trains float32 masters, method.dtype is {workload.method.dtype}; use operations=reference")
     return reasons
+
+
+def _state_reasons(workload: Workload, knobs: Knobs) -> list[str]:
+    """Where 8-bit moments, and weights without masters, have no place."""
+    if knobs.optimizer_state == "fp32":
+        return []
+    if isinstance(workload.method, Lora):
+        return ["optimizer_state=int8 is for method=full: an adapter's moments are small beside the base; use optimizer_state=fp32"]
+    if knobs.compute_dtype != "bfloat16" or workload.method.dtype != "float32":
+        return [
+            "optimizer_state=int8 keeps the weights in bfloat16, rounded at random; it needs compute_dtype=bfloat16, method.dtype=float32"
+        ]
+    return []
 
 
 def _model_reasons(workload: Workload) -> list[str]:
@@ -170,12 +186,13 @@ def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decod
     shape = read_shape(config, job.workload.data.sequence_length)
     adapter = None if job.adapter_init is None else read_adapter(job.adapter_init)
     rank_multiple = _RANK_MULTIPLE if job.device == "cuda" else 1
-    placement = Placement(device, getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype), rank_multiple, _decode(knobs))
+    types = getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype)
+    placement = Placement(device, *types, rank_multiple, _decode(knobs), _training(job.workload.train, knobs))
     weights = load_weights(job.base, shape, placement, adapter)
     if adapter is not None:
         adapter.check_nothing_is_left(weights)
     plans, loss_chunk = _plans(job, knobs, shape, weights)
-    return config, adapter, Decoder(shape=shape, weights=weights, ops=_operations(knobs), plans=plans, loss_chunk=loss_chunk)
+    return config, adapter, Decoder(shape=shape, weights=weights, ops=_operations(knobs, adapter), plans=plans, loss_chunk=loss_chunk)
 
 
 def _plans(job: Job, knobs: Knobs, shape: LlamaShape, weights: DecoderWeights) -> tuple[tuple[Plan, ...], int]:
@@ -221,11 +238,22 @@ def _free_bytes() -> float:
     return min(_USABLE * free + torch.cuda.memory_allocated(), _USABLE * allowed)
 
 
-def _operations(knobs: Knobs) -> Ops:
+def _training(schedule: Train, knobs: Knobs) -> Training:
+    """How everything is trained: updated inside backward, unless gradients are clipped or a step has several micro-batches."""
+    from engines.native.store import Training
+
+    return Training(knobs.optimizer_state, schedule.max_grad_norm is None and schedule.samples_per_step <= knobs.micro_batch)
+
+
+def _operations(knobs: Knobs, adapter: Adapter | None) -> Ops:
     if knobs.operations == "reference":
         from engines.native.reference import REFERENCE
 
         return REFERENCE
+    if adapter is None:
+        from engines.native.full_ops import FUSED_FULL
+
+        return FUSED_FULL
     from engines.native.fused_ops import FUSED
 
     return FUSED
@@ -242,14 +270,17 @@ def _decode(knobs: Knobs) -> Decode:
 
 
 def _optimizer(decoder: Decoder, schedule: Train, knobs: Knobs) -> Optimizer:
+    from engines.native.full import full_optimizer
     from engines.native.optimizer import AdamW
-    from engines.native.weights import trained_weights
+    from engines.native.weights import Arena, trained_weights
 
-    trained = trained_weights(decoder.weights)
+    arena, trained = decoder.weights.arena, trained_weights(decoder.weights)
+    if not isinstance(arena, Arena):
+        return full_optimizer(arena, schedule, kernels=knobs.operations == "fused")
     if knobs.operations == "reference":
-        return AdamW(decoder.weights.arena, trained, schedule)
+        return AdamW(arena, trained, schedule)
     from engines.native.kernels.adamw import FlatAdamW
 
     values = [weight.value for weight in trained]
     betas = schedule.beta1, schedule.beta2
-    return FlatAdamW(decoder.weights.arena.masters, values, betas, schedule.epsilon, schedule.weight_decay)
+    return FlatAdamW(arena.masters, values, betas, schedule.epsilon, schedule.weight_decay)

@@ -12,7 +12,7 @@ from engines.native.weights import Arena, Weight
 from harness.spec import Train
 
 # Places in the tensor of a step's values; it lies on the device, so that a captured step can be replayed with others.
-LEARNING_RATE, FIRST_CORRECTION, SECOND_CORRECTION, CLIP, LOSS_SCALE, NUM_SCALARS = range(6)
+LEARNING_RATE, FIRST_CORRECTION, SECOND_CORRECTION, CLIP, LOSS_SCALE, STEP, NUM_SCALARS = range(7)
 
 
 class Optimizer(Protocol):
@@ -47,7 +47,7 @@ class AdamW:
 def step_scalars(schedule: Train, index: int, num_labels: int) -> list[float]:
     """The values of optimizer step ``index`` (0-based) whose loss is a mean over ``num_labels``; the clip factor is set on the device."""
     corrections = 1 - schedule.beta1 ** (index + 1), 1 - schedule.beta2 ** (index + 1)
-    return [schedule.learning_rate_at(index), *corrections, 1.0, 1.0 / num_labels]
+    return [schedule.learning_rate_at(index), *corrections, 1.0, 1.0 / num_labels, float(index)]
 
 
 def clip_(gradients: Tensor, max_norm: float | None, scalars: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from engines.native.buckets import shared_sizes
 from engines.native.decoder import Decoder
+from engines.native.full import InBackward
 from engines.native.optimizer import LOSS_SCALE, Optimizer, clip_
 from engines.native.packed import Angles, Key, Packed, to_device
-from engines.native.weights import Arena
 from harness.data.tokens import Batch
 
 
@@ -42,7 +43,7 @@ class Steps:
     def __init__(self, decoder: Decoder, angles: Angles, optimizer: Optimizer, max_grad_norm: float | None) -> None:
         """Nothing runs yet."""
         self._decoder, self._angles, self._optimizer, self._max_grad_norm = decoder, angles, optimizer, max_grad_norm
-        self._arena: Arena = decoder.weights.arena
+        self._arena = decoder.weights.arena
 
     def run(self, batches: Sequence[Batch], scalars: Sequence[float]) -> Ran:
         """One optimizer step over ``batches``, their losses weighted by tokens."""
@@ -59,6 +60,11 @@ class Steps:
     def compute(self, micro_batches: Sequence[Packed], scalars: Tensor) -> Outcome:
         """Forward, backward and update; nothing in it waits for the device."""
         total = torch.zeros((), dtype=torch.float32, device=scalars.device)
+        if isinstance(self._optimizer, InBackward):
+            (packed,) = micro_batches
+            ready = partial(self._optimizer.ready, scalars=scalars)
+            total += self._decoder.accumulate(packed, scalars[LOSS_SCALE], ready).sum()
+            return Outcome(total * scalars[LOSS_SCALE], self._optimizer.norm())
         for packed in micro_batches:
             total += self._decoder.accumulate(packed, scalars[LOSS_SCALE]).sum()
         grad_norm = clip_(self._arena.gradients, self._max_grad_norm, scalars)
