@@ -17,6 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from engines.native import eight_bit
 from engines.native.kernels import adamw, adamw_full, cross_entropy, nf4, norm_weight, outer, rms_norm, rotary, swiglu, swiglu_gradients
 
 # Shared memory that one block may use, bytes (CUDA C++ Programming Guide, compute capabilities; CDNA 3 whitepaper).
@@ -115,8 +116,8 @@ def specimens() -> tuple[Specimen, ...]:
             dict.fromkeys(("gradients", "first_scale", "second_scale", "scalars", "squares"), "f")
             | {"weights": "s", "first": "c", "second": "b"},
             {
-                "BLOCKS": adamw_full._BLOCKS, "BLOCK": 256, "ROUNDS": adamw_full.ROUNDS, "SIGNED": adamw_full.SIGNED,
-                "UNSIGNED": adamw_full.UNSIGNED, "LOWEST": adamw_full.LEAST,
+                "BLOCKS": adamw_full._BLOCKS, "BLOCK": 256, "ROUNDS": eight_bit.ROUNDS, "SIGNED": eight_bit.SIGNED,
+                "UNSIGNED": eight_bit.UNSIGNED, "LOWEST": eight_bit.LEAST,
             },
             4, ("beta1", "beta2", "epsilon", "weight_decay"), odd=("seed", "first_block", "num_blocks"),
         ),

@@ -48,7 +48,7 @@ def stored_bytes(weights: DecoderWeights) -> int:
         tensors += [norm.value for _, norm in layer.norms]
         for group in layer.groups:
             tensors += group.stored
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 @dataclass(frozen=True, slots=True)

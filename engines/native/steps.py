@@ -41,7 +41,9 @@ class Steps:
     """Runs optimizer steps one after the other, each from its batches and its scalars."""
 
     def __init__(self, decoder: Decoder, angles: Angles, optimizer: Optimizer, max_grad_norm: float | None) -> None:
-        """Nothing runs yet."""
+        """Nothing runs yet. Raises ValueError where an optimizer inside backward is asked to clip."""
+        if isinstance(optimizer, InBackward) and max_grad_norm is not None:
+            raise ValueError(f"the norm is known when all has been updated; expected no max_grad_norm, got {max_grad_norm}")
         self._decoder, self._angles, self._optimizer, self._max_grad_norm = decoder, angles, optimizer, max_grad_norm
         self._arena = decoder.weights.arena
 

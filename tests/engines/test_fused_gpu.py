@@ -15,7 +15,7 @@ from harness.data.tokens import IGNORE, Sample, TokenFile
 from harness.data.write import write_token_file
 from harness.engine import Job
 from harness.spec import parse
-from tests.engines.tiny import FAMILIES, LORA, QLORA, VOCABULARY, RecordingProbe, decoded, make_job, with_train
+from tests.engines.tiny import FAMILIES, FULL, LORA, QLORA, VOCABULARY, RecordingProbe, decoded, make_job, with_train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
 KNOBS: dict[str, Any] = {
@@ -38,7 +38,7 @@ def distance(found: RecordingProbe, truth: RecordingProbe) -> float:
     return float(np.sqrt(np.mean((np.array(found.losses) - np.array(truth.losses)) ** 2)))
 
 
-@pytest.mark.parametrize("method", [LORA, SUBSET, QLORA], ids=["lora", "lora_subset", "qlora"])
+@pytest.mark.parametrize("method", [LORA, SUBSET, QLORA, FULL], ids=["lora", "lora_subset", "qlora", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_uneven_documents_of_every_family(tmp_path: Path, family: str, method: dict[str, Any]) -> None:
     """No further from float32 than twice the reference operations in bfloat16 are."""
