@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from engines.native.hf_reasons import class_reasons, dropout_reasons
+from engines.native.lora_variants import variant_reasons
 from harness.data.tokens import Batch, pack, pad
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
@@ -53,6 +54,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     """Every reason why this cannot run here, or None."""
     config = workload.model.config or {}
     reasons = [*_dtype_reasons(workload, knobs), *dropout_reasons(config), *_attention_reasons(knobs, machine, config)]
+    reasons += variant_reasons(workload, rank_stabilised=True, ratio=False)
     if knobs.offload == "cpu" and knobs.strategy == "replicate":
         reasons.append("offload=cpu moves shards, strategy=replicate has none; set strategy=full_shard or offload=none")
     if knobs.compile and knobs.strategy != "replicate":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from engines.native.lora_variants import variant_reasons
 from harness.data.tokens import Sample, StepTokens, chunks, pack
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from engines.native.lora import Adapter
     from engines.native.nf4 import Decode
     from engines.native.ops import Ops
-    from engines.native.optimizer import Optimizer
     from engines.native.plan import Plan
     from engines.native.planner import Choice
     from engines.native.shape import LlamaShape
@@ -56,7 +56,7 @@ class Knobs(Spec):
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
     """Every reason that can be told before the weights are open, or None."""
     reasons = [*_method_reasons(workload, knobs), *_model_reasons(workload), *_fused_reasons(workload, knobs, machine)]
-    reasons += _state_reasons(workload, knobs)
+    reasons += [*_state_reasons(workload, knobs), *variant_reasons(workload, rank_stabilised=True, ratio=True)]
     return "; ".join(reasons) or None
 
 
@@ -90,6 +90,7 @@ class _Session:
         import torch
 
         from engines.native.buckets import FILLER
+        from engines.native.optimizers import optimizer_for
         from engines.native.packed import Angles
         from engines.native.steps import ReplayedSteps, Steps
 
@@ -97,7 +98,8 @@ class _Session:
         self._config, self._adapter, self._decoder = _load(job, knobs)
         num_positions = max(job.workload.data.sequence_length, FILLER)
         angles = Angles.of(self._decoder.shape, num_positions, torch.device(job.device))
-        steps = Steps(self._decoder, angles, _optimizer(self._decoder, job.workload.train, knobs), job.workload.train.max_grad_norm)
+        optimizer = optimizer_for(self._decoder.weights, job.workload, kernels=knobs.operations == "fused")
+        steps = Steps(self._decoder, angles, optimizer, job.workload.train.max_grad_norm)
         self._steps: Steps | ReplayedSteps = ReplayedSteps(steps) if knobs.replay else steps
 
     def step(self, samples: Sequence[Sample], index: int) -> tuple[Tensor, Tensor, StepTokens]:
@@ -267,20 +269,3 @@ def _decode(knobs: Knobs) -> Decode:
     from engines.native.kernels.nf4 import decode_nf4
 
     return decode_nf4
-
-
-def _optimizer(decoder: Decoder, schedule: Train, knobs: Knobs) -> Optimizer:
-    from engines.native.full import full_optimizer
-    from engines.native.optimizer import AdamW
-    from engines.native.weights import Arena, trained_weights
-
-    arena, trained = decoder.weights.arena, trained_weights(decoder.weights)
-    if not isinstance(arena, Arena):
-        return full_optimizer(arena, schedule, kernels=knobs.operations == "fused")
-    if knobs.operations == "reference":
-        return AdamW(arena, trained, schedule)
-    from engines.native.kernels.adamw import FlatAdamW
-
-    values = [weight.value for weight in trained]
-    betas = schedule.beta1, schedule.beta2
-    return FlatAdamW(arena.masters, values, betas, schedule.epsilon, schedule.weight_decay)

@@ -10,6 +10,7 @@ import numpy as np
 
 from engines.native.hf_nf4 import bitsandbytes_reasons, load_model
 from engines.native.hf_reasons import class_reasons, dropout_reasons
+from engines.native.lora_variants import variant_reasons
 from harness.data.tokens import Batch, StepTokens, chunks, pack, pad
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
@@ -53,6 +54,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     """Every reason why this cannot run here, or None."""
     config = workload.model.config or {}
     reasons = [*_dtype_reasons(workload, knobs), *_liger_reasons(knobs, machine, config), *dropout_reasons(config)]
+    reasons += variant_reasons(workload, rank_stabilised=True, ratio=True)
     reasons += bitsandbytes_reasons(workload, knobs.compute_dtype, config, machine.device) + _attention_reasons(workload, knobs, machine)
     return "; ".join(reasons) or None
 
@@ -76,7 +78,7 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     exact_float32()
     model = _load(job, knobs)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = plain_loop.adamw(parameters, schedule, job.device)
+    optimizer = plain_loop.adamw(plain_loop.groups(model, job.workload.method), schedule, job.device)
     make_batch = pack if knobs.layout == "packed" else pad
     probe.ready()
     for index in range(schedule.num_steps):

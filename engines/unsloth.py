@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from engines.native.lora_variants import variant_reasons
 from harness.data.tokens import Batch, Sample, StepTokens, chunks, pack, pad
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
@@ -55,6 +56,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     """Every reason why this cannot run here, or None."""
     config = workload.model.config
     reasons = [*_knob_reasons(workload, knobs, machine), *(_model_reasons(config, workload) if config else [])]
+    reasons += variant_reasons(workload, rank_stabilised=False, ratio=False)
     if isinstance(workload.method, QLora):
         reasons.append("this adapter does not load 4-bit bases through Unsloth yet; use method=lora, or engine=hf")
     if workload.method.dtype != "float32":

@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 from typing import Any, Literal
 
+from engines.native.lora_variants import variant_reasons
 from harness.engine import Job, LossNorm, Machine, Probe
 from harness.errors import UnsupportedError
 from harness.spec import Lora, Positive, QLora, Spec, Workload
@@ -64,6 +65,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
         *_batch_reasons(workload, knobs, machine),
         *_kernel_reasons(workload, knobs, machine),
         *_model_reasons(workload.model.config or {}, knobs),
+        *variant_reasons(workload, rank_stabilised=False, ratio=False),
     ]
     return "; ".join(reasons) or None
 

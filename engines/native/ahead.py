@@ -103,8 +103,8 @@ def specimens() -> tuple[Specimen, ...]:
         Specimen("outer", outer._outer, thin, {"SPLITS": 2, "NORMED": False, **tile}, 4, odd=("R", "rank_stride"), has_dot=True),
         Specimen("outer_normed", outer._outer, thin, {"SPLITS": 9, "NORMED": True, **tile}, 4, odd=("R", "rank_stride"), has_dot=True),
         Specimen(
-            "adamw", adamw._adamw, flat, {"CHUNK": 1024, "FIELDS": 5, "ALIGNED": True}, 4,
-            ("beta1", "beta2", "epsilon", "weight_decay"),
+            "adamw", adamw._adamw, flat, {"CHUNK": 1024, "FIELDS": adamw._FIELDS, "ALIGNED": True}, 4,
+            ("beta1", "beta2", "epsilon", "weight_decay", "ratio"),
         ),
         Specimen(
             "adamw_float32", adamw_full._adamw_float32,

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from harness.spec import Train
+from harness.spec import Lora, Method, Train
 
 
 def to_device(array: npt.NDArray[Any], device: str) -> Tensor:
@@ -17,8 +17,20 @@ def to_device(array: npt.NDArray[Any], device: str) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor
 
 
+def groups(model: Any, method: Method) -> list[Any]:
+    """What ``model`` trains, with B of every adapter in a group of its own where ``method`` gives it another learning rate (LoRA+)."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ratio = method.b_learning_rate_ratio if isinstance(method, Lora) else 1.0
+    if ratio == 1:
+        return [parameter for _, parameter in trained]
+    return [
+        {"params": [parameter for name, parameter in trained if (".lora_B." in name) is of_b], "ratio": ratio if of_b else 1.0}
+        for of_b in (False, True)
+    ]
+
+
 def adamw(parameters: list[Any], schedule: Train, device: str) -> torch.optim.AdamW:
-    """AdamW as ``schedule`` says, one group (norms and biases decay too); on a GPU torch's fused implementation."""
+    """AdamW as ``schedule`` says, of ``parameters`` or ``groups`` (norms and biases decay too); on a GPU torch's fused implementation."""
     return torch.optim.AdamW(
         parameters,
         lr=schedule.learning_rate,
@@ -36,7 +48,7 @@ def update(optimizer: torch.optim.AdamW, parameters: list[Any], schedule: Train,
     else:
         norm = torch.nn.utils.clip_grad_norm_(parameters, schedule.max_grad_norm)
     for group in optimizer.param_groups:
-        group["lr"] = schedule.learning_rate_at(index)
+        group["lr"] = schedule.learning_rate_at(index) * group.get("ratio", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
