@@ -41,7 +41,21 @@ def adamw(parameters: list[Any], schedule: Train, device: str) -> torch.optim.Ad
     )
 
 
-def update(optimizer: torch.optim.AdamW, parameters: list[Any], schedule: Train, index: int) -> Tensor:
+def adamw_8bit(parameters: list[Any], schedule: Train, device: str) -> torch.optim.Optimizer:
+    """AdamW of bitsandbytes: moments of weights with at least 4,096 values in 8 bits, blocks of 256; the weights as they are."""
+    from bitsandbytes.optim import AdamW8bit
+
+    made: torch.optim.Optimizer = AdamW8bit(
+        parameters,
+        lr=schedule.learning_rate,
+        betas=(schedule.beta1, schedule.beta2),
+        eps=schedule.epsilon,
+        weight_decay=schedule.weight_decay,
+    )
+    return made
+
+
+def update(optimizer: torch.optim.Optimizer, parameters: list[Any], schedule: Train, index: int) -> Tensor:
     """Clip, make optimizer step ``index`` (0-based) and drop the gradients; returns their global norm before clipping."""
     if schedule.max_grad_norm is None:
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
