@@ -44,12 +44,12 @@ def largest_load(batches: Iterable[Batch], loss_chunk: int, *, shared: bool) -> 
 
 def stored_bytes(weights: DecoderWeights) -> int:
     """Bytes of all weights, masters and gradients, what shares memory counted once."""
-    tensors = [weights.embedding.value, weights.norm.value, weights.head.value, weights.arena.masters, weights.arena.gradients]
+    tensors = [weights.embedding.value, weights.norm.value, weights.head.value, *weights.arena.tensors]
     for layer in weights.layers:
         tensors += [norm.value for _, norm in layer.norms]
         for group in layer.groups:
             tensors += group.stored
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class MemoryModel:
     def of(cls, shape: LlamaShape, weights: DecoderWeights, load: Load) -> MemoryModel:
         """For weights that are loaded: their own bytes, two moments of the trained values, angles and the packed row."""
         ranks = Ranks(*(group.padded_rank for group in weights.layers[0].groups))
-        moments = 2 * weights.arena.masters.nbytes
+        moments = weights.arena.state_bytes
         angles = 4 * shape.head_dim * (load.longest + load.num_tokens)
         workspaces = _WORKSPACES if weights.norm.value.is_cuda else 0
         static = stored_bytes(weights) + moments + angles + 24 * load.num_tokens + workspaces
