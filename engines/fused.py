@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from harness.data.tokens import Sample, StepTokens, chunks, pack
-from harness.engine import Job, Machine, Probe
+from harness.engine import Footprint, Job, Machine, Probe
 from harness.errors import UnsupportedError
 from harness.spec import Lora, Positive, Spec, Train, Workload
 
@@ -60,6 +60,22 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
 def recomputed_fraction(workload: Workload, knobs: Knobs) -> float | None:
     """Of the layers' forward pass, what the backward pass does again; null where it is planned only once the weights are loaded."""
     return 0.0 if knobs.recompute == "none" else None
+
+
+def footprint(
+    workload: Workload, config: Mapping[str, Any], knobs: Knobs, capacity_bytes: float | None, tokens: int, longest: int
+) -> Footprint | None:
+    """What the planner expects of a pass on a GPU, every token supervised; None on a CPU, and where all weights are trained."""
+    if knobs.operations != "fused" or capacity_bytes is None or not isinstance(workload.method, Lora):
+        return None
+    from engines.native.footprint import Load  # free of torch, as all of these
+    from engines.native.forecast import forecast
+    from engines.native.shape import read_shape
+
+    budget = knobs.memory_gib * 2**30 if knobs.memory_gib else _USABLE * capacity_bytes
+    load = Load(tokens, longest, tokens, knobs.loss_chunk)
+    shape, host = read_shape(config, workload.data.sequence_length), math.inf if knobs.offload else 0.0
+    return forecast(shape, workload.method, load, recompute=knobs.recompute, budget_bytes=budget, host_bytes=host)
 
 
 def train(job: Job, knobs: Knobs, probe: Probe) -> None:

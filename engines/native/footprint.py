@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from engines.native.buckets import shared_sizes
 from engines.native.plan import Name, Plan
 from engines.native.shape import LlamaShape
-from engines.native.weights import DecoderWeights
 from harness.data.tokens import IGNORE, Batch
 
+if TYPE_CHECKING:
+    from engines.native.weights import DecoderWeights
+
 # cuBLAS keeps 32 MiB for the stream that launches and as much for the one that is captured (Hopper; less elsewhere).
-_WORKSPACES = 2 * 32 * 2**20
+WORKSPACES = 2 * 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ class MemoryModel:
         ranks = Ranks(*(group.padded_rank for group in weights.layers[0].groups))
         moments = 2 * weights.arena.masters.nbytes
         angles = 4 * shape.head_dim * (load.longest + load.num_tokens)
-        workspaces = _WORKSPACES if weights.norm.value.is_cuda else 0
+        workspaces = WORKSPACES if weights.norm.value.is_cuda else 0
         static = stored_bytes(weights) + moments + angles + 24 * load.num_tokens + workspaces
         return cls(shape, ranks, load, static, weights.norm.value.element_size())
 

@@ -46,7 +46,7 @@ class CostModel:
         self._design = design(space.candidates, place, lambda one: ["machine", f"{one.engine}:engine", *_knobs(one)])
         self._overhead = np.array([place[f"{one.engine}:overhead"] for one in space.candidates], dtype=int)
         self._pass = np.array([one.facts.positions / one.facts.num_passes for one in space.candidates])
-        self._known = np.array([np.log(one.facts.positions * _factor(space, one) * one.facts.own_seconds) for one in space.candidates])
+        self._known = np.array([np.log(one.facts.positions * _factor(space, one)) for one in space.candidates])
         startup = _startup_names(space)
         self._startup_prior = independent(startup)
         place = {name: index for index, name in enumerate(startup)}
@@ -105,7 +105,8 @@ def _step_names(space: Space) -> dict[str, tuple[float, float]]:
 def _factor(space: Space, candidate: Candidate) -> float:
     """What is expected of the knobs, against the first value of each."""
     first = np.prod([searched.factor("seconds", searched.values[0]) or 1.0 for searched in space.expected[candidate.engine].values()])
-    return float(space.factor(candidate, "seconds") / first)
+    own = candidate.facts.own_seconds if space.fills_memory(candidate) else 1.0  # of a fixed plan the YAML says what it costs
+    return float(own * space.factor(candidate, "seconds") / first)
 
 
 def _startup_names(space: Space) -> dict[str, tuple[float, float]]:

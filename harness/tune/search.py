@@ -215,10 +215,16 @@ class Search:
                     ruled_out[one] = f"needs at least as much memory as {ask.candidate.title}, which ran out"
                 elif result.outcome in ("failed", "unfit") and one == ask.candidate:
                     ruled_out[one] = result.reason or result.outcome
-            if one not in ruled_out and self.capacity_bytes is not None and forecasts[one].memory.high(SURE) > self.capacity_bytes:
-                memory = forecasts[one].memory
+            memory = forecasts[one].memory
+            if one not in ruled_out and self.capacity_bytes is not None and not self._surely_fits(one, memory, self.capacity_bytes):
                 ruled_out[one] = f"may not fit: {memory.middle / 2**30:.1f} GiB predicted, up to {memory.high(SURE) / 2**30:.1f}"
         return ruled_out
+
+    def _surely_fits(self, one: Candidate, memory: Prediction, capacity: float) -> bool:
+        """An engine that fills what memory there is by a plan of its own stays within it, if the plan does."""
+        if one.facts.own_bytes is not None and self.space.fills_memory(one):
+            return one.facts.own_bytes <= capacity
+        return memory.high(SURE) <= capacity
 
     def _race(self, told: Sequence[Told], totals: Mapping[Candidate, float]) -> Ask | None:
         """The next run of the race: all contenders once a round, the order reversed in every second one, so that drift favours none."""
