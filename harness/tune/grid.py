@@ -19,11 +19,10 @@ from harness.errors import ConfigError
 from harness.record import Record
 from harness.searched import Searched
 from harness.spec import Spec, Workload, parse
-from harness.tune.memory_model import Scale
 from harness.tune.observed import result_of
 from harness.tune.scale import capacity_bytes, dense_facts, scale_of, with_footprint
 from harness.tune.search import Ask, Result
-from harness.tune.space import Candidate, Facts, Space, enumerate_space
+from harness.tune.space import Candidate, Facts, Scale, Space, enumerate_space
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from harness.engine import Engine, Machine, footprint
 from harness.errors import ConfigError
 from harness.plan import BYTES, NF4_BYTES, linear_parameters, num_parameters
 from harness.spec import Full, QLora, Workload
-from harness.tune.memory_model import Scale
-from harness.tune.space import Facts
+from harness.tune.space import Facts, Scale
 
 _LOGIT_BYTES = 16.0  # of one logit in a loss that holds all: half precision, float32, its softmax and its gradient (H100, transformers)
 _GUESS = 34 * 2.0  # bytes of a position and a column of the hidden state (Korthikanti et al. 2022), where layers are of another kind

@@ -15,8 +15,8 @@ from typing import Literal
 
 from harness.tune.cost_model import CostModel, Timed
 from harness.tune.gaussian import Prediction
-from harness.tune.memory_model import SURE, MemoryModel, Peak, Scale
-from harness.tune.space import Candidate, Space
+from harness.tune.memory_model import SURE, MemoryModel, Peak
+from harness.tune.space import Candidate, Scale, Space
 
 Outcome = Literal["ok", "oom", "failed", "unfit"]
 """``failed``: it crashed, hung or is unsupported after all; ``unfit``: it trained something else than the reference."""
