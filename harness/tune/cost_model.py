@@ -22,7 +22,8 @@ _KNOB_DEVIATION, _SHARE_OF_EXPECTATION = 0.05, 0.3
 _OVERHEAD, _KNOB_OVERHEAD = (np.log(1000.0), 1.0), 0.3  # positions whose time a pass loses; launches are fewer with some knobs
 _NOISE = 0.01
 _STRAY = 0.025  # what the form of the model leaves out: how knobs act together
-_STARTUP_SECONDS, _STARTUP_DEVIATION, _STARTUP_NOISE = 25.0, 15.0, 2.0
+_STARTUP_SECONDS, _STARTUP_DEVIATION, _STARTUP_NOISE = 25.0, 15.0, 3.0
+_KNOB_STARTUP = 5.0  # a knob may make an engine compile where nobody said so
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +119,8 @@ def _startup_names(space: Space) -> dict[str, tuple[float, float]]:
     for engine, expected in space.expected.items():
         names[engine] = _STARTUP_SECONDS, _STARTUP_DEVIATION
         for knob, searched in expected.items():
-            for value in searched.values:
-                if said := searched.startup_seconds(value):
-                    names[f"{engine}:{knob}={json.dumps(value)}"] = 0.0, abs(said)
+            for value in searched.values if knob != "micro_batch" else ():
+                names[f"{engine}:{knob}={json.dumps(value)}"] = 0.0, _KNOB_STARTUP + abs(searched.startup_seconds(value))
     return names
 
 

@@ -87,13 +87,17 @@ def _grid(records: Sequence[Record], conf: Path) -> Grid:
 
     config = workload.model.config or {}
 
-    def facts(engine: str, knobs: Mapping[str, Any]) -> Facts | None:
-        mine = by_choice.get(_choice(engine, knobs, expected))
+    def facts(name: str, chosen: Mapping[str, Any]) -> Facts | None:
+        mine = by_choice.get(_choice(name, chosen, expected))
         if mine is None:
             return None
         spec = mine[0].cell.engine
-        plain = dense_facts(workload, int(knobs["micro_batch"]))
-        return with_footprint(plain, load(spec), workload, config, spec.knobs, capacity_bytes(machine))
+        plain = dense_facts(workload, int(chosen["micro_batch"]))
+        engine = load(spec)
+        knobs = {knob: value for knob, value in spec.knobs.items() if knob in engine.Knobs.model_fields}
+        if len(knobs) < len(engine.Knobs.model_fields):
+            return plain  # made before the engine had all of today's knobs: what it plans today is not what it planned
+        return with_footprint(plain, engine, workload, config, knobs, capacity_bytes(machine))
 
     space = enumerate_space(expected, facts)
     mine = {one: by_choice[_choice(one.engine, one.values, expected)] for one in space.candidates}

@@ -17,13 +17,13 @@ from harness.tune.gaussian import Floats, Function, Prediction, corrected, indep
 from harness.tune.space import KINDS, Candidate, Scale, Space, design
 
 _CONTEXT_BYTES = 0.3 * 2**30  # workspaces and adapters beside the weights
-_CONSTANT_DEVIATION, _ENGINE_DEVIATION = 0.2, 0.5  # of logarithms
+_CONSTANT_DEVIATION, _ENGINE_DEVIATION = 0.2, 0.35  # of logarithms
 _KNOB_DEVIATION, _SHARE_OF_EXPECTATION = 0.05, 0.25
 _LEAST_FACTOR = 0.01  # a factor of zero says "next to nothing"
 _OWN_DEVIATION = 0.05  # of what an engine predicts itself
 _NOISE = 0.02  # the allocator's rounding and its order of things
 _STRAY = 0.03  # what the form of the model leaves out
-SURE = 2.0  # deviations that must lie between a prediction and the capacity
+SURE, LIKELY = 2.0, 1.0  # deviations that must lie between a prediction and the capacity; of what is only to calibrate
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from harness.tune.cost_model import CostModel, Timed
 from harness.tune.gaussian import Prediction
-from harness.tune.memory_model import SURE, MemoryModel, Peak
+from harness.tune.memory_model import LIKELY, SURE, MemoryModel, Peak
 from harness.tune.space import Candidate, Scale, Space
 
 Outcome = Literal["ok", "oom", "failed", "unfit"]
@@ -165,8 +165,8 @@ class Search:
         for one, forecast in sorted(forecasts.items(), key=lambda item: (item[1].hope_seconds, item[0].title)):
             if forecast.hope_seconds >= least:
                 break
-            if self._may_fit(one, forecast) and (smaller := self._smaller(one, open_ones, tried)) is not None:
-                return smaller
+            if self._may_fit(one, forecast) and (probe := self._calibrating(one, forecasts, open_ones, tried)) is not None:
+                return probe
         return best
 
     def _may_fit(self, one: Candidate, forecast: Forecast) -> bool:
@@ -174,16 +174,23 @@ class Search:
         capacity = self.capacity_bytes
         return capacity is not None and forecast.memory.middle <= capacity < forecast.memory.high(SURE)
 
-    def _smaller(self, one: Candidate, open_ones: Mapping[Candidate, Forecast], tried: set[Candidate]) -> Candidate | None:
-        """The largest smaller micro-batch of ``one`` that surely fits; None when there is none, or when one of them was tried."""
-        alike = [
+    def _calibrating(
+        self, one: Candidate, forecasts: Mapping[Candidate, Forecast], open_ones: Collection[Candidate], tried: set[Candidate]
+    ) -> Candidate | None:
+        """Of ``one`` with its micro-batch or a smaller one: the largest that surely fits, or else the smallest, where that is likely to.
+        None when there is no such, or when one of them was tried.
+        """
+        line = [
             other
             for other in self.space.candidates
-            if other.facts.largest < one.facts.largest and other.engine == one.engine and _but_micro_batch(other) == _but_micro_batch(one)
+            if other.facts.largest <= one.facts.largest and other.engine == one.engine and _but_micro_batch(other) == _but_micro_batch(one)
         ]
-        if any(other in tried for other in alike):
+        if any(other in tried for other in line):
             return None
-        return max((other for other in alike if other in open_ones), key=lambda other: other.facts.largest, default=None)
+        surely = max((other for other in line if other in open_ones), key=lambda other: other.facts.largest, default=None)
+        smallest = min(line, key=lambda other: other.facts.largest)
+        assert self.capacity_bytes is not None
+        return surely or (smallest if forecasts[smallest].memory.high(LIKELY) <= self.capacity_bytes else None)
 
     def _forecasts(self, told: Sequence[Told]) -> dict[Candidate, Forecast]:
         timed = [
