@@ -20,8 +20,9 @@ import yaml
 from engines.native.checkpoint import Placement, build_weights
 from engines.native.decoder import Decoder
 from engines.native.footprint import Load, MemoryModel
-from engines.native.fp8 import RANK_MULTIPLE, Mode
+from engines.native.fp8 import RANK_MULTIPLE
 from engines.native.fp8_ops import FUSED_FP8
+from engines.native.fp8_reasons import Mode
 from engines.native.full import full_optimizer
 from engines.native.full_ops import FUSED_FULL
 from engines.native.fused_ops import FILLING, FUSED

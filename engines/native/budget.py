@@ -10,14 +10,12 @@ import torch
 
 from engines.native.footprint import MemoryModel, largest_load
 from engines.native.host import usable_bytes
-from engines.native.plan import KEEP_ALL, KEEP_INPUT, Plan, described
+from engines.native.plan import KEEP_ALL, KEEP_INPUT, USABLE, Plan, described
 from engines.native.planner import Choice, choose
 from engines.native.replicas import Shares
 from engines.native.shape import LlamaShape
 from engines.native.weights import DecoderWeights
 from harness.engine import Chosen, Job
-
-_USABLE = 0.95  # of the free memory
 
 
 class Wishes(Protocol):
@@ -95,4 +93,4 @@ def _free_bytes() -> float:
     """What this process may have allocated at one time, some of the free memory left for contexts, workspaces and fragments."""
     free, total = torch.cuda.mem_get_info()
     allowed = torch.cuda.get_per_process_memory_fraction() * total
-    return min(_USABLE * free + torch.cuda.memory_allocated(), _USABLE * allowed)
+    return min(USABLE * free + torch.cuda.memory_allocated(), USABLE * allowed)

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engines.native.fp8 import Fp8Weight, Mode
+from engines.native.fp8 import Fp8Weight
+from engines.native.fp8_reasons import Mode
 from engines.native.lora import Adapter
 from engines.native.nf4 import REFERENCE, Filling, SharedBuffers, Turn, placed
 from engines.native.shape import LlamaShape

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from engines.native.buckets import shared_sizes
-from engines.native.fp8 import Mode
+from engines.native.fp8_reasons import Mode
 from engines.native.plan import Name, Plan
 from engines.native.shape import LlamaShape
-from engines.native.weights import DecoderWeights
 from harness.data.tokens import IGNORE, Batch
 
+if TYPE_CHECKING:
+    from engines.native.weights import DecoderWeights
+
 # cuBLAS keeps 32 MiB for the stream that launches and as much for the one that is captured (Hopper; less elsewhere).
-_WORKSPACES = 2 * 32 * 2**20
+WORKSPACES = 2 * 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ class MemoryModel:
         ranks = Ranks(*(group.padded_rank for group in weights.layers[0].groups))
         moments = weights.arena.state_bytes
         angles = 4 * shape.head_dim * (load.longest + load.num_tokens)
-        workspaces = _WORKSPACES if weights.norm.value.is_cuda else 0
+        workspaces = WORKSPACES if weights.norm.value.is_cuda else 0
         static = stored_bytes(weights) + moments + angles + 24 * load.num_tokens + workspaces
         eight = weights.layers[0].qkv.fp8
         return cls(shape, ranks, load, static, weights.norm.value.element_size(), None if eight is None else eight.mode)

@@ -15,7 +15,7 @@ from engines.native.bench import model_shape
 from engines.native.budget import choice_within, plans_for
 from engines.native.durations import Durations
 from engines.native.footprint import Load, MemoryModel, Ranks
-from engines.native.fp8 import Mode
+from engines.native.fp8_reasons import Mode
 from engines.native.host import Host, usable_bytes
 from engines.native.plan import KEEP_ALL, KEEP_INPUT, MOVABLE, Names, Plan
 from engines.native.planner import Choice, choose
