@@ -308,7 +308,6 @@ S = TypeVar("S", bound=BaseModel)
 
 def parse(spec: type[S], raw: Mapping[str, Any], at: str = "") -> S:
     """Build ``spec`` from plain data. Raises ConfigError that names every problem at once, each with its full key."""
-    problems: list[str] = []
     try:
         return spec.model_validate_json(json.dumps(raw))
     except ValidationError as error:
