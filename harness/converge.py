@@ -24,9 +24,9 @@ USAGE_TEXT = """python -m harness.converge ROOT REFERENCE CANDIDATE VARIANT … 
 
   python -m harness.converge runs hf,compute_dtype=float32 fused,optimizer_state=int8 fused,optimizer_state=fp32
 
-Each names runs below ROOT as ENGINE[,KNOB=VALUE…]. Runs are paired by train.seed, at least 3 of them. Two figures of each pair: the held-out loss
-of the weights, and the mean training loss of the last quarter of the steps. They may differ by 0.001, or by twice what any VARIANT, a
-harmless change, differs from the reference; and the reference must have learnt ten times that.
+Each names runs below ROOT as ENGINE[,KNOB=VALUE…]. Runs are paired by train.seed, at least 3 of them. Two figures of each pair: the
+held-out loss of the weights, and the mean training loss of the last quarter of the steps. They may differ by 0.001, or by twice what
+any VARIANT, a harmless change, differs from the reference; and the reference must have learnt ten times that.
 
 Exit code 0: same, 7: different, 4: not comparable, 2: the command is wrong."""
 Figures = Mapping[int, tuple[float, float]]  # by seed: held-out loss, late training loss
@@ -88,12 +88,9 @@ def judge(known: Sequence[Run], reference: str, candidate: str, variants: Sequen
         return Convergence("not comparable", reason=f"{len(seeds)} seeds were scored for both, at least {LEAST_SEEDS} are needed")
     compared = []
     for index, name in enumerate(("held-out loss", "loss of the last quarter")):
-        strays = [
-            abs(named[variant][seed][index] - named[reference][seed][index])
-            for variant in variants
-            for seed in set(named[variant]) & set(seeds)
-        ]
-        differences = {seed: named[candidate][seed][index] - named[reference][seed][index] for seed in seeds}
+        right = {seed: figures[index] for seed, figures in named[reference].items() if seed in seeds}
+        strays = [abs(named[variant][seed][index] - right[seed]) for variant in variants for seed in set(named[variant]) & set(right)]
+        differences = {seed: named[candidate][seed][index] - right[seed] for seed in seeds}
         compared.append(Compared(name, differences, max([HELD_OUT_FLOOR, *(2 * stray for stray in strays)])))
     gain = _gain(known, reference, named[reference])
     if gain < POWER * compared[0].allowed:

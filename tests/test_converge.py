@@ -1,4 +1,4 @@
-"""Convergence over seeds: what differs no more than harmless variants is the same, what differs more is not, and too little says nothing."""
+"""Convergence over seeds: what differs no more than harmless variants is the same; too little learnt says nothing."""
 
 from __future__ import annotations
 
