@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.native.fp8 import Fp8Rows, split_thin
+from engines.native.fp8 import GRADIENT_MOST, Fp8Rows, split_thin
 from engines.native.kernels.fp8 import decode_rows, quantise_wide, write_low, write_tail
 from engines.native.kernels.fp8_inputs import rms_norm_codes, swiglu_codes
 from engines.native.kernels.rms_norm import rms_norm
@@ -29,13 +29,15 @@ def values(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize(("rows", "columns", "room"), [(1, 48, 0), (3, 100, 16), (2, 40, 3)])
-@pytest.mark.parametrize("most", [32768, 32])
-def test_activations(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, room: int, most: int, dtype: torch.dtype) -> None:
-    monkeypatch.setattr("engines.native.kernels.fp8.MAX_ROW", most)
-    x, thin = values(rows, columns, dtype), 0.05 * random(rows, room, dtype=dtype)
+@pytest.mark.parametrize(("widest", "most"), [(32768, ACTIVATION_MOST), (32, ACTIVATION_MOST), (32, GRADIENT_MOST)])
+def test_rows_with_thin_parts(
+    monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, room: int, widest: int, most: float, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr("engines.native.kernels.fp8.MAX_ROW", widest)
+    x, thin = values(rows, columns, dtype), 0.02 * random(rows, room, dtype=dtype)
     thin[1:2] = 0  # as x is there
-    codes, scales = quantise_wide(torch.cat([x, thin], dim=1), columns)
-    right, right_scales = quantise_rows(x, ACTIVATION_MOST)
+    codes, scales = quantise_wide(torch.cat([x, thin], dim=1), columns, most)
+    right, right_scales = quantise_rows(x, most)
     assert scales.equal(right_scales)
     assert codes[:, :columns].float().equal(right.float())
     expected = split_thin(thin.float() / scales.unsqueeze(1), weight=False)
