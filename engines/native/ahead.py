@@ -30,7 +30,6 @@ TARGETS: Mapping[str, tuple[GPUTarget, int]] = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-_UNPACKED_STACK = r"E4M3\.UNPACK_B\S* R\d+, R1\b"
 _DTYPES = {"h": "*bf16", "f": "*fp32", "i": "*i32", "l": "*i64", "b": "*u8", "e": "*fp8e4nv"}
 _WITHOUT_E4M3 = ("sm_75", "sm_80", "sm_86", "gfx942")  # gfx942 has another e4m3, with other bits
 
@@ -156,7 +155,7 @@ def compile_for(specimen: Specimen, target: str) -> Compiled:
     problem = f"spills {spilled} bytes" if spilled else None
     if shared > most_shared:
         problem = f"needs {shared} bytes of shared memory, there are {most_shared}"
-    if "e" in specimen.pointers.values() and re.search(_UNPACKED_STACK, _tool("nvdisasm", ["-c"], made)):
+    if "e" in specimen.pointers.values() and _unpacks_stack(made):
         problem = "unpacks e4m3 from R1, which is the stack's: a fault of ptxas; do not convert to e4m3 and back"
     return Compiled(specimen.name, target, registers, spilled, shared, problem)
 
@@ -172,6 +171,10 @@ def _type(specimen: Specimen, name: str) -> str:
 def _usage_of_cubin(made: Any) -> tuple[int, int]:
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", ["-res-usage"], made))}
     return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _unpacks_stack(made: Any) -> bool:
+    return re.search(r"E4M3\.UNPACK_B\S* R\d+, R1\b", _tool("nvdisasm", ["-c"], made)) is not None
 
 
 def _tool(name: str, options: Sequence[str], made: Any) -> str:

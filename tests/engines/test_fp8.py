@@ -24,7 +24,7 @@ from engines.native.bench import random_weights
 from engines.native.checkpoint import Placement, load_weights, read_config
 from engines.native.decoder import Decoder
 from engines.native.footprint import stored_bytes
-from engines.native.fp8 import GRADIENT_MOST, Fp8Weight, Mode, check_not_outgrown, outgrown
+from engines.native.fp8 import Fp8Weight, Mode, check_not_outgrown, outgrown
 from engines.native.fp8_reasons import device_reasons
 from engines.native.fp8_reference import REFERENCE_FP8
 from engines.native.lora import read_adapter
@@ -102,7 +102,7 @@ def test_a_group_is_its_definition_and_its_gradient_that_of_autograd(mode: Mode)
     if mode == "forward":
         torch.testing.assert_close(found, x.grad)
         return
-    rough = decode_rows(*quantise_rows(dy, GRADIENT_MOST))
+    rough = decode_rows(*quantise_rows(dy, fp8_reference.GRADIENT_MOST))
     torch.testing.assert_close(found, rough @ decode_rows(*quantise_rows(weight.t(), WEIGHT_MOST)).t())
     assert 0.001 < (found - x.grad).norm() / x.grad.norm() < 0.1
 
