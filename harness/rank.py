@@ -204,9 +204,8 @@ def _variants(entries: Sequence[Entry]) -> list[Variant]:
     found: dict[str, list[Entry]] = {}
     for entry in entries:
         found.setdefault(entry.record.cell.engine.key, []).append(entry)
-    members = list(found.values())
-    names = labels([entries[0].record.cell.engine for entries in members])
-    return [_variant(name, entries) for name, entries in zip(names, members, strict=True)]
+    names = labels([members[0].record.cell.engine for members in found.values()])
+    return [_variant(name, members) for name, members in zip(names, found.values(), strict=True)]
 
 
 def _variant(label: str, entries: Sequence[Entry]) -> Variant:

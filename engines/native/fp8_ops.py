@@ -14,7 +14,8 @@ from engines.native.fp8 import Fp8Rows
 from engines.native.fp8_reference import of
 from engines.native.fused_ops import FUSED
 from engines.native.kernels.fp8 import decode_rows, quantise_wide, write_low, write_tail
-from engines.native.kernels.fp8_inputs import fits, rms_norm_codes, swiglu_codes
+from engines.native.kernels.fp8_inputs import rms_norm_codes, swiglu_codes
+from engines.native.kernels.launching import MAX_ROW
 from engines.native.ops import Input, Normed
 from engines.native.weights import Linear, Weight
 
@@ -27,7 +28,7 @@ def norm(x_TH: Tensor, delta_TH: Tensor | None, weight: Weight, epsilon: float, 
 
 def swiglu(gate_up_TN: Tensor, linear: Linear) -> Input:
     """h and its codes in one kernel, and one product for h A^T; rows too wide for that are rounded by the product that reads them."""
-    if not fits(linear.num_inputs):
+    if linear.num_inputs > MAX_ROW:
         return FUSED.swiglu(gate_up_TN, linear)
     h_TK, codes, scales_T = swiglu_codes(gate_up_TN, linear.padded_rank)
     return _with_low(h_TK, codes, scales_T, linear)

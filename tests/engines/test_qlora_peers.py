@@ -22,7 +22,7 @@ from harness.spec import Workload, parse
 from harness.weights.base_model import Base
 from harness.weights.nf4_base import prepare_nf4
 from tests.engines.peers import knobs, peer
-from tests.engines.test_axolotl import AXOLOTL
+from tests.engines.test_axolotl import AXOLOTL, KERNELS
 from tests.engines.test_axolotl import MARKS as AXOLOTL_MARKS
 from tests.engines.test_hf import KNOBS as HF
 from tests.engines.test_qlora import BF16, WHOLE_BLOCKS, run
@@ -42,7 +42,6 @@ WAYS = [
     ),
 ]
 EACH = [WAYS[0], WAYS[2]]
-KERNELS = {"lora_kernels": ["mlp", "qkv", "o"], "liger": ["rope", "rms_norm", "glu_activation", "fused_linear_cross_entropy"]}
 
 
 @pytest.fixture

@@ -82,6 +82,16 @@ class TestUnsloth(EngineConformance):
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+    def test_a_gpu_trains_all_weights_as_a_cpu_does(self, tmp_path: Path) -> None:
+        exact, there = make_job(tmp_path / "exact", method=FULL), peer("unsloth", **OFFLINE)[0]
+        in_half = make_job(tmp_path / "half", method={**FULL, "dtype": "bfloat16"})
+        on_cpu, masters, half = self.run(with_train(exact, "cpu")), RecordingProbe(), RecordingProbe()
+        for job, probe in ((exact, masters), (in_half, half)):
+            there.train(replace(job, device="cuda"), parse(engines.unsloth.Knobs, {**KNOBS, "compute_dtype": "bfloat16"}), probe)
+            assert probe.losses == pytest.approx(on_cpu.losses, rel=3e-2)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
     def test_replayed_graphs_on_batches_of_few_widths_change_no_loss(self, tmp_path: Path) -> None:
         job, probes = make_job(tmp_path, steps=8), (RecordingProbe(), RecordingProbe())
         graphs = {"cuda_graphs": True, "order": "by_length", "pad_to_multiple_of": 8}

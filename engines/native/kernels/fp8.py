@@ -1,6 +1,6 @@
 """Rows rounded to e4m3 for 8-bit products: activations with their thin parts split behind them, thin parts alone, and weights decoded.
 
-q = e4m3(x 14 / max |x|) row by row, the scale max |x| / 14. A thin value v, in that scale, becomes high = e4m3(v), low = e4m3(16 (v -
+q = e4m3(x 16 / max |x|) row by row, the scale max |x| / 16. A thin value v, in that scale, becomes high = e4m3(v), low = e4m3(16 (v -
 high)), less = e4m3(high / 16): three columns of an activation high, low, less, of a weight high, less, low. Where v would exceed 448
 the scale grows with it; a thin part that comes later, when the scale is fixed, is cut off there.
 References: ``harness.fp8`` and ``split_thin`` of engines.native.fp8.
@@ -26,8 +26,8 @@ _BLOCK = 2048  # columns a program decodes
 
 
 @triton.jit
-def _rounded(values):
-    """The nearest value that has a code, ties to even, in float32."""
+def _nearest(values):
+    """The nearest values of e4m3, ties to even, in float32; of magnitudes up to 448."""
     bits = values.to(tl.int32, bitcast=True)
     bits = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) << 20
     small = (values + 24576.0) - 24576.0  # multiples of 2^-9, the least code
@@ -38,7 +38,7 @@ def _rounded(values):
 def _to_code(values, dtype: tl.constexpr, BY_HAND: tl.constexpr):
     """The nearest code; ``BY_HAND``: rounded before the conversion, which Triton's interpreter gets wrong."""
     if BY_HAND:
-        values = _rounded(values)
+        values = _nearest(values)
     return values.to(dtype)
 
 
@@ -48,9 +48,10 @@ def _store_thin(
 ):
     """high at ``place``, low and less ``FIRST`` and ``SECOND`` times P columns behind.
 
-    high is never read back from its codes: on an H200 (Triton 3.6) what came back was wrong, by 8 to 13 % of a product.
+    high is not made by converting there and back: ptxas 12.8 then unpacks a register that was never written (F2FP.UNPACK_B of R1 on
+    sm_90, two pairs of four; an H200's adapters were garbage by it, 2026-11-27).
     """
-    exact = _rounded(scaled)
+    exact = _nearest(scaled)
     tl.store(place, exact.to(place.dtype.element_ty), mask=inside)
     tl.store(place + FIRST * P, _to_code((scaled - exact) * GAIN, place.dtype.element_ty, BY_HAND), mask=inside)
     tl.store(place + SECOND * P, _to_code(exact / GAIN, place.dtype.element_ty, BY_HAND), mask=inside)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engines.native.fp8 import SPLITS
 from engines.native.kernels.fp8 import _to_code
-from engines.native.kernels.launching import MAX_ROW, check_rows, row_block, row_warps
+from engines.native.kernels.launching import check_rows, row_block, row_warps
 from engines.native.kernels.swiglu import _activate
 from harness.fp8 import ACTIVATION_MOST, CODE
 
@@ -102,11 +102,6 @@ def swiglu_codes(gate_up_TN: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]
         BLOCK=block, MOST=ACTIVATION_MOST, BY_HAND=triton.knobs.runtime.interpret, num_warps=row_warps(block),
     )  # fmt: skip
     return h_TK, codes, scales_T
-
-
-def fits(num_columns: int) -> bool:
-    """Whether one program holds a row of so many."""
-    return num_columns <= MAX_ROW
 
 
 def _room_for_codes(like: Tensor, columns: int, room: int) -> tuple[Tensor, Tensor]:
