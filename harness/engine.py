@@ -91,6 +91,17 @@ class Job:
 Chosen = str | int | float
 
 
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What an engine expects of its own plan for one forward and backward pass. ``peak_bytes``: of the allocator, or what would be needed
+    at least where it does not fit; ``seconds``: of the pass on the machine the engine knows, ``unhurried``: if memory were no limit.
+    """
+
+    peak_bytes: int
+    seconds: float
+    unhurried: float
+
+
 class Probe(Protocol):
     """The harness's stopwatch. Engines report; the harness measures."""
 
@@ -115,7 +126,9 @@ class Engine(Protocol[K]):
     processes that gives one, which is recorded and shown;
     ``recomputed_fraction(workload, knobs)``: of the layers' forward pass, what backward does again; None when it cannot tell beforehand;
     ``resumes``: True when it heeds ``Job.checkpoints``;
-    ``requires``: packages without which it cannot start; ``variant(knobs)``: the name that its users have for these knobs.
+    ``requires``: packages without which it cannot start; ``variant(knobs)``: the name that its users have for these knobs;
+    ``footprint(workload, config, knobs, capacity_bytes, tokens, longest)``: where it plans its memory itself, a :class:`Footprint` of a
+    pass over so many tokens, the longest document of them so long, or None; ``config`` is the model's. Imports nothing heavy.
     """
 
     @property
@@ -154,6 +167,23 @@ def loss_norm(engine: object, processes: int = 1) -> LossNorm | None:
 def resumes(engine: object) -> bool:
     """Whether ``engine`` saves its state and goes on from it."""
     return bool(getattr(engine, "resumes", False))
+
+
+def footprint(
+    engine: Engine[Any],
+    workload: Workload,
+    config: Mapping[str, Any],
+    knobs: Mapping[str, Any],
+    capacity_bytes: float | None,
+    tokens: int,
+    longest: int,
+) -> Footprint | None:
+    """What ``engine`` expects of itself; None when it does not plan its memory, or cannot tell before it has loaded the model."""
+    tell = getattr(engine, "footprint", None)
+    if tell is None:
+        return None
+    parsed = parse(engine.Knobs, knobs, at="engine.knobs")
+    return cast("Footprint | None", tell(workload, config, parsed, capacity_bytes, tokens, longest))
 
 
 def requires(engine: object) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The pinned allocator rounds up to powers of two, so memory is taken in slabs of one. A slab never moves: captured graphs point into it.
-SLAB_BYTES = 256 * 2**20
+from engines.native.plan import SLAB_BYTES  # a slab never moves: captured graphs point into it
+
 _ALIGNMENT = 512
 _SMALL_BYTES = 1024  # seeds and counters stay where they are
 _SHARE = 0.5  # of the free memory: pinned pages cannot be swapped, and loading, scoring and the page cache want theirs

@@ -12,7 +12,11 @@ from typing import Literal, get_args
 # again in one cheap pass, or does without. ``input`` is the sum of the residual stream, which nothing in the layer can make again.
 Name = Literal["input", "inverse", "low_qkv", "qkv", "heads", "attended", "middle", "mlp_inverse", "low_gate_up", "gate_up", "low_down"]
 Names = frozenset[Name]
+# Of pinned host memory: its allocator rounds up to powers of two, so memory is taken in slabs of one.
+SLAB_BYTES = 256 * 2**20
 MOVABLE: Names = frozenset(("input", "qkv", "heads", "attended", "middle", "gate_up"))
+
+USABLE = 0.95  # of the free memory: contexts, workspaces and fragments want some
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,11 @@ from itertools import combinations, pairwise, product
 
 from engines.native.durations import Durations, LayerSeconds
 from engines.native.footprint import LayerBytes, MemoryModel
-from engines.native.host import SLAB_BYTES
-from engines.native.plan import KEEP_ALL, Names, Plan
+from engines.native.plan import KEEP_ALL, SLAB_BYTES, Names, Plan
 from harness.errors import UnsupportedError
 
 _GIB = 2**30
-_SLACK = 1.02  # the model has been up to 0.3 % below what was measured (docs/engine.md), offloading excepted: not measured yet
+SLACK = 1.02  # the model has been up to 0.3 % below what was measured (docs/engine.md), offloading excepted: not measured yet
 _PIECES = (1, 2, 4, 8)
 _SMALLEST_CHUNK = 256  # rows of logits; fewer leave the products short of work
 _SWEEPS = 3
@@ -114,20 +113,28 @@ def choose(memory: MemoryModel, budget_bytes: float, host_bytes: float) -> Choic
     judge = _Judge(memory, Durations(memory))
 
     def fits(choice: Choice) -> bool:
-        return _SLACK * choice.peak_bytes <= budget_bytes and choice.host_bytes <= host_bytes
+        return SLACK * choice.peak_bytes <= budget_bytes and choice.host_bytes <= host_bytes
 
     ways = list(_ways(judge, host_bytes))
     found = [choice for way in ways if (choice := way.first(fits)) is not None]
     if not found:
-        least = min((way.choice(way.last) for way in ways), key=lambda choice: choice.peak_bytes)
-        raise UnsupportedError(_nothing_fits(least, budget_bytes))
+        raise UnsupportedError(_nothing_fits(_least(ways), budget_bytes))
     return _polished(judge, min(found, key=lambda choice: choice.seconds), fits)
+
+
+def least(memory: MemoryModel, host_bytes: float) -> Choice:
+    """What needs least memory on the device."""
+    return _least(list(_ways(_Judge(memory, Durations(memory)), host_bytes)))
+
+
+def _least(ways: Sequence[_Way]) -> Choice:
+    return min((way.choice(way.last) for way in ways), key=lambda choice: choice.peak_bytes)
 
 
 def _nothing_fits(least: Choice, budget_bytes: float) -> str:
     host = f"{least.host_bytes / _GIB:.1f} GiB more on the host" if least.host_bytes else "nothing on the host"
     return (
-        f"this step needs at least {_SLACK * least.peak_bytes / _GIB:.1f} GiB (predicted) with everything made again that can be "
+        f"this step needs at least {SLACK * least.peak_bytes / _GIB:.1f} GiB (predicted) with everything made again that can be "
         f"and {host}, and {budget_bytes / _GIB:.1f} GiB are there; use a smaller engine.knobs.micro_batch or shorter samples"
     )
 

@@ -1,8 +1,8 @@
 """How long a candidate's step and start-up take, and how sure that is.
 
-log seconds = log positions + machine + engine + knobs + log(1 + overhead(engine) / positions of a pass): a step is as long as its positions
-at the engine's pace, the floor of the roofline that passes too short to fill the device do not reach. Start-up is a sum. Every measured
-cell corrects the parameters that it shares with others.
+log seconds = log positions (or operations, where workloads differ) + machine + engine + knobs + log(1 + overhead(engine, knobs) / size of a
+pass): a step is as long as its positions at the engine's pace, the roof that passes too short to fill the device do not reach. Start-up
+is a sum. Every measured cell corrects the parameters that it shares with others.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from harness.tune.space import Candidate, Space, design
 _MACHINE = (np.log(1e-5), 3.0)  # seconds a position, of a machine that nothing is known of
 _ENGINE_DEVIATION = 0.25
 _KNOB_DEVIATION, _SHARE_OF_EXPECTATION = 0.05, 0.3
-_OVERHEAD = (np.log(1000.0), 1.0)  # positions whose time a pass loses
+_OVERHEAD, _KNOB_OVERHEAD = (np.log(1000.0), 1.0), 0.3  # positions whose time a pass loses; launches are fewer with some knobs
 _NOISE = 0.01
 _STRAY = 0.025  # what the form of the model leaves out: how knobs act together
-_STARTUP_SECONDS, _STARTUP_DEVIATION, _STARTUP_NOISE = 25.0, 15.0, 2.0
+_STARTUP_SECONDS, _STARTUP_DEVIATION, _STARTUP_NOISE = 25.0, 15.0, 3.0
+_KNOB_STARTUP = 5.0  # a knob may make an engine compile where nobody said so
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,9 @@ class CostModel:
         place = {name: index for index, name in enumerate(names)}
         self._prior = independent(names)
         self._design = design(space.candidates, place, lambda one: ["machine", f"{one.engine}:engine", *_knobs(one)])
-        self._overhead = np.array([place[f"{one.engine}:overhead"] for one in space.candidates], dtype=int)
+        self._overhead = design(space.candidates, place, lambda one: [f"{name}:overhead" for name in (one.engine, *_knobs(one))])
         self._pass = np.array([one.facts.positions / one.facts.num_passes for one in space.candidates])
-        self._known = np.array([np.log(one.facts.positions * _factor(space, one) * one.facts.own_seconds) for one in space.candidates])
+        self._known = np.array([np.log(one.facts.positions * _flops(one) * _factor(space, one)) for one in space.candidates])
         startup = _startup_names(space)
         self._startup_prior = independent(startup)
         place = {name: index for index, name in enumerate(startup)}
@@ -76,13 +77,12 @@ class CostModel:
 
     def _function(self, rows: Sequence[int]) -> Function:
         """Logarithms of the step times of the candidates in these rows."""
-        which, chosen = np.array(rows, dtype=int), np.arange(len(rows))
+        which = np.array(rows, dtype=int)
         matrix, overhead, positions, known = self._design[which], self._overhead[which], self._pass[which], self._known[which]
 
         def function(parameters: Floats) -> tuple[Floats, Floats]:
-            lost = np.exp(parameters[overhead]) / positions
-            slopes = matrix.copy()
-            slopes[chosen, overhead] = lost / (1 + lost)
+            lost = np.exp(overhead @ parameters) / positions
+            slopes = matrix + (lost / (1 + lost))[:, None] * overhead
             return known + matrix @ parameters + np.log1p(lost), slopes
 
         return function
@@ -99,13 +99,19 @@ def _step_names(space: Space) -> dict[str, tuple[float, float]]:
                 ratio = (searched.factor("seconds", value) or 1.0) / (searched.factor("seconds", searched.values[0]) or 1.0)
                 deviation = _KNOB_DEVIATION + _SHARE_OF_EXPECTATION * abs(np.log(ratio))
                 names[f"{engine}:{knob}={json.dumps(value)}"] = 0.0, float(deviation)
+                names[f"{engine}:{knob}={json.dumps(value)}:overhead"] = 0.0, _KNOB_OVERHEAD
     return names
+
+
+def _flops(one: Candidate) -> float:
+    return 1.0 if one.facts.scale is None else one.facts.scale.flops
 
 
 def _factor(space: Space, candidate: Candidate) -> float:
     """What is expected of the knobs, against the first value of each."""
     first = np.prod([searched.factor("seconds", searched.values[0]) or 1.0 for searched in space.expected[candidate.engine].values()])
-    return float(space.factor(candidate, "seconds") / first)
+    own = candidate.facts.own_seconds if space.fills_memory(candidate) else 1.0  # of a fixed plan the YAML says what it costs
+    return float(own * space.factor(candidate, "seconds") / first)
 
 
 def _startup_names(space: Space) -> dict[str, tuple[float, float]]:
@@ -113,9 +119,8 @@ def _startup_names(space: Space) -> dict[str, tuple[float, float]]:
     for engine, expected in space.expected.items():
         names[engine] = _STARTUP_SECONDS, _STARTUP_DEVIATION
         for knob, searched in expected.items():
-            for value in searched.values:
-                if said := searched.startup_seconds(value):
-                    names[f"{engine}:{knob}={json.dumps(value)}"] = 0.0, abs(said)
+            for value in searched.values if knob != "micro_batch" else ():
+                names[f"{engine}:{knob}={json.dumps(value)}"] = 0.0, _KNOB_STARTUP + abs(searched.startup_seconds(value))
     return names
 
 

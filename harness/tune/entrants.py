@@ -15,7 +15,7 @@ from harness.engine import Machine, load, requires
 from harness.errors import ConfigError
 from harness.interpreter import lack, located
 from harness.spec import EngineSpec, Workload, parse
-from harness.tune.scale import dense_facts, token_facts
+from harness.tune.scale import capacity_bytes, dense_facts, token_facts, with_footprint
 from harness.tune.space import Candidate, Facts, Space, enumerate_space
 
 
@@ -87,9 +87,9 @@ class Layouts:
         return self.known[micro_batch, layout]
 
 
-def candidates(found: Entrants, layouts: Layouts, machine: Machine) -> tuple[Space, tuple[str, ...]]:
-    """Every candidate that can run, and for each engine without one, why."""
-    workload = layouts.workload
+def candidates(found: Entrants, layouts: Layouts, machine: Machine, model: Mapping[str, Any]) -> tuple[Space, tuple[str, ...]]:
+    """Every candidate that can run, and for each engine without one, why. ``model``: its configuration."""
+    workload, capacity = layouts.workload, capacity_bytes(machine)
     why: dict[str, str] = {}
 
     def facts(name: str, values: Mapping[str, Any]) -> Facts | None:
@@ -99,7 +99,7 @@ def candidates(found: Entrants, layouts: Layouts, machine: Machine) -> tuple[Spa
             return None  # the same as all samples at once
         reason = engine.unsupported(workload, parse(engine.Knobs, knobs, at="engine.knobs"), machine)
         if reason is None:
-            return layouts.facts(knobs)
+            return with_footprint(layouts.facts(knobs), engine, workload, model, knobs, capacity)
         why.setdefault(name, reason)
         return None
 

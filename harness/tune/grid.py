@@ -14,16 +14,15 @@ import yaml
 from pydantic import JsonValue
 
 from harness.compose import CONF
-from harness.engine import Machine
+from harness.engine import Machine, load
 from harness.errors import ConfigError
 from harness.record import Record
 from harness.searched import Searched
 from harness.spec import Spec, Workload, parse
-from harness.tune.memory_model import Scale
 from harness.tune.observed import result_of
-from harness.tune.scale import capacity_bytes, dense_facts, scale_of
+from harness.tune.scale import capacity_bytes, dense_facts, scale_of, with_footprint
 from harness.tune.search import Ask, Result
-from harness.tune.space import Candidate, Facts, Space, enumerate_space
+from harness.tune.space import Candidate, Facts, Scale, Space, enumerate_space
 
 
 @dataclass(frozen=True)
@@ -86,13 +85,23 @@ def _grid(records: Sequence[Record], conf: Path) -> Grid:
     for record in sorted(records, key=lambda record: (record.cell.repeat, record.provenance.started_utc)):
         by_choice[_choice(record.cell.engine.name, record.cell.engine.knobs, expected)].append(record)
 
-    def facts(engine: str, knobs: Mapping[str, Any]) -> Facts | None:
-        known = _choice(engine, knobs, expected) in by_choice
-        return dense_facts(workload, int(knobs["micro_batch"])) if known else None
+    config = workload.model.config or {}
+
+    def facts(name: str, chosen: Mapping[str, Any]) -> Facts | None:
+        mine = by_choice.get(_choice(name, chosen, expected))
+        if mine is None:
+            return None
+        spec = mine[0].cell.engine
+        plain = dense_facts(workload, int(chosen["micro_batch"]))
+        engine = load(spec)
+        knobs = {knob: value for knob, value in spec.knobs.items() if knob in engine.Knobs.model_fields}
+        if len(knobs) < len(engine.Knobs.model_fields):
+            return plain  # made before the engine had all of today's knobs: what it plans today is not what it planned
+        return with_footprint(plain, engine, workload, config, knobs, capacity_bytes(machine))
 
     space = enumerate_space(expected, facts)
     mine = {one: by_choice[_choice(one.engine, one.values, expected)] for one in space.candidates}
-    return Grid(workload, machine, space, scale_of(workload.model.config or {}, workload), mine)
+    return Grid(workload, machine, space, scale_of(config, workload), mine)
 
 
 def _expected(engine: str, records: Sequence[Record], conf: Path) -> dict[str, Searched]:

@@ -14,26 +14,16 @@ import numpy as np
 
 from harness.searched import Kind
 from harness.tune.gaussian import Floats, Function, Prediction, corrected, independent
-from harness.tune.space import KINDS, Candidate, Space, design
+from harness.tune.space import KINDS, Candidate, Scale, Space, design
 
 _CONTEXT_BYTES = 0.3 * 2**30  # workspaces and adapters beside the weights
-_CONSTANT_DEVIATION, _ENGINE_DEVIATION = 0.2, 0.5  # of logarithms
+_CONSTANT_DEVIATION, _ENGINE_DEVIATION = 0.2, 0.35  # of logarithms
 _KNOB_DEVIATION, _SHARE_OF_EXPECTATION = 0.05, 0.25
 _LEAST_FACTOR = 0.01  # a factor of zero says "next to nothing"
 _OWN_DEVIATION = 0.05  # of what an engine predicts itself
 _NOISE = 0.02  # the allocator's rounding and its order of things
 _STRAY = 0.03  # what the form of the model leaves out
-SURE = 2.0  # deviations that must lie between a prediction and the capacity
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """What memory is made of: ``weights`` bytes that are always there, bytes of a position in all ``layers``, everything kept, and in
-    the ``logits``."""
-
-    weights: float
-    layers: float
-    logits: float
+SURE, LIKELY = 2.0, 1.0  # deviations that must lie between a prediction and the capacity; of what is only to calibrate
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +41,12 @@ class MemoryModel:
     def __init__(self, space: Space, scale: Scale) -> None:
         self._space = space
         self._row = {one: row for row, one in enumerate(space.candidates)}
-        names = _names(space, scale)
+        names = _names(space)
         place = {name: index for index, name in enumerate(names)}
         self._prior = independent(names)
         self._constant = np.array([place[f"{one.engine}:constant"] for one in space.candidates], dtype=int)
         self._own_place = np.array([place[f"{one.engine}:own"] for one in space.candidates], dtype=int)
+        self._fixed = np.array([(one.facts.scale or scale).weights + _CONTEXT_BYTES for one in space.candidates])
         self._own = np.array([one.facts.own_bytes or 0.0 for one in space.candidates])
         self._parts = [_part(kind, space, scale, place) for kind in KINDS]
 
@@ -77,12 +68,12 @@ class MemoryModel:
     def _function(self, rows: Sequence[int]) -> Function:
         """Logarithms of the peaks of the candidates in these rows."""
         which, chosen = np.array(rows, dtype=int), np.arange(len(rows))
-        constant, own_place, own = self._constant[which], self._own_place[which], self._own[which]
+        constant, own_place, own, weights = self._constant[which], self._own_place[which], self._own[which], self._fixed[which]
         parts = [(base[which], matrix[which]) for base, matrix in self._parts]
         planned = own > 0
 
         def function(parameters: Floats) -> tuple[Floats, Floats]:
-            fixed = np.exp(parameters[constant])
+            fixed = weights * np.exp(parameters[constant])
             sizes = [base * np.exp(matrix @ parameters) for base, matrix in parts]
             total = fixed + sum(sizes)
             slopes = np.zeros((len(rows), len(parameters)))
@@ -98,11 +89,11 @@ class MemoryModel:
         return function
 
 
-def _names(space: Space, scale: Scale) -> dict[str, tuple[float, float]]:
-    """Every parameter, the mean of its prior and the deviation; all are logarithms, of sizes or of what corrects an expectation."""
+def _names(space: Space) -> dict[str, tuple[float, float]]:
+    """Every parameter, the mean of its prior and the deviation; all are logarithms of what corrects an expectation."""
     names: dict[str, tuple[float, float]] = {}
     for engine, expected in space.expected.items():
-        names[f"{engine}:constant"] = float(np.log(scale.weights + _CONTEXT_BYTES)), _CONSTANT_DEVIATION
+        names[f"{engine}:constant"] = 0.0, _CONSTANT_DEVIATION
         names[f"{engine}:own"] = _OWN_DEVIATION, _OWN_DEVIATION
         for kind in KINDS:
             names[f"{engine}:{kind}"] = 0.0, _ENGINE_DEVIATION
@@ -116,10 +107,13 @@ def _names(space: Space, scale: Scale) -> dict[str, tuple[float, float]]:
 
 def _part(kind: Kind, space: Space, scale: Scale, place: Mapping[str, int]) -> tuple[Floats, Floats]:
     """Expected bytes of all positions at once [N], and which parameters correct them [N, P]."""
-    whole = scale.layers if kind == "layers" else scale.logits
-    base = np.array([whole * one.facts.largest * max(_LEAST_FACTOR, space.factor(one, kind)) for one in space.candidates])
+
+    def expected(one: Candidate) -> float:
+        size = one.facts.scale or scale
+        whole = size.layers if kind == "layers" else size.logits
+        return whole * one.facts.largest * max(_LEAST_FACTOR, space.factor(one, kind))
 
     def names(one: Candidate) -> list[str]:
         return [f"{one.engine}:{kind}", *(f"{one.engine}:{kind}:{knob}={value}" for knob, value in one.choices)]
 
-    return base, design(space.candidates, place, names)
+    return np.array([expected(one) for one in space.candidates]), design(space.candidates, place, names)

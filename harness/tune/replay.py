@@ -59,9 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     try:
-        found = grids([stored.record for stored in load(options.folder).stored])
+        results = load(options.folder)
+        found = grids([stored.record for stored in results.stored])
         if not found:
-            raise ConfigError(f"{options.folder}: no records of a grid; python -m harness +sweep=grid_hf and its other parts make one")
+            unread = "".join(f"\n{problem}" for problem in results.problems)
+            raise ConfigError(
+                f"{options.folder}: no records of a grid; python -m harness +sweep=grid_hf and its other parts make one{unread}"
+            )
     except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
         return 6

@@ -75,10 +75,11 @@ class Runner:
         self._place = self._prepare()
         workload = self._whole.request.cell.workload
         self._layouts = Layouts(workload, TokenFile.open(Path(self._place.tokens)))
-        space, unable = candidates(self.entrants, self._layouts, self.machine)
+        model = config_of_model(workload, Path(self._place.base))
+        space, unable = candidates(self.entrants, self._layouts, self.machine, model)
         if not space.candidates:
             raise ConfigError("\n".join(["no engine can run this:", *self.entrants.left_out, *unable]))
-        scale = scale_of(config_of_model(workload, Path(self._place.base)), workload)
+        scale = scale_of(model, workload)
         steps = workload.train.num_steps
         rules = Rules(planned_steps=steps, rungs=tuple(sorted({min(rung, steps) for rung in RUNGS})))
         self._policy = Search(space, scale, capacity_bytes(self.machine), rules)

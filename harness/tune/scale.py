@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from harness.data.tokens import TokenFile, epoch_order
-from harness.engine import Machine
+from harness.engine import Engine, Machine, footprint
 from harness.errors import ConfigError
 from harness.plan import BYTES, NF4_BYTES, linear_parameters, num_parameters
 from harness.spec import Full, QLora, Workload
-from harness.tune.memory_model import Scale
-from harness.tune.space import Facts
+from harness.tune.space import Facts, Scale
 
 _LOGIT_BYTES = 16.0  # of one logit in a loss that holds all: half precision, float32, its softmax and its gradient (H100, transformers)
 _GUESS = 34 * 2.0  # bytes of a position and a column of the hidden state (Korthikanti et al. 2022), where layers are of another kind
@@ -66,6 +66,15 @@ def _lengths(workload: Workload, tokens: TokenFile) -> npt.NDArray[np.int64]:
     sizes, wanted = np.diff(tokens.train.offsets), workload.train.steps * train.samples_per_step
     epochs = [sizes[epoch_order(train.seed, epoch, size)] for epoch in range(-(-wanted // size))]
     return np.concatenate(epochs)[:wanted].reshape(train.steps, train.samples_per_step)
+
+
+def with_footprint(
+    facts: Facts, engine: Engine[Any], workload: Workload, config: Mapping[str, Any], knobs: Mapping[str, Any], capacity: float | None
+) -> Facts:
+    """``facts`` with what an engine that plans its own memory expects of itself."""
+    longest = min(workload.data.sequence_length, int(facts.largest))
+    own = footprint(engine, workload, config, knobs, capacity, int(facts.largest), longest)
+    return facts if own is None else replace(facts, own_bytes=float(own.peak_bytes), own_seconds=own.seconds / own.unhurried)
 
 
 def capacity_bytes(machine: Machine) -> float | None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from harness.tune.cost_model import CostModel, Timed
 from harness.tune.gaussian import Prediction
-from harness.tune.memory_model import SURE, MemoryModel, Peak, Scale
-from harness.tune.space import Candidate, Space
+from harness.tune.memory_model import LIKELY, SURE, MemoryModel, Peak
+from harness.tune.space import Candidate, Scale, Space
 
 Outcome = Literal["ok", "oom", "failed", "unfit"]
 """``failed``: it crashed, hung or is unsupported after all; ``unfit``: it trained something else than the reference."""
@@ -165,8 +165,8 @@ class Search:
         for one, forecast in sorted(forecasts.items(), key=lambda item: (item[1].hope_seconds, item[0].title)):
             if forecast.hope_seconds >= least:
                 break
-            if self._may_fit(one, forecast) and (smaller := self._smaller(one, open_ones, tried)) is not None:
-                return smaller
+            if self._may_fit(one, forecast) and (probe := self._calibrating(one, forecasts, open_ones, tried)) is not None:
+                return probe
         return best
 
     def _may_fit(self, one: Candidate, forecast: Forecast) -> bool:
@@ -174,16 +174,23 @@ class Search:
         capacity = self.capacity_bytes
         return capacity is not None and forecast.memory.middle <= capacity < forecast.memory.high(SURE)
 
-    def _smaller(self, one: Candidate, open_ones: Mapping[Candidate, Forecast], tried: set[Candidate]) -> Candidate | None:
-        """The largest smaller micro-batch of ``one`` that surely fits; None when there is none, or when one of them was tried."""
-        alike = [
+    def _calibrating(
+        self, one: Candidate, forecasts: Mapping[Candidate, Forecast], open_ones: Collection[Candidate], tried: set[Candidate]
+    ) -> Candidate | None:
+        """Of ``one`` with its micro-batch or a smaller one: the largest that surely fits, or else the smallest, where that is likely to.
+        None when there is no such, or when one of them was tried.
+        """
+        line = [
             other
             for other in self.space.candidates
-            if other.facts.largest < one.facts.largest and other.engine == one.engine and _but_micro_batch(other) == _but_micro_batch(one)
+            if other.facts.largest <= one.facts.largest and other.engine == one.engine and _but_micro_batch(other) == _but_micro_batch(one)
         ]
-        if any(other in tried for other in alike):
+        if any(other in tried for other in line):
             return None
-        return max((other for other in alike if other in open_ones), key=lambda other: other.facts.largest, default=None)
+        surely = max((other for other in line if other in open_ones), key=lambda other: other.facts.largest, default=None)
+        smallest = min(line, key=lambda other: other.facts.largest)
+        assert self.capacity_bytes is not None
+        return surely or (smallest if forecasts[smallest].memory.high(LIKELY) <= self.capacity_bytes else None)
 
     def _forecasts(self, told: Sequence[Told]) -> dict[Candidate, Forecast]:
         timed = [
@@ -215,10 +222,16 @@ class Search:
                     ruled_out[one] = f"needs at least as much memory as {ask.candidate.title}, which ran out"
                 elif result.outcome in ("failed", "unfit") and one == ask.candidate:
                     ruled_out[one] = result.reason or result.outcome
-            if one not in ruled_out and self.capacity_bytes is not None and forecasts[one].memory.high(SURE) > self.capacity_bytes:
-                memory = forecasts[one].memory
+            memory = forecasts[one].memory
+            if one not in ruled_out and self.capacity_bytes is not None and not self._surely_fits(one, memory, self.capacity_bytes):
                 ruled_out[one] = f"may not fit: {memory.middle / 2**30:.1f} GiB predicted, up to {memory.high(SURE) / 2**30:.1f}"
         return ruled_out
+
+    def _surely_fits(self, one: Candidate, memory: Prediction, capacity: float) -> bool:
+        """An engine that fills what memory there is by a plan of its own stays within it, if the plan does."""
+        if one.facts.own_bytes is not None and self.space.fills_memory(one):
+            return one.facts.own_bytes <= capacity
+        return memory.high(SURE) <= capacity
 
     def _race(self, told: Sequence[Told], totals: Mapping[Candidate, float]) -> Ask | None:
         """The next run of the race: all contenders once a round, the order reversed in every second one, so that drift favours none."""

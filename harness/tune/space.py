@@ -19,28 +19,45 @@ Expected = Mapping[str, Searched]  # by knob
 KINDS: tuple[Kind, ...] = ("layers", "logits")  # of what a token takes
 
 
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What a workload is made of: ``weights`` bytes that are always there, bytes of a position in all ``layers``, everything kept, and in
+    the ``logits``; ``flops`` of a position, where workloads are to be compared.
+    """
+
+    weights: float
+    layers: float
+    logits: float
+    flops: float = 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """What a candidate makes of a step's samples. ``positions``: that its kernels process in a mean step, padding too; ``num_passes``:
     micro-batches of it; ``largest``: positions of the largest micro-batch of the whole planned run.
 
-    Where an engine plans its own memory, ``own_bytes`` is the peak that it predicts and ``own_seconds`` the relative time of its plan.
+    ``scale``: of its workload, where that is not the search's. Where an engine plans its own memory, ``own_bytes`` is the peak that it
+    predicts and ``own_seconds`` the relative time of its plan.
     """
 
     positions: float
     num_passes: float
     largest: float
+    scale: Scale | None = None
     own_bytes: float | None = None
     own_seconds: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One engine with one choice of its searched knobs. ``choices``: knob and value (as JSON), in the order of the engine's YAML."""
+    """One engine with one choice of its searched knobs. ``choices``: knob and value (as JSON), in the order of the engine's YAML.
+    ``work``: tells candidates of several workloads apart.
+    """
 
     engine: str
     choices: tuple[tuple[str, str], ...]
     facts: Facts = field(compare=False)
+    work: str = ""
 
     @property
     def values(self) -> dict[str, Any]:

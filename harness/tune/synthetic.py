@@ -13,9 +13,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from harness.tune.memory_model import Scale
 from harness.tune.search import Ask, Result
-from harness.tune.space import KINDS, Candidate, Space
+from harness.tune.space import KINDS, Candidate, Scale, Space
 
 _PACE = 1.2e-5  # seconds a position
 _INTERACTION = 0.008  # of each pair of knobs

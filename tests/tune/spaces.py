@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.tune.grid import searched
-from harness.tune.memory_model import Scale
 from harness.tune.search import Rules, Search, Told, search
-from harness.tune.space import Facts, Space, enumerate_space
+from harness.tune.space import Facts, Scale, Space, enumerate_space
 from harness.tune.synthetic import SyntheticMachine
 
 GIB = 2**30

@@ -1,0 +1,71 @@
+"""What a step of the house engine will need and how long it takes beside one that keeps everything, from shapes alone (no torch)."""
+
+from __future__ import annotations
+
+from engines.native.durations import Durations
+from engines.native.footprint import WORKSPACES, Load, MemoryModel, Ranks
+from engines.native.plan import KEEP_ALL, KEEP_INPUT, Plan
+from engines.native.planner import SLACK, Choice, choose, least
+from engines.native.shape import LlamaShape
+from harness.engine import Footprint
+from harness.errors import UnsupportedError
+from harness.spec import Lora, QLora
+
+_ELEMENT = 2  # bytes of bfloat16
+_NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a value: its code, its share of an 8-bit scale and of that one's scale
+_TRAINED = 16  # bytes of a float32 master, its gradient and two moments
+_MULTIPLE = 64  # of padded ranks on a GPU
+_PARTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+def forecast(shape: LlamaShape, method: Lora, load: Load, *, recompute: str, budget_bytes: float, host_bytes: float) -> Footprint:
+    """Of passes over ``load`` with adapters as ``method`` says. Where nothing fits into the budget: the least that would be needed."""
+    memory = MemoryModel(shape, _ranks(method), load, _static(shape, method, load), _ELEMENT)
+    durations = Durations(memory)
+    whole = durations.step([durations.layer(KEEP_ALL)] * shape.num_layers, load.loss_chunk)
+    if recompute != "fit" or SLACK * memory.peak((KEEP_ALL,) * shape.num_layers) <= budget_bytes:
+        plans: tuple[Plan, ...] = (KEEP_INPUT if recompute == "full" else KEEP_ALL,) * shape.num_layers
+        seconds = durations.step([durations.layer(plan) for plan in plans], load.loss_chunk)
+        return Footprint(memory.peak(plans), seconds, whole)
+    try:
+        found: Choice = choose(memory, budget_bytes, host_bytes)
+    except UnsupportedError:
+        found = least(memory, host_bytes)
+    return Footprint(found.peak_bytes, found.seconds, whole)
+
+
+def _groups(shape: LlamaShape) -> list[tuple[tuple[str, ...], tuple[int, ...], int]]:
+    """Of a layer: the linears that read the same input, their output columns, and the input's."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    outputs = ((shape.query_size, shape.key_size, shape.key_size), (hidden,), (inner, inner), (hidden,))
+    return list(zip(_PARTS, outputs, (hidden, shape.query_size, hidden, inner), strict=True))
+
+
+def _padded(names: tuple[str, ...], method: Lora) -> int:
+    count = sum(name in method.targets for name in names)
+    return -(-count * method.rank // _MULTIPLE) * _MULTIPLE
+
+
+def _ranks(method: Lora) -> Ranks:
+    return Ranks(*(_padded(names, method) for names in _PARTS))
+
+
+def _static(shape: LlamaShape, method: Lora, load: Load) -> int:
+    """What is there all the time: weights, adapters and what trains them, angles, the packed row, workspaces."""
+    hidden, layers = shape.hidden_size, shape.num_layers
+    ends = shape.vocab_size * hidden * (1 if shape.tied_head else 2)
+    norms = (2 * layers + 1) * hidden + (2 * layers * shape.head_dim if shape.qk_norm else 0)
+    base = trained = shared = 0.0
+    for names, outputs, inputs in _groups(shape):
+        room, columns = _padded(names, method), sum(outputs)
+        wide = (columns + room) * (inputs + room) * _ELEMENT
+        adapted = sum(method.rank * (inputs + out) for name, out in zip(names, outputs, strict=True) if name in method.targets)
+        trained += adapted
+        if isinstance(method, QLora):
+            base += columns * inputs * _NF4 + adapted * _ELEMENT
+            shared += wide
+        else:
+            base += wide
+    angles = 4 * shape.head_dim * (load.longest + load.num_tokens)
+    values = (ends + norms) * _ELEMENT + layers * (base + trained * _TRAINED) + shared
+    return int(values + angles + 24 * load.num_tokens + WORKSPACES)

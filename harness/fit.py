@@ -1,0 +1,96 @@
+"""``python -m harness.fit``: what fits on cards of 8 to 80 GiB, with which settings, at what speed; answered without training."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.compose import CONF
+from harness.config import Config, single
+from harness.errors import ConfigError, HarnessError
+from harness.store import load
+from harness.tune.fitting import SIZES_GIB, Line, lines, usable
+
+USAGE = """python -m harness.fit [gib=8,12,16,24,48,80] [engines=hf,fused] [gpu='NVIDIA H200'] [OVERRIDE ...]
+
+  python -m harness.fit model=llama3_8b method=qlora data=dense data.sequence_length=2048
+  python -m harness.fit model=llama3_1b method=lora gib=24
+
+For each size of card and each engine: the fastest setting that is predicted to fit, from models of memory and time that the records under
+results/ and runs=… calibrate. A line says whether its figures are measured, on the GPU named above the table, or predicted. Samples are
+taken to be as long as data.sequence_length allows. Trains nothing, needs no GPU."""
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+_ENGINES = ("fused", "hf", "unsloth", "axolotl")  # on one card
+_GIB = 2**30
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table. Returns 0, or 2 for a wrong command."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(words):
+        print(USAGE)
+        return 0
+    try:
+        print("\n".join(_answer(words)))
+    except HarnessError as error:
+        print(f"error: {error}" if "\n" not in str(error) else f"error:\n{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _answer(words: Sequence[str]) -> list[str]:
+    own = {"gib": ",".join(map(str, SIZES_GIB)), "engines": ",".join(_ENGINES), "gpu": ""}
+    overrides = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in own:
+            own[key] = value
+        else:
+            overrides.append(word)
+    sizes = _sizes(own["gib"])
+    device = [] if any(word.startswith("machine=") for word in overrides) else ["machine=cuda"]
+    configs = {name: single([*device, *overrides, f"engine={name}"]) for name in own["engines"].split(",") if _exists(name)}
+    first = next(iter(configs.values()))
+    if first.model.config is None:
+        raise ConfigError(f"model={first.model.name}: its shape is known only once its weights are open; choose a model with model.config")
+    records = [stored.record for stored in load(RESULTS, Path(first.runs).expanduser()).stored]
+    known = usable(records, own["gpu"] or None)
+    about = f"speed as on {known.gpu}" if known else "no record to calibrate by: memory from shapes alone, speed not known"
+    found, absent = lines(configs, first.model.config, known, sizes)
+    return [*_head(first, about), *map(_text, found), *(f"not considered: {reason}" for reason in absent)]
+
+
+def _exists(name: str) -> bool:
+    if not (CONF / "engine" / f"{name}.yaml").is_file():
+        raise ConfigError(f"engines: there is no engine '{name}'")
+    return True
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"gib={text}: expected sizes of cards in GiB, as gib=16,24") from error
+
+
+def _head(config: Config, about: str) -> list[str]:
+    length, samples = config.data.sequence_length, config.train.samples_per_step
+    return [
+        f"{config.model.name} {config.method.name}, samples of {length} tokens, {samples} a step; {about}",
+        f"{'GiB':>4}  {'engine':<8} {'peak GiB':>9} {'tokens/s':>9}  {'':<28} setting",
+    ]
+
+
+def _text(line: Line) -> str:
+    if line.setting is None:
+        return f"{line.size_gib:>4}  {line.engine:<8} does not fit: needs at least {line.needs_bytes / _GIB:.1f} GiB (predicted)"
+    peak = f"{line.peak_bytes / _GIB:.1f}" if line.peak_bytes else "?"
+    rate = f"{line.tokens_per_second:,.0f}" if line.tokens_per_second else "?"
+    spread = f" ± {100 * line.deviation:.0f} %" if line.deviation is not None else ""
+    how = "measured" if line.measured else "predicted" if line.sure else "predicted, may not fit"
+    return f"{line.size_gib:>4}  {line.engine:<8} {peak:>9} {rate:>9}  {how + spread:<28} {line.setting}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

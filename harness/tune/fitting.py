@@ -1,0 +1,221 @@
+"""What fits on cards of which size, with which settings, at what speed: from models of memory and time that stored records calibrate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from harness.config import Config
+from harness.engine import Machine, load
+from harness.errors import ConfigError, UnsupportedError
+from harness.flops import linears
+from harness.record import Record
+from harness.searched import Searched
+from harness.spec import EngineSpec, Lora, Workload, parse
+from harness.tune.cost_model import CostModel, Timed
+from harness.tune.gaussian import Prediction
+from harness.tune.memory_model import SURE, MemoryModel, Peak
+from harness.tune.observed import result_of
+from harness.tune.scale import dense_facts, scale_of, with_footprint
+from harness.tune.search import Result
+from harness.tune.space import Candidate, Facts, Scale, Space, enumerate_space
+
+SIZES_GIB = (8, 12, 16, 24, 48, 80)
+_MEASURED = "measured: "  # the same setting on another card: a candidate of its own, with another plan perhaps
+_CONTEXT_GIB = 1.0  # of a card: what is not the allocator's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """The fastest setting of one engine on cards of one size. ``measured``: a record says so itself; otherwise both figures are predicted.
+
+    ``sure``: whether the prediction fits with two deviations to spare. ``needs_bytes``: of what needs least, where nothing fits.
+    """
+
+    size_gib: int
+    engine: str
+    setting: str | None
+    peak_bytes: float | None
+    tokens_per_second: float | None
+    deviation: float | None
+    measured: bool
+    sure: bool
+    needs_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The records that calibrate the models: of one kind of GPU, dense samples, models of known shape."""
+
+    gpu: str
+    records: tuple[Record, ...]
+
+
+def usable(records: Iterable[Record], gpu: str | None = None) -> Known | None:
+    """Of the GPU that most of them are from, or of ``gpu``; None when there is none."""
+    able = [
+        record
+        for record in records
+        if record.status == "ok"
+        and record.measurement is not None
+        and record.machine.device == "cuda"
+        and record.machine.count == 1
+        and record.cell.workload.data.source == "dense"
+        and record.cell.workload.model.config is not None
+    ]
+    names = [record.machine.name for record in able]
+    chosen = gpu or max(sorted(set(names)), key=names.count, default=None)
+    mine = tuple(record for record in able if record.machine.name == chosen)
+    return Known(str(chosen), mine) if mine else None
+
+
+def lines(
+    configs: Mapping[str, Config], model: Mapping[str, Any], known: Known | None, sizes: Sequence[int] = SIZES_GIB
+) -> tuple[list[Line], list[str]]:
+    """The best of each engine of ``configs`` for each size, and what was not considered because a package is not here. Samples are taken
+    to be as long as the data allows.
+    """
+    absent: dict[str, None] = {}
+    found = [line for size in sizes for line in _of_size(configs, model, known, size, absent)]
+    return found, list(absent)
+
+
+def _of_size(
+    configs: Mapping[str, Config], model: Mapping[str, Any], known: Known | None, size: int, absent: dict[str, None]
+) -> list[Line]:
+    capacity = (size - _CONTEXT_GIB) * 2**30
+    asked = _asked(configs, model, size, capacity, absent)
+    learnt = _learnt(configs, known)
+    expected = {name: config.engine.search for name, config in configs.items()}
+    whole = Space((*asked.candidates, *(one for one, _ in learnt)), expected)
+    scale = next((one.facts.scale for one in whole.candidates if one.facts.scale), Scale(0.0, 1.0, 1.0))
+    results = [(one, result_of(record)) for one, record in learnt]
+    memory = MemoryModel(whole, scale).predict([Peak(one, result.peak_bytes) for one, result in results if result.peak_bytes])
+    timed = [Timed(one, result.step_seconds, 0.0) for one, result in results if result.step_seconds is not None]
+    steps = CostModel(whole).step(timed)
+    found = []
+    for name in configs:
+        mine = [one for one in asked.candidates if one.engine == name]
+        if mine:
+            records = {replace(one, work=one.work.removeprefix(_MEASURED)): record for one, record in learnt}
+            found.append(_best(size, capacity, mine, memory, steps if timed else None, records, whole))
+    return found
+
+
+def _best(
+    size: int,
+    capacity: float,
+    mine: Sequence[Candidate],
+    memory: Mapping[Candidate, Prediction],
+    steps: Mapping[Candidate, Prediction] | None,
+    learnt: Mapping[Candidate, Record],
+    space: Space,
+) -> Line:
+    least = min(memory[one].middle for one in mine)
+
+    def peak(one: Candidate) -> float:
+        return memory[one].middle
+
+    def fits(one: Candidate, deviations: float) -> bool:
+        own = one.facts.own_bytes
+        return own <= capacity if own is not None and space.fills_memory(one) else memory[one].high(deviations) <= capacity
+
+    sure = [one for one in mine if fits(one, SURE)]
+    able = sure or [one for one in mine if fits(one, 0.0)]
+    if not able:
+        return Line(
+            size_gib=size, engine=mine[0].engine, setting=None, peak_bytes=None, tokens_per_second=None, deviation=None, measured=False,
+            sure=False, needs_bytes=least,
+        )  # fmt: skip
+    best = min(able, key=(lambda one: steps[one].middle) if steps else peak)
+    own = _own(learnt.get(best), capacity)
+    seconds = own.step_seconds if own is not None else steps[best].middle if steps else None
+    return Line(
+        size_gib=size,
+        engine=best.engine,
+        setting=" ".join(best.title.split(" ")[1:]),
+        peak_bytes=own.peak_bytes if own is not None else peak(best),
+        tokens_per_second=best.facts.positions / seconds if seconds else None,
+        deviation=None if own is not None or steps is None else steps[best].deviation,
+        measured=own is not None,
+        sure=bool(sure),
+        needs_bytes=least,
+    )
+
+
+def _own(record: Record | None, capacity: float) -> Result | None:
+    """What was measured of this very setting; an engine that fills what memory there is does otherwise where there is less."""
+    result = None if record is None else result_of(record)
+    return result if result is not None and result.peak_bytes is not None and result.peak_bytes <= capacity else None
+
+
+def _asked(configs: Mapping[str, Config], model: Mapping[str, Any], size: int, capacity: float, absent: dict[str, None]) -> Space:
+    machine = Machine(device="cuda", name="any", count=1, memory_gib=size)
+    first = next(iter(configs.values()))
+    workload = Workload(model=first.model, data=first.data, method=first.method, train=first.train)
+    scale = sized(model, workload)
+
+    def facts(name: str, values: Mapping[str, Any]) -> Facts | None:
+        config = configs[name]
+        spec = EngineSpec(name=name, module=config.engine.module, processes=1, environment={}, knobs={})
+        engine, knobs = load(spec), {**config.engine.knobs, **values}
+        if int(knobs["micro_batch"]) > workload.train.samples_per_step:
+            return None
+        if reason := engine.unsupported(workload, parse(engine.Knobs, knobs, at="engine.knobs"), machine):
+            absent.update(dict.fromkeys(f"{name}: {one}" for one in reason.split("; ") if "pip install" in one))
+            return None
+        plain = replace(dense_facts(workload, int(knobs["micro_batch"])), scale=scale)
+        return with_footprint(plain, engine, workload, model, knobs, capacity)
+
+    space = enumerate_space({name: config.engine.search for name, config in configs.items()}, facts)
+    return Space(tuple(replace(one, work=work_of(workload)) for one in space.candidates), space.expected)
+
+
+def _learnt(configs: Mapping[str, Config], known: Known | None) -> list[tuple[Candidate, Record]]:
+    """Candidates of records whose searched knobs have values that the YAML lists; the newest of each."""
+    found: dict[Candidate, Record] = {}
+    for record in known.records if known else ():
+        name, workload = record.cell.engine.name, record.cell.workload
+        config = configs.get(name)
+        if config is None or workload.model.config is None:
+            continue
+        knobs = record.cell.engine.knobs
+        if not _listed(config.engine.search, knobs) or not _alike(config, knobs):
+            continue
+        facts = replace(dense_facts(workload, int(str(knobs["micro_batch"]))), scale=sized(workload.model.config, workload))
+        capacity = ((record.machine.memory_cap_gib or record.machine.memory_gib) - _CONTEXT_GIB) * 2**30
+        facts = with_footprint(facts, load(record.cell.engine), workload, workload.model.config, knobs, capacity)
+        choices = tuple((knob, json.dumps(knobs[knob])) for knob in config.engine.search)
+        found[Candidate(name, choices, facts, _MEASURED + work_of(workload))] = record
+    return list(found.items())
+
+
+def _listed(search: Mapping[str, Searched], knobs: Mapping[str, Any]) -> bool:
+    return all(knob in knobs and knobs[knob] in searched.values for knob, searched in search.items())
+
+
+def _alike(config: Config, knobs: Mapping[str, Any]) -> bool:
+    """Whether what is not searched is as the YAML has it: a run in float32, or with a memory budget of its own, teaches nothing here."""
+    fixed = {knob: value for knob, value in config.engine.knobs.items() if knob not in config.engine.search}
+    return all(knobs.get(knob, value) == value for knob, value in fixed.items())
+
+
+def work_of(workload: Workload) -> str:
+    """What tells the work of a step apart: model, method, length and number of samples."""
+    return f"{workload.model.name} {workload.method.name} {workload.data.sequence_length} x {workload.train.samples_per_step}"
+
+
+def sized(model: Mapping[str, Any], workload: Workload) -> Scale:
+    """The scale of a workload, with the operations of a position: what times of several workloads have in common."""
+    scale = scale_of(model, workload)
+    try:
+        layer = linears(model, workload.data.sequence_length)
+    except UnsupportedError as error:
+        raise ConfigError(f"model.config: {error}") from error
+    passes = 4 if isinstance(workload.method, Lora) else 6
+    weights = int(model["num_hidden_layers"]) * sum(out * width for out, width in layer.values())
+    heads = int(model["num_attention_heads"]) * int(model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"])
+    attention = 12 * int(model["num_hidden_layers"]) * heads * workload.data.sequence_length / 2
+    return replace(scale, flops=passes * (weights + int(model["vocab_size"]) * int(model["hidden_size"])) + attention)

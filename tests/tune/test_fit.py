@@ -1,0 +1,45 @@
+"""What fits where: every line says whether it was measured or predicted, and what does not fit says what it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness.fit import main
+
+
+def table(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    assert main(list(words)) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_8b_on_every_size(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    head, _, *lines = table(capsys, "model=llama3_8b", "data=dense", "engines=fused", "gib=8,16,24,80", f"runs={tmp_path}")
+    assert "speed as on NVIDIA" in head
+    assert all(("does not fit: needs at least" in line) or ("measured" in line) or ("predicted" in line) for line in lines)
+    by_size = {int(line.split()[0]): line for line in lines}
+    assert "needs at least" in by_size[8]
+    assert "predicted" in by_size[24]
+    assert "measured" in by_size[80]  # committed records have it
+
+
+def test_settings_that_a_smaller_card_would_change_are_not_called_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    _, _, *lines = table(capsys, "model=llama3_1b", "data=dense", "engines=fused", "gib=6,80", f"runs={tmp_path}")
+    assert "predicted" in lines[0]
+    assert "measured" in lines[1]
+    peak = float(lines[0].split()[2])
+    assert peak < 6
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["gib=many"], "expected sizes of cards in GiB"),
+        (["engines=nobody"], "there is no engine 'nobody'"),
+        (["model=smollm2_135m", "data=dense"], "choose a model with model.config"),
+    ],
+)
+def test_mistakes_are_answered(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert says in capsys.readouterr().err

@@ -1,0 +1,84 @@
+"""A toy tuned for real on this machine, interrupted and resumed, and trained with what was found."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from harness import __main__ as harness_main
+from harness.store import load
+from harness.tune import __main__ as tune
+from harness.tuned import read
+
+FAKES = Path(__file__).resolve().parents[1] / "fakes" / "conf"
+TOY = (
+    "model=tiny_llama", "data=dense", "data.sequence_length=32", "data.num_samples=8", "train.steps=6", "train.samples_per_step=4",
+    "train.warmup_steps=1", "machine=cpu",
+)  # fmt: skip
+
+
+def test_a_real_engine_is_tuned_within_the_budget_and_one_run(cache: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    words = [*TOY, f"runs={tmp_path}", f"cache={cache}", "engines=fused", "budget_minutes=0.3"]
+    assert tune.main(words) == 0
+    records = [stored.record for stored in load(tmp_path).stored]
+    longest = max(record.provenance.wall_seconds for record in records)
+    assert time.monotonic() - began < 18 + longest + 30  # preparing and judging are not a run
+    assert all(record.status == "ok" for record in records)
+    (path,) = (tmp_path / "tuned").rglob("*.yaml")
+    found = read(path)
+    assert found.engine == "fused"
+    assert found.predicted
+    assert "left" in found.stopped
+
+
+def test_a_search_resumes_and_its_answer_is_trained_with(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"hydra.searchpath=[file://{FAKES}]", *TOY, f"runs={tmp_path}", f"cache={cache}"]
+    assert harness_main.main([*words, "engine=best"]) == 2
+    said = capsys.readouterr().err
+    assert "engine=best: nothing is tuned for tiny_llama-lora-dense" in said
+    assert "run: python -m harness.tune model=tiny_llama" in said
+
+    assert tune.main([*words, "engines=trivial", "budget_minutes=0.01"]) == 0  # no time for more than one run
+    out = capsys.readouterr().out
+    assert "of the budget are left" in out
+    assert len(load(tmp_path).stored) == 1
+    (path,) = (tmp_path / "tuned").rglob("*.yaml")
+    assert len(read(path).trials) == 1
+
+    assert tune.main([*words, "engines=trivial"]) == 0
+    out = capsys.readouterr().out
+    found = read(path)
+    assert found.engine == "trivial"
+    assert len(found.trials) == len(load(tmp_path).stored) > 1  # the first answer was a record already
+    assert found.total_seconds == min(trial.total_seconds for trial in found.trials if trial.total_seconds is not None)
+    assert "best: engine=trivial engine.knobs.micro_batch=" in out
+    assert "ruled out of" in out
+    assert not list((tmp_path / "adapters").glob("*")), "looks leave no weights"
+
+    assert harness_main.main([*words, "engine=best", "train.seed=1"]) == 0  # another seed is the same kind of work
+    trained = [stored.record for stored in load(tmp_path).stored if stored.record.cell.workload.train.seed == 1]
+    assert trained[0].cell.engine.knobs["micro_batch"] == found.knobs["micro_batch"]
+    assert len(list((tmp_path / "adapters").glob("*/adapter_model.safetensors"))) == 1, "a person who trains wants the adapter"
+
+    assert harness_main.main([*words, "engine=best", "engine.knobs.micro_batch=1"]) == 2
+    assert "engine=best brings its own engine and knobs" in capsys.readouterr().err
+    assert harness_main.main([*words, "engine=best", "train.samples_per_step=2", "plan=only"]) == 2
+    assert "nothing is tuned" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["engine=hf"], "engine=hf: tune decides this itself; engines=hf,fused names engines"),
+        (["budget_minutes=soon"], "budget_minutes=soon: expected a number above 0"),
+        (["memory_gib=4", *TOY], "memory_gib caps the allocator of a GPU"),
+        (["engines=nobody", *TOY], "there is no such option"),
+        (["engines=unsloth", *TOY], "unsloth cannot start"),
+    ],
+)
+def test_mistakes_are_answered(words: list[str], says: str, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main([*words, f"cache={cache}"]) == 2
+    assert says in capsys.readouterr().err
