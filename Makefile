@@ -1,4 +1,4 @@
-# make demo: set up, run the main job on this machine, write runs/report.html
+# make demo: set up, run the main job on this machine, then a small one in two processes, write runs/report.html
 # make test: set up, run lint, types, import rules and tests
 # make peers: build the environments of the peers (.venv-unsloth, …), one each, from the locks in engines/requirements; make peer-unsloth builds one
 # make test-peers: set up, build them, run the tests that run the peers' own packages
@@ -19,6 +19,7 @@ PEERS := $(patsubst engines/requirements/%.txt,%,$(wildcard engines/requirements
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m harness -m +sweep=demo
+	$(BIN)/python -m harness -m +sweep=processes
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest

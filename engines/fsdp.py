@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from engines.native.hf_reasons import class_reasons, dropout_reasons
-from harness.data.tokens import Batch, pack, pad
+from engines.native.hf_reasons import attention_reasons, dropout_reasons, dtype_reasons, share_reasons
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
-from harness.spec import Lora, Positive, QLora, Spec, Workload
+from harness.spec import Lora, Positive, Spec, Workload
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
+    from engines.native.states import Shards
+
 loss_norm = "token_global"
+resumes = True
 
 
 class Knobs(Spec):
@@ -52,7 +53,11 @@ def variant(knobs: Knobs) -> str:
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
     """Every reason why this cannot run here, or None."""
     config = workload.model.config or {}
-    reasons = [*_dtype_reasons(workload, knobs), *dropout_reasons(config), *_attention_reasons(knobs, machine, config)]
+    reasons = dtype_reasons("fsdp", workload, compute_dtype=knobs.compute_dtype, adapter_compute=knobs.adapter_compute)
+    reasons += dropout_reasons(config)
+    reasons += attention_reasons(
+        layout=knobs.layout, attention=knobs.attention, compute_dtype=knobs.compute_dtype, device=machine.device, config=config
+    )
     if knobs.offload == "cpu" and knobs.strategy == "replicate":
         reasons.append("offload=cpu moves shards, strategy=replicate has none; set strategy=full_shard or offload=none")
     if knobs.compile and knobs.strategy != "replicate":
@@ -60,7 +65,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
             f"compile=true has not been tried on sharded layers (strategy={knobs.strategy}); set compile=false or strategy=replicate"
         )
     if machine.device == "cuda":
-        reasons += _share_reasons(workload, machine.count)
+        reasons += share_reasons(workload, machine.count)
     return "; ".join(reasons) or None
 
 
@@ -71,93 +76,30 @@ def recomputed_fraction(workload: Workload, knobs: Knobs) -> float:
 
 def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     """Train this rank's share of every step with AdamW on every trained tensor, and let rank 0 save into ``job.out``."""
-    from engines.native.ranks import process_group
-
-    if reasons := _share_reasons(job.workload, job.processes):
-        raise UnsupportedError("; ".join(reasons))
-    with process_group(job.device, job.processes) as rank:
-        _train(job, knobs, probe, rank)
-
-
-def _train(job: Job, knobs: Knobs, probe: Probe, rank: int) -> None:
     import torch
-    from torch import distributed
 
+    from engines.native import rank_loop
     from engines.native.hf_model import exact_float32
-    from engines.native.plain_loop import adamw
-    from engines.native.ranks import expect_agreement
-    from engines.native.sharding import Bucket, update
-    from engines.native.shares import cost_of, fingerprint, split
+    from engines.native.ranks import process_group
+    from engines.native.sharding import gathered
 
-    schedule = job.workload.train
-    torch.manual_seed(schedule.seed)
-    exact_float32()
-    model, cost = _model(job, knobs, cost_of)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = adamw(parameters, schedule, parameters[0].device.type)
-    bucket = Bucket(parameters) if knobs.strategy == "replicate" else None
-    make_batch = pack if knobs.layout == "packed" else pad
-    seen = hashlib.sha256()
-    probe.ready()
-    for index in range(schedule.num_steps):
-        step = split(job.tokens.step(schedule, index), job.processes, cost, micro_batch=knobs.micro_batch, make_batch=make_batch)
-        seen.update(fingerprint(step))
-        loss = _accumulate(model, step.batches[rank], step.tokens.loss, knobs, job)
-        distributed.all_reduce(loss)
-        if bucket is not None:
-            bucket.reduce()
-        grad_norm = update(optimizer, parameters, schedule, index)
-        if bucket is not None:
-            bucket.empty()
-        else:
-            optimizer.zero_grad(set_to_none=True)
-        probe.step(loss=loss, grad_norm=grad_norm, tokens=step.tokens)
-    expect_agreement(seen.digest(), "the samples of every step and who trains on them")
-    _save(model, job, rank)
+    if reasons := share_reasons(job.workload, job.processes):
+        raise UnsupportedError("; ".join(reasons))
+    with process_group(job.device, job.processes):
+        torch.manual_seed(job.workload.train.seed)
+        exact_float32()
+        model, cost = rank_loop.loaded(job, knobs)
+        _spread(model, job, knobs)
+        rank_loop.train_steps(_Trained(model, job, knobs), cost, job, knobs, probe)
+        rank_loop.save(model, job, lambda: gathered(model, trained_only=isinstance(job.workload.method, Lora)))
 
 
-def _share_reasons(workload: Workload, processes: int) -> list[str]:
-    samples = workload.train.samples_per_step
-    if samples >= processes:
-        return []
-    return [f"train.samples_per_step={samples} leaves some of {processes} processes without a sample; use at most {samples} of them"]
-
-
-def _dtype_reasons(workload: Workload, knobs: Knobs) -> list[str]:
-    method = workload.method
-    if isinstance(method, QLora):
-        return ["fsdp shards no NF4 weights yet; use method=lora, or engine=hf"]
-    if method.dtype == "float16":
-        return ["method.dtype=float16 needs loss scaling, which fsdp does not do; use float32 or bfloat16"]
-    if knobs.compute_dtype == "float32" and method.dtype != "float32":
-        return [f"compute_dtype=float32 cannot train {method.dtype} weights; set method.dtype=float32 or compute_dtype=bfloat16"]
-    if knobs.adapter_compute == "direct" and (method.name != "lora" or knobs.compute_dtype == "float32"):
-        return ["adapter_compute=direct is about float32 adapters beside bfloat16 products; set it to autocast"]
-    return []
-
-
-def _attention_reasons(knobs: Knobs, machine: Machine, config: dict[str, Any]) -> list[str]:
-    reasons = []
-    if knobs.layout == "packed" and config and "num_attention_heads" not in config:
-        reasons.append(f"layout=packed: '{config.get('model_type')}' has no attention to keep documents apart; set layout=padded")
-    if knobs.attention == "varlen" and machine.device == "cpu":
-        reasons.append("attention=varlen needs a GPU; set attention=sdpa")
-    if knobs.attention == "varlen" and knobs.compute_dtype == "float32":
-        reasons.append("attention=varlen computes in 16 bits only; set compute_dtype=bfloat16 or attention=sdpa")
-    return reasons
-
-
-def _model(job: Job, knobs: Knobs, cost_of: Any) -> tuple[Any, Any]:
-    """The model ready to train, and what samples of it cost; made on the host, from where shards or the whole go to the device."""
+def _spread(model: Any, job: Job, knobs: Knobs) -> None:
+    """To the device, whole or in shards; the model comes from the host, from where each rank takes what is its own."""
+    from engines.native import rank_loop
     from engines.native.hf_model import compile_layers
-    from engines.native.sharding import blocks_of, shard
+    from engines.native.sharding import blocks_of, give_back, shard
 
-    model = _loaded(job, knobs)
-    cost = cost_of(model.config.to_dict(), sum(parameter.numel() for parameter in model.parameters()))
-    if knobs.recompute == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.config.use_cache = False
-    model.train()
     if knobs.strategy == "replicate":
         model.to(job.device)
     else:
@@ -167,8 +109,8 @@ def _model(job: Job, knobs: Knobs, cost_of: Any) -> tuple[Any, Any]:
     if knobs.strategy != "replicate":
         shard(model, job.device, reshard=knobs.strategy == "full_shard", compute=_gathered_as(job, knobs), offload=knobs.offload == "cpu")
     if knobs.layout == "packed":
-        _expect_documents_apart(model, knobs, job.device)
-    return model, cost
+        rank_loop.expect_documents_apart(model, knobs, job.device)
+        give_back(model)
 
 
 def _gathered_as(job: Job, knobs: Knobs) -> Any:
@@ -178,90 +120,49 @@ def _gathered_as(job: Job, knobs: Knobs) -> Any:
     return torch.bfloat16 if knobs.compute_dtype == "bfloat16" and not isinstance(job.workload.method, Lora) else None
 
 
-def _loaded(job: Job, knobs: Knobs) -> Any:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+class _Trained:
+    """``rank_loop.Trained`` by torch's own means."""
 
-    from engines.native.hf_attention import VARLEN, register
-    from engines.native.hf_model import with_adapter
+    def __init__(self, model: Any, job: Job, knobs: Knobs) -> None:
+        from engines.native.plain_loop import adamw
+        from engines.native.sharding import Bucket
 
-    method = job.workload.method
-    register()
-    config = AutoConfig.from_pretrained(job.base, local_files_only=True, trust_remote_code=False)
-    reasons = dropout_reasons(config.to_dict()) + class_reasons(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], knobs.attention, (VARLEN,))
-    if reasons:
-        raise UnsupportedError("; ".join(reasons))
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        job.base,
-        dtype=getattr(torch, knobs.compute_dtype if isinstance(method, Lora) else method.dtype),
-        attn_implementation=knobs.attention if hasattr(config, "num_attention_heads") else None,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    model.name_or_path = model.config.name_or_path = job.workload.model.name  # what model cards are made of: no path of this machine
-    if isinstance(method, Lora):
-        assert job.adapter_init is not None
-        model = with_adapter(model, job.adapter_init, getattr(torch, method.dtype), cast_inputs=knobs.adapter_compute != "direct")
-    return model
+        self._model, self._knobs, self._device, self._schedule = model, knobs, job.device, job.workload.train
+        # Adapters are small: reduced once a step. All weights are not: only their shards' gradients are kept.
+        self._reduced_last = knobs.strategy != "replicate" and isinstance(job.workload.method, Lora)
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._optimizer = adamw(self._parameters, self._schedule, self._parameters[0].device.type)
+        self._bucket = Bucket(self._parameters) if knobs.strategy == "replicate" else None
 
+    def accumulate(self, given: dict[str, Any], *, last: bool) -> Tensor:
+        from engines.native.rank_loop import autocast
 
-def _expect_documents_apart(model: Any, knobs: Knobs, device: str) -> None:
-    """Refuse a model that lets packed documents see each other. All ranks look at once."""
-    from engines.native.hf_batches import leak
-    from engines.native.sharding import give_back
+        if self._reduced_last:
+            self._model.set_requires_gradient_sync(last)
+        with autocast(self._knobs, self._device):
+            loss: Tensor = self._model(**given).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
-    with _autocast(knobs, device):
-        off = leak(model, device, bounds=knobs.attention == "varlen")
-    give_back(model)
-    if off != 0:  # nan too
-        said = f"in {model.config.model_type} with attention={knobs.attention} documents see each other (logits {off:.3g} off)"
-        raise UnsupportedError(f"layout=packed: {said}; use padded")
+    def save_state(self, folder: Path) -> None:
+        self._state().save_state(folder)
 
+    def load_state(self, folder: Path) -> None:
+        self._state().load_state(folder)
 
-def _autocast(knobs: Knobs, device: str) -> Any:
-    import torch
+    def _state(self) -> Shards:
+        from engines.native.states import Shards
 
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=knobs.compute_dtype == "bfloat16")
+        return Shards(self._model, self._optimizer)
 
+    def update(self, index: int) -> Tensor:
+        from engines.native.sharding import update
 
-def _accumulate(model: Any, batches: Sequence[Batch], num_labels: int, knobs: Knobs, job: Job) -> Tensor:
-    """Add this rank's gradients, micro-batch by micro-batch; returns its part of the loss, whose divisor is the labels of all ranks."""
-    import torch
-
-    from engines.native.hf_batches import inputs
-    from engines.native.plain_loop import to_device
-
-    total = torch.zeros((), device=job.device)
-    divisor = to_device(np.array(num_labels), job.device)
-    for number, batch in enumerate(batches, start=1):
-        if knobs.strategy != "replicate" and isinstance(job.workload.method, Lora):
-            # Adapters are small: reduced once a step. All weights are not: only their shards' gradients are kept.
-            model.set_requires_gradient_sync(number == len(batches))
-        given = inputs(batch, job.device, packed=knobs.layout == "packed", bounds=knobs.attention == "varlen")
-        with _autocast(knobs, job.device):
-            output = model(**given, labels=to_device(batch.labels, job.device), num_items_in_batch=divisor, use_cache=False)
-        output.loss.backward()
-        total += output.loss.detach()
-    return total
-
-
-def _save(model: Any, job: Job, rank: int) -> None:
-    """Every rank helps to gather; rank 0 writes."""
-    import torch
-
-    from engines.native.sharding import gathered
-
-    adapted = isinstance(job.workload.method, Lora)
-    if not adapted:
-        model.to(getattr(torch, job.workload.model.dtype))
-    weights = gathered(model, trained_only=adapted)
-    if rank != 0:
-        return
-    if not adapted:
-        model.save_pretrained(job.out, state_dict=weights)
-        return
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = job.workload.model.name
-    model.save_pretrained(str(job.out), state_dict=weights, save_embedding_layers=False)
+        if self._bucket is not None:
+            self._bucket.reduce()
+        norm = update(self._optimizer, self._parameters, self._schedule, index)
+        if self._bucket is not None:
+            self._bucket.empty()
+        else:
+            self._optimizer.zero_grad(set_to_none=True)
+        return norm

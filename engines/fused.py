@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from harness.data.tokens import Sample, StepTokens, chunks, pack
-from harness.engine import Footprint, Job, Machine, Probe
+from engines.native.forecast import USABLE
+from engines.native.forecast import footprint as footprint
+from engines.native.fp8_reasons import check_device, size_reasons
+from engines.native.hf_reasons import share_reasons
+from harness.data.tokens import StepTokens
+from harness.engine import Chosen, Job, Machine, Probe
 from harness.errors import UnsupportedError
-from harness.spec import Lora, Positive, Spec, Train, Workload
+from harness.spec import Lora, LoraFp8, Positive, Spec, Train, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,17 +23,19 @@ if TYPE_CHECKING:
     from engines.native.decoder import Decoder
     from engines.native.footprint import MemoryModel
     from engines.native.lora import Adapter
-    from engines.native.nf4 import Decode
+    from engines.native.nf4 import Filling
     from engines.native.ops import Ops
     from engines.native.optimizer import Optimizer
     from engines.native.plan import Plan
     from engines.native.planner import Choice
+    from engines.native.replicas import Shares
     from engines.native.shape import LlamaShape
     from engines.native.steps import ReplayedSteps, Steps
     from engines.native.weights import DecoderWeights
 
 _RANK_MULTIPLE = 64  # see Placement
-_USABLE = 0.95  # of the free memory
+_FP8_RANK_MULTIPLE = 16  # see engines.native.fp8
+
 _TARGETS = frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
 
 
@@ -49,11 +53,13 @@ class Knobs(Spec):
     operations: Literal["reference", "fused"]
     replay: bool
     loss_chunk: Positive
+    fp8: Literal["forward", "forward_and_input_gradients"]
 
 
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
     """Every reason that can be told before the weights are open, or None."""
     reasons = [*_method_reasons(workload, knobs), *_model_reasons(workload), *_fused_reasons(workload, knobs, machine)]
+    reasons += share_reasons(workload, machine.count) if machine.device == "cuda" else []
     return "; ".join(reasons) or None
 
 
@@ -62,72 +68,73 @@ def recomputed_fraction(workload: Workload, knobs: Knobs) -> float | None:
     return 0.0 if knobs.recompute == "none" else None
 
 
-def footprint(
-    workload: Workload, config: Mapping[str, Any], knobs: Knobs, capacity_bytes: float | None, tokens: int, longest: int
-) -> Footprint | None:
-    """What the planner expects of a pass on a GPU, every token supervised; None on a CPU, and where all weights are trained."""
-    if knobs.operations != "fused" or capacity_bytes is None or not isinstance(workload.method, Lora):
-        return None
-    from engines.native.footprint import Load  # free of torch, as all of these
-    from engines.native.forecast import forecast
-    from engines.native.shape import read_shape
-
-    budget = knobs.memory_gib * 2**30 if knobs.memory_gib else _USABLE * capacity_bytes
-    load = Load(tokens, longest, tokens, knobs.loss_chunk)
-    shape, host = read_shape(config, workload.data.sequence_length), math.inf if knobs.offload else 0.0
-    return forecast(shape, workload.method, load, recompute=knobs.recompute, budget_bytes=budget, host_bytes=host)
-
-
 def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     """Train with AdamW on every trained tensor (norms and biases decay too), and save into ``job.out``."""
+    from engines.native import replicas
+
+    if reasons := share_reasons(job.workload, job.processes):
+        raise UnsupportedError("; ".join(reasons))
+    with replicas.ranks(job) as rank:
+        _train(job, knobs, probe, rank)
+
+
+def _train(job: Job, knobs: Knobs, probe: Probe, rank: int) -> None:
     import torch
 
-    if job.processes != 1:
-        raise UnsupportedError(f"engine.processes is {job.processes}; fused trains in one process, use engine.processes=1")
     schedule = job.workload.train
     torch.manual_seed(schedule.seed)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
-    session = _Session(job, knobs)
-    probe.ready()
+    session = _Session(job, knobs, probe, rank)
+    probe.ready(session.chosen)
     for index in range(schedule.num_steps):
-        loss, grad_norm, tokens = session.step(job.tokens.step(schedule, index), index)
+        loss, grad_norm, tokens = session.step(index)
         probe.step(loss=loss, grad_norm=grad_norm, tokens=tokens)
-    session.save()
+    session.end()
 
 
 class _Session:
     """The decoder and its steps while a job is trained."""
 
-    def __init__(self, job: Job, knobs: Knobs) -> None:
+    def __init__(self, job: Job, knobs: Knobs, probe: Probe, rank: int) -> None:
         import torch
 
+        from engines.native import replicas
         from engines.native.buckets import FILLER
         from engines.native.packed import Angles
         from engines.native.steps import ReplayedSteps, Steps
 
-        self._job, self._knobs = job, knobs
-        self._config, self._adapter, self._decoder = _load(job, knobs)
+        self._job, self._knobs, self._rank = job, knobs, rank
+        self._config, self._adapter, self._decoder, self._shares, self.chosen = _load(job, knobs, rank)
         num_positions = max(job.workload.data.sequence_length, FILLER)
         angles = Angles.of(self._decoder.shape, num_positions, torch.device(job.device))
-        steps = Steps(self._decoder, angles, _optimizer(self._decoder, job.workload.train, knobs), job.workload.train.max_grad_norm)
+        optimizer = _optimizer(self._decoder, job.workload.train, knobs)
+        exchange = replicas.exchange(probe) if job.processes > 1 else None
+        steps = Steps(self._decoder, angles, optimizer, job.workload.train.max_grad_norm, exchange)
         self._steps: Steps | ReplayedSteps = ReplayedSteps(steps) if knobs.replay else steps
 
-    def step(self, samples: Sequence[Sample], index: int) -> tuple[Tensor, Tensor, StepTokens]:
+    def step(self, index: int) -> tuple[Tensor, Tensor, StepTokens]:
         """Optimizer step ``index``: the loss (a mean over its supervised tokens), the gradient norm before clipping, the tokens."""
         from engines.native.optimizer import step_scalars
 
-        batches = [pack(group) for group in chunks(samples, self._knobs.micro_batch)]
-        tokens = StepTokens.of(batches)
-        ran = self._steps.run(batches, step_scalars(self._job.workload.train, index, tokens.loss))
-        return ran.outcome.loss, ran.outcome.grad_norm, replace(tokens, processed=ran.processed)
+        batches, tokens = self._shares.of(index)
+        outcome = self._steps.run(batches, step_scalars(self._job.workload.train, index, tokens.loss)).outcome
+        return outcome.loss, outcome.grad_norm, tokens
 
-    def save(self) -> None:
-        """Leave the adapter, or the full weights, in the job's folder."""
+    def end(self) -> None:
+        """Rank 0 leaves the adapter, or the full weights, in the job's folder."""
+        self._shares.expect_agreement()
+        if self._rank == 0:
+            self._save()
+
+    def _save(self) -> None:
         from engines.native.checkpoint import save_weights
+        from engines.native.fp8 import check_not_outgrown
         from engines.native.lora import save_adapter
 
         model, out = self._job.workload.model, self._job.out
+        if self._knobs.operations == "fused":
+            check_not_outgrown(self._decoder.weights.layers)
         if self._adapter is not None:
             save_adapter(self._decoder.weights, self._adapter.config, model.name, out)
         else:
@@ -157,7 +164,9 @@ def _fused_reasons(workload: Workload, knobs: Knobs, machine: Machine) -> list[s
         if machine.device != "cuda" or knobs.compute_dtype != "bfloat16":
             reasons.append("operations=fused needs an NVIDIA GPU and compute_dtype=bfloat16; use operations=reference")
         if not isinstance(workload.method, Lora) or workload.method.dtype != "float32":
-            reasons.append("operations=fused trains float32 adapters (method=lora or qlora); use operations=reference")
+            reasons.append("operations=fused trains float32 adapters (method=lora, qlora or lora_fp8); use operations=reference")
+        if isinstance(workload.method, LoraFp8) and not _model_reasons(workload):
+            reasons += size_reasons(workload)
     return reasons
 
 
@@ -173,49 +182,68 @@ def _model_reasons(workload: Workload) -> list[str]:
     return []
 
 
-def _load(job: Job, knobs: Knobs) -> tuple[dict[str, Any], Adapter | None, Decoder]:
+def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | None, Decoder, Shares, dict[str, Chosen]]:
+    """The model's config, its adapter, the decoder, the batches of this rank, and what was decided of its plans."""
     import torch
 
     from engines.native.checkpoint import Placement, load_weights, read_config
     from engines.native.decoder import Decoder
     from engines.native.lora import read_adapter
+    from engines.native.replicas import Shares
     from engines.native.shape import read_shape
 
     method, device = job.workload.method, torch.device(job.device)
     config = read_config(job.base)
     shape = read_shape(config, job.workload.data.sequence_length)
     adapter = None if job.adapter_init is None else read_adapter(job.adapter_init)
-    rank_multiple = _RANK_MULTIPLE if job.device == "cuda" else 1
-    placement = Placement(device, getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype), rank_multiple, _decode(knobs))
+    fp8 = knobs.fp8 if isinstance(method, LoraFp8) else None
+    if fp8 and knobs.operations == "fused":
+        check_device(shape)
+    multiple = 1 if job.device == "cpu" else _RANK_MULTIPLE if fp8 is None else _FP8_RANK_MULTIPLE
+    placement = Placement(device, getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype), multiple, _filling(knobs), fp8)
     weights = load_weights(job.base, shape, placement, adapter)
     if adapter is not None:
         adapter.check_nothing_is_left(weights)
-    plans, loss_chunk = _plans(job, knobs, shape, weights)
-    return config, adapter, Decoder(shape=shape, weights=weights, ops=_operations(knobs), plans=plans, loss_chunk=loss_chunk)
+    shares = Shares(job, shape, rank, micro_batch=knobs.micro_batch, shared=knobs.replay)
+    plans, loss_chunk, chosen = _plans(job, knobs, shape, weights, shares)
+    decoder = Decoder(shape=shape, weights=weights, ops=_operations(knobs, fp8), plans=plans, loss_chunk=loss_chunk)
+    return config, adapter, decoder, shares, chosen
 
 
-def _plans(job: Job, knobs: Knobs, shape: LlamaShape, weights: DecoderWeights) -> tuple[tuple[Plan, ...], int]:
-    """What each layer keeps, and rows of logits. On a CPU without ``memory_gib`` all of it: the host's memory is not ours alone."""
+def _plans(
+    job: Job, knobs: Knobs, shape: LlamaShape, weights: DecoderWeights, shares: Shares
+) -> tuple[tuple[Plan, ...], int, dict[str, Chosen]]:
+    """What each layer keeps, rows of logits, and both in words with what is predicted.
+
+    On a CPU without ``memory_gib`` all is kept: the host's memory is not ours alone.
+    """
     from engines.native.footprint import MemoryModel, largest_load
-    from engines.native.plan import KEEP_ALL, KEEP_INPUT
+    from engines.native.plan import KEEP_ALL, KEEP_INPUT, described
 
     if knobs.recompute != "fit" or (job.device == "cpu" and knobs.memory_gib is None):
-        return (KEEP_INPUT if knobs.recompute == "full" else KEEP_ALL,) * shape.num_layers, knobs.loss_chunk
-    train = job.workload.train
-    steps = (job.tokens.step(train, index) for index in range(train.steps))
-    batches = (pack(group) for samples in steps for group in chunks(samples, knobs.micro_batch))
-    load = largest_load(batches, knobs.loss_chunk, shared=knobs.replay)
+        plans = (KEEP_INPUT if knobs.recompute == "full" else KEEP_ALL,) * shape.num_layers
+        return plans, knobs.loss_chunk, {"plan": described(plans)}
+    load = largest_load(shares.every(), knobs.loss_chunk, shared=knobs.replay)
     budget = knobs.memory_gib * 2**30 if knobs.memory_gib is not None else _free_bytes()
-    choice = _choice(MemoryModel.of(shape, weights, load), budget, offload=knobs.offload and job.device == "cuda")
-    return choice.plans, choice.loss_chunk
+    choice = _choice(MemoryModel.of(shape, weights, load), budget, offload=knobs.offload and job.device == "cuda", processes=job.processes)
+    return (
+        choice.plans,
+        choice.loss_chunk,
+        {
+            "plan": described(choice.plans),
+            "loss_chunk": choice.loss_chunk,
+            "predicted_peak_bytes": choice.peak_bytes,
+            "pinned_bytes": choice.host_bytes,
+        },
+    )
 
 
-def _choice(memory: MemoryModel, budget: float, *, offload: bool) -> Choice:
+def _choice(memory: MemoryModel, budget: float, *, offload: bool, processes: int) -> Choice:
     """The planner's choice; says so where the host has too little memory for it."""
     from engines.native.host import usable_bytes
     from engines.native.planner import choose
 
-    host = usable_bytes() if offload else 0.0
+    host = usable_bytes() / processes if offload else 0.0
     choice = choose(memory, budget, math.inf if offload else 0.0)
     if choice.host_bytes <= host:
         return choice
@@ -234,27 +262,29 @@ def _free_bytes() -> float:
 
     free, total = torch.cuda.mem_get_info()
     allowed = torch.cuda.get_per_process_memory_fraction() * total
-    return min(_USABLE * free + torch.cuda.memory_allocated(), _USABLE * allowed)
+    return min(USABLE * free + torch.cuda.memory_allocated(), USABLE * allowed)
 
 
-def _operations(knobs: Knobs) -> Ops:
+def _operations(knobs: Knobs, fp8: str | None) -> Ops:
     if knobs.operations == "reference":
+        from engines.native.fp8_reference import REFERENCE_FP8
         from engines.native.reference import REFERENCE
 
-        return REFERENCE
+        return REFERENCE_FP8 if fp8 else REFERENCE
+    from engines.native.fp8_ops import FUSED_FP8
     from engines.native.fused_ops import FUSED
 
-    return FUSED
+    return FUSED_FP8 if fp8 else FUSED
 
 
-def _decode(knobs: Knobs) -> Decode:
+def _filling(knobs: Knobs) -> Filling:
     if knobs.operations == "reference":
-        from engines.native.nf4 import decode_reference
+        from engines.native.nf4 import REFERENCE
 
-        return decode_reference
-    from engines.native.kernels.nf4 import decode_nf4
+        return REFERENCE
+    from engines.native.fused_ops import FILLING
 
-    return decode_nf4
+    return FILLING
 
 
 def _optimizer(decoder: Decoder, schedule: Train, knobs: Knobs) -> Optimizer:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from engines.native.fp8_reasons import fp8_reasons
 from engines.native.hf_nf4 import bitsandbytes_reasons, load_model
 from engines.native.hf_reasons import class_reasons, dropout_reasons
 from harness.data.tokens import Batch, StepTokens, chunks, pack, pad
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
-from harness.spec import Lora, Positive, Spec, Workload
+from harness.spec import Lora, LoraFp8, Positive, Spec, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +54,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     """Every reason why this cannot run here, or None."""
     config = workload.model.config or {}
     reasons = [*_dtype_reasons(workload, knobs), *_liger_reasons(knobs, machine, config), *dropout_reasons(config)]
+    reasons += fp8_reasons(workload, config)
     reasons += bitsandbytes_reasons(workload, knobs.compute_dtype, config, machine.device) + _attention_reasons(workload, knobs, machine)
     return "; ".join(reasons) or None
 
@@ -158,14 +160,18 @@ def _load(job: Job, knobs: Knobs) -> Any:
     from transformers import AutoConfig
 
     from engines.native.hf_attention import register
-    from engines.native.hf_model import compile_layers, with_adapter
+    from engines.native.hf_model import compile_layers, in_fp8, with_adapter
 
     method = job.workload.method
     register()
     config = AutoConfig.from_pretrained(job.base, local_files_only=True, trust_remote_code=False)
     quantised = bitsandbytes_reasons(job.workload, knobs.compute_dtype, config.to_dict(), job.device)
-    _refuse(quantised + _opened_reasons(config, job.workload, knobs))
-    model = load_model(job.base, config, knobs.compute_dtype if isinstance(method, Lora) else method.dtype, knobs.attention, job.device)
+    _refuse(quantised + _opened_reasons(config, job.workload, knobs) + fp8_reasons(job.workload, config.to_dict()))
+    eight = isinstance(method, LoraFp8)  # rounded from what the base stores, whatever is computed in
+    dtype = "float32" if eight else knobs.compute_dtype if isinstance(method, Lora) else method.dtype
+    model = load_model(job.base, config, dtype, knobs.attention, job.device)
+    if eight:
+        in_fp8(model, getattr(torch, knobs.compute_dtype))
     # What PEFT's model card is made of: no path of this machine.
     model.name_or_path = model.config.name_or_path = job.workload.model.name
     if isinstance(method, Lora):

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from harness.record import Artifacts, Measurement, Record, Score, Steps
-from harness.spec import content_key
 from harness.store import Results
 from harness.updates import Alike, Updates, alike
 
@@ -153,7 +152,7 @@ def _is_usable_first_step(record: Record) -> bool:
 def _origin(record: Record, *, first_step: bool = False) -> tuple[str, str, str, str]:
     """What a run and that of its first step have in common: the same code of the same engine did the same work on the same machine."""
     workload = record.cell.workload.first_step if first_step else record.cell.workload
-    return record.machine.key, workload.key, content_key(record.cell.engine), record.provenance.engine_fingerprint
+    return record.machine.key, workload.key, record.cell.engine.key, record.provenance.engine_fingerprint
 
 
 def _inputs(a: Artifacts, b: Artifacts) -> list[str]:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from harness.comparable import Run, runs
-from harness.config import Request, requests
+from harness.config import requests
 from harness.errors import ConfigError, HarnessError, StoreError
 from harness.launch import run_door
 from harness.parity import anchor_at, judge_against, judge_weights
-from harness.places import PairItem, Prepared, PrepareRequest, ScoreItem, ScoreRequest
+from harness.places import PairItem, ScoreItem, ScoreRequest
+from harness.preparing import prepared
 from harness.record import Score, loads_score
-from harness.spec import parse
 from harness.store import load, read_pair
 from harness.turns import turn
 from harness.updates import alike
@@ -116,11 +116,11 @@ def _judge_adapters(reference: Path, candidate: Path, overrides: Sequence[str]) 
     hashes = adapter_sha256(reference), adapter_sha256(candidate)
     root = Path(settings.runs).expanduser().resolve()
     with turn(root, lambda: print("waiting: a sweep is measuring here", file=sys.stderr)) as held, tempfile.TemporaryDirectory() as work:
-        prepared = _prepare(request, settings.cache, Path(work), held)
+        place = prepared(request, settings.cache, Path(work), held=held, say=print)
         weights = {None: None, hashes[0]: str(reference.resolve()), hashes[1]: str(candidate.resolve())}
         items = tuple(ScoreItem(adapter=path, adapter_sha256=sha, out=f"{work}/{sha or 'base'}.json") for sha, path in weights.items())
         pair = PairItem(trained=(str(reference.resolve()), str(candidate.resolve())), trained_sha256=hashes, out=f"{work}/pair.json")
-        asked = ScoreRequest(workload=request.cell.workload, prepared=prepared, items=items, device=request.machine.device, pairs=(pair,))
+        asked = ScoreRequest(workload=request.cell.workload, prepared=place, items=items, device=request.machine.device, pairs=(pair,))
         run_door("harness.score", asked, Path(work) / "score.json", held=held)
         scores = {item.adapter_sha256: _score(Path(item.out)) for item in items}
         compared = read_pair(Path(pair.out), "the pair of updates")
@@ -128,14 +128,6 @@ def _judge_adapters(reference: Path, candidate: Path, overrides: Sequence[str]) 
     final = alike({(start, *compared.trained_sha256): compared}, start, hashes[1], hashes[0])
     assert final is not None
     return judge_weights(scores[hashes[1]], scores[hashes[0]], scores[None], final)
-
-
-def _prepare(request: Request, cache: str, work: Path, held: int) -> Prepared:
-    out = work / "prepared.json"
-    cache_folder = str(Path(cache).expanduser().resolve())
-    asked = PrepareRequest(workload=request.cell.workload, sources=request.sources, cache=cache_folder, out=str(out))
-    run_door("harness.prepare", asked, work / "prepare.json", held=held, network=True)
-    return parse(Prepared, json.loads(out.read_text(encoding="utf-8")))
 
 
 def _score(path: Path) -> Score:

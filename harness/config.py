@@ -77,6 +77,7 @@ class Config(Spec):
     runs: str
     cache: str
     lane: Lane | None
+    save_every: Positive | None
     limits: Limits
 
 
@@ -101,6 +102,7 @@ class Request(Spec):
     python: str | None
     packages: tuple[str, ...]
     overrides: tuple[str, ...] = ()
+    save_every: Positive | None = None
 
 
 def requests(overrides: Sequence[str], *, multirun: bool) -> tuple[Settings, list[Request]]:
@@ -197,6 +199,7 @@ def request(config: Config, overrides: tuple[str, ...] = ()) -> Request:
         python=located(engine.python),
         packages=engine.packages,
         overrides=overrides,
+        save_every=config.save_every,
     )
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from harness.config import Request, requests
 from harness.errors import ConfigError, HarnessError
 from harness.gates import Counted, Counts
-from harness.launch import run_cell, run_door, unsupported
-from harness.places import Prepared, PrepareRequest
+from harness.launch import run_cell, unsupported
 from harness.plan import plan
+from harness.preparing import prepared
 from harness.record import Record
 from harness.spec import Workload, parse
 from harness.store import write_at_once
@@ -56,9 +56,9 @@ def _count(asked: Request, cache: Path) -> Counted:
     if planned.action == "unsupported":
         return Counted(record=unsupported(request, planned.machine, str(planned.reason)), counts=None)
     with tempfile.TemporaryDirectory() as work:
-        prepared = _prepare(request, cache, Path(work))
+        place = prepared(request, str(cache), Path(work), held=None, say=print)
         counts = Path(work) / "counts.json"
-        record = run_cell(request, planned.machine, prepared, Path(work), lambda event: None, counts=counts)
+        record = run_cell(request, planned.machine, place, Path(work), lambda event: None, counts=counts)
         return Counted(record=record, counts=_read(counts, record))
 
 
@@ -66,13 +66,6 @@ def _shortened(request: Request) -> Workload:
     workload = request.cell.workload
     train = workload.train.model_copy(update={"stop_after": min(NUM_STEPS, workload.train.num_steps)})
     return workload.model_copy(update={"train": train})
-
-
-def _prepare(request: Request, cache: Path, work: Path) -> Prepared:
-    out = work / "prepared.json"
-    asked = PrepareRequest(workload=request.cell.workload, sources=request.sources, cache=str(cache), out=str(out))
-    run_door("harness.prepare", asked, work / "prepare.json", held=None, network=True)
-    return parse(Prepared, json.loads(out.read_text(encoding="utf-8")))
 
 
 def _read(counts: Path, record: Record) -> Counts | None:

@@ -56,9 +56,9 @@ class Derived:
 
 
 def derive(record: Record) -> Derived | None:
-    """Everything derived from ``record``; None when it has no measurement."""
+    """Everything derived from ``record``; None when it has no measurement, or was not made from start to end by one process."""
     measured = record.measurement
-    if measured is None:
+    if measured is None or measured.resumed_at:
         return None
     steps, window = measured.steps, steady(measured.steps)
     seconds = [steps.seconds[i] for i in window.steps]

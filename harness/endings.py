@@ -66,7 +66,7 @@ def doubted(status: Status, reason: str | None, measured: Measurement | None, st
     """``status``, unless what was measured is not to be trusted: another process was on the GPU, or the run never became steady."""
     if stranger is not None and status in ("ok", "oom", "timeout", "no_progress"):
         return "contended", f"{stranger}; {reason or 'it ran to its end'}"
-    if status == "ok" and measured is not None and (problem := steady(measured.steps).problem):
+    if status == "ok" and measured is not None and not measured.resumed_at and (problem := steady(measured.steps).problem):
         return "unsteady", f"{problem}; take more steps, or look for what else this machine does"
     return status, reason
 

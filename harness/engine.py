@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast, get_args
@@ -35,7 +37,7 @@ class Machine(Spec):
     interconnect: str | None = None
     power_limit_watts: int | None = None
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """A readable folder name, for example ``nvidia-h100-80gb-hbm3-x1-80gib-700w``."""
         words = "".join(c if c.isalnum() else "-" for c in self.name.lower())
@@ -50,11 +52,26 @@ class Machine(Spec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoints:
+    """Where an engine that ``resumes`` leaves its state, after every ``every`` steps; ``made``: steps whose state is there to go on from, 0
+    when the run starts. A state that is there is whole: write it beside its place, then rename it.
+    """
+
+    folder: Path
+    every: int
+    made: int = 0
+
+    def at(self, steps: int) -> Path:
+        """The place of the state after so many steps."""
+        return self.folder / f"step-{steps:08d}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What an engine is given. All paths exist; ``out`` is an empty folder for the adapter (or the full weights).
 
     ``base``: folder with config.json, *.safetensors and, where there is one, the tokenizer. ``adapter_init``: folder with the
-    shared initial adapter in PEFT format, None for ``method=full``. ``device``: where to train.
+    shared initial adapter in PEFT format, None for ``method=full``. ``device``: where to train. ``checkpoints``: None when none are wanted.
     """
 
     workload: Workload
@@ -64,6 +81,10 @@ class Job:
     out: Path
     device: Literal["cpu", "cuda"]
     processes: int = 1
+    checkpoints: Checkpoints | None = None
+
+
+Chosen = str | int | float
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +101,17 @@ class Footprint:
 class Probe(Protocol):
     """The harness's stopwatch. Engines report; the harness measures."""
 
-    def ready(self) -> None:
-        """Set-up is over; the next thing is step 1."""
+    def ready(self, chosen: Mapping[str, Chosen] | None = None) -> None:
+        """Set-up is over; the next thing is step 1. ``chosen``: what the engine decided by itself, for the record."""
 
     def step(self, *, loss: Tensor | float, grad_norm: Tensor | float | None, tokens: StepTokens) -> None:
         """One optimizer step has been issued. Copies the tensors on the current stream and never synchronises.
 
         ``loss``: token-weighted mean over the step. ``grad_norm``: global norm before clipping.
         """
+
+    def waits(self) -> AbstractContextManager[None]:
+        """Around what one of several ranks does where it waits for the slowest, once a step. It never synchronises either."""
 
 
 K = TypeVar("K")
@@ -97,6 +121,7 @@ class Engine(Protocol[K]):
     """What a module must have to be an engine. It may also say ``loss_norm``, a :data:`LossNorm` or a function of the number of
     processes that gives one, which is recorded and shown;
     ``recomputed_fraction(workload, knobs)``: of the layers' forward pass, what backward does again; None when it cannot tell beforehand;
+    ``resumes``: True when it heeds ``Job.checkpoints``;
     ``requires``: packages without which it cannot start; ``variant(knobs)``: the name that its users have for these knobs;
     ``footprint(workload, config, knobs, capacity_bytes, tokens, longest)``: where it plans its memory itself, a :class:`Footprint` of a
     pass over so many tokens, the longest document of them so long, or None; ``config`` is the model's. Imports nothing heavy.
@@ -144,12 +169,19 @@ def footprint(
     tokens: int,
     longest: int,
 ) -> Footprint | None:
-    """What ``engine`` expects of itself; None when it does not plan its memory, or cannot tell before it has loaded the model."""
-    tell = getattr(engine, "footprint", None)
-    if tell is None:
+    """What ``engine`` expects of itself; None when it does not plan its memory, or cannot tell before it has loaded the model. ``knobs``
+    may be those of an old record: None too where the engine has others today.
+    """
+    tell, today = getattr(engine, "footprint", None), getattr(engine.Knobs, "model_fields", {})
+    if tell is None or set(knobs) != set(today):
         return None
     parsed = parse(engine.Knobs, knobs, at="engine.knobs")
     return cast("Footprint | None", tell(workload, config, parsed, capacity_bytes, tokens, longest))
+
+
+def resumes(engine: object) -> bool:
+    """Whether ``engine`` saves its state and goes on from it."""
+    return bool(getattr(engine, "resumes", False))
 
 
 def requires(engine: object) -> tuple[str, ...]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
-from harness.record import Artifacts, Measurement, Memory, Startup, Status, Steps, Work
+from harness.record import Artifacts, Measurement, Memory, RankSteps, Startup, Status, Steps, Work
 from harness.spec import Spec, parse
 
 Event = dict[str, Any]
@@ -93,6 +94,7 @@ class _Ready(Spec):
     data_seconds: float | None = None
     at: float | None = None
     gpus: tuple[str, ...] = ()
+    chosen: dict[str, str | int | float] | None = None
 
 
 class _Step(Spec):
@@ -109,6 +111,7 @@ class _Step(Spec):
     host_seconds: float | None = None
     reserved_bytes: int | None = None
     compiles: int | None = None
+    waiting_seconds: float | None = None
     rss_bytes: int | None = None
 
 
@@ -164,8 +167,10 @@ def ending(events: Sequence[Event]) -> Event | None:
     return next((event for event in events if event["event"] in ("finished", "failed")), None)
 
 
-def measurement(events: Sequence[Event], artifacts: Artifacts) -> Measurement | None:
-    """What the log holds, as the record's measurement; None when the worker did not even start."""
+def measurement(
+    events: Sequence[Event], artifacts: Artifacts, others: Mapping[int, Sequence[Event]] = types.MappingProxyType({})
+) -> Measurement | None:
+    """What the log holds, as the record's measurement; None when the worker did not even start. ``others``: the logs of the other ranks."""
     started = next((event for event in events if event["event"] == "started"), None)
     if started is None:
         return None
@@ -179,11 +184,23 @@ def measurement(events: Sequence[Event], artifacts: Artifacts) -> Measurement | 
             **{name: ready.get(name) if ready else None for name in ("setup_seconds", "data_seconds", "import_seconds")},
         ),
         steps=Steps(**columns),
-        memory=tuple(Memory(**event["memory"]) for event in events if event["event"] == "memory"),
+        memory=tuple(Memory(**event["memory"]) for said in (events, *others.values()) for event in said if event["event"] == "memory"),
         artifacts=artifacts,
+        ranks=tuple(_rank_steps(rank, said) for rank, said in ({0: events, **others} if others else {}).items()),
+        chosen=ready.get("chosen") if ready else None,
         work=parse(Work, work["work"]) if work["work"] else None,
         work_unknown=work["unknown"],
         gemm_peak_flops=work["gemm_peak_flops"],
+    )
+
+
+def _rank_steps(rank: int, events: Sequence[Event]) -> RankSteps:
+    steps = [event for event in events if event["event"] == "step"]
+    waiting: list[Any] = [step.get("waiting_seconds") for step in steps]
+    return RankSteps(
+        rank=rank,
+        seconds=tuple(step["seconds"] for step in steps),
+        waiting_seconds=tuple(waiting) if waiting and None not in waiting else None,
     )
 
 

@@ -6,12 +6,13 @@ import contextlib
 import gc
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from harness.data.tokens import StepTokens
-from harness.engine import Probe
+from harness.engine import Chosen, Probe
 from harness.errors import ConfigError, RecordError
 from harness.record import Record, loads
 from harness.spec import Spec, parse
@@ -115,17 +116,21 @@ class _CountedProbe:
         self._setup_peak = 0
         self._steps: list[_Step] = []
 
-    def ready(self) -> None:
+    def ready(self, chosen: Mapping[str, Chosen] | None = None) -> None:
         """The set-up is counted by its peak alone."""
         gc.collect()
         self._setup_peak = self._meter.close().peak_bytes
-        self._probe.ready()
+        self._probe.ready(chosen)
 
     def step(self, *, loss: Tensor | float, grad_norm: Tensor | float | None, tokens: StepTokens) -> None:
         """The step ends here; the garbage that it left is not held against the next one."""
         gc.collect()
         self._steps.append(self._meter.close())
         self._probe.step(loss=loss, grad_norm=grad_norm, tokens=tokens)
+
+    def waits(self) -> AbstractContextManager[None]:
+        """Nothing to count."""
+        return self._probe.waits()
 
     def counts(self, device: Literal["cpu", "cuda"]) -> Counts:
         """All steps so far."""

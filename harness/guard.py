@@ -8,12 +8,14 @@ import os
 import resource
 import select
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+
+TYPE_CHECKING = False  # for type checkers; every cell waits for its guard, so nothing is imported that need not be: not typing either
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Iterator, Sequence
+    from typing import Any
 
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: orphans below us become our children, also those that left the session or forked twice
 
@@ -25,8 +27,10 @@ def guarded(command: Sequence[str], *, held: int | None, **settings: Any) -> Ite
     When the block ends, or this process does (however: the guard sees its stdin close), every descendant of the command is killed.
     ``held`` is a descriptor that stays open until the last of them is gone: a lock on it tells others when. ``settings`` go to Popen.
     """
+    import subprocess
+
     kept = () if held is None else (held,)
-    guard = [sys.executable, "-I", __file__, *command]
+    guard = [sys.executable, "-I", "-S", __file__, *command]  # nothing but the standard library
     process = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True, pass_fds=kept, **settings)
     assert process.stdin is not None
     try:
@@ -39,10 +43,10 @@ def guarded(command: Sequence[str], *, held: int | None, **settings: Any) -> Ite
 def main(command: Sequence[str]) -> int:
     """Be the guard of ``command``, until it has ended or our owner is gone."""
     ctypes.CDLL(None).prctl(_SUBREAPER, 1)
-    for entry in Path("/proc/self/fd").iterdir():
-        if int(entry.name) > 2:
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
             with contextlib.suppress(OSError):  # the one that listed the folder
-                os.set_inheritable(int(entry.name), False)
+                os.set_inheritable(int(name), False)
     alarm, ring = os.pipe()
     os.set_blocking(ring, False)
     signal.set_wakeup_fd(ring, warn_on_full_buffer=False)
@@ -95,10 +99,10 @@ def _kill_descendants() -> None:
 
 def _descendants() -> set[int]:
     children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[1-9]*"):
-        with contextlib.suppress(OSError):  # gone meanwhile
-            parent = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
-            children.setdefault(int(parent), []).append(int(entry.name))
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", errors="replace") as file:  # gone meanwhile
+            parent = file.read().rpartition(")")[2].split()[1]
+            children.setdefault(int(parent), []).append(int(name))
     found: set[int] = set()
     waiting = [os.getpid()]
     while waiting:

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import json
-import platform
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from harness import resume
 from harness.config import Request
-from harness.endings import TREE, Ending, classify, doubted, last_lines
+from harness.endings import Ending, classify, doubted, last_lines
 from harness.engine import Machine, declared_loss_norm
 from harness.errors import ConfigError, HarnessError, StoreError, UnsupportedError
 from harness.events import Event, EventReader, ending, measurement
-from harness.fingerprint import engine_fingerprint
 from harness.guard import guarded
-from harness.interpreter import environment, interpreter
-from harness.machine import driver_version, host_id
+from harness.interpreter import environment
 from harness.monitor import Monitor, monitoring
 from harness.places import Prepared, WorkerJob
-from harness.ranks import memory_of_the_others, worker_command
-from harness.record import Artifacts, Provenance, Record, Status
+from harness.provenance import dated, provenance
+from harness.ranks import logs_of_the_others, threads, worker_command
+from harness.record import Artifacts, Record, Status
 from harness.spec import Spec, parse
-from harness.store import commit_of, write_at_once, writing
+from harness.store import write_at_once, writing
 from harness.watch import OnEvent, watch
 from harness.weights import adapter_sha256
 
@@ -54,8 +52,9 @@ def run_cell(
     Raises StoreError when nothing can be written under ``root``, or not as much as the trained weights will take.
     """
     work = _work(root, machine, request)
-    provenance = _provenance(request, sweep)
-    provenance, notes = _dated(provenance, earlier)
+    came_from = provenance(request, sweep)
+    came_from, notes = dated(came_from, earlier)
+    saving = resume.saving(request, machine, prepared, came_from.engine_fingerprint, root, work)
     with writing(work):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -64,11 +63,12 @@ def run_cell(
         cell=request.cell,
         machine=machine,
         prepared=prepared.model_copy(update={"notes": (*prepared.notes, *notes)}),
-        provenance=provenance,
+        provenance=came_from,
         out=str(work / "adapter"),
         events=str(work / "events.jsonl"),
         launched_monotonic=time.monotonic(),
         counts=None if counts is None else str(counts),
+        saving=saving,
     )
     try:
         with contextlib.ExitStack() as stack:
@@ -83,6 +83,7 @@ def run_cell(
     status, reason = classify(how, events, work)
     record = _record(job, status, reason, wall, events, monitor)
     _keep_adapter(work, root, record)
+    resume.end(saving, record.status)
     return record
 
 
@@ -107,12 +108,13 @@ def recovered(request: Request, machine: Machine, root: Path, known: Sequence[Re
     record = _record(job, status, reason, last["wall_seconds"], events)
     note = "recovered from the event log: the sweep was stopped before it could write this record"
     _keep_adapter(work, root, record)
+    resume.end(job.saving, record.status)
     return record.model_copy(update={"notes": (*record.notes, note)})
 
 
 def unsupported(request: Request, machine: Machine, reason: str) -> Record:
     """The record of a cell that cannot run, made without a process."""
-    return Record(cell=request.cell, machine=machine, status="unsupported", reason=reason, provenance=_provenance(request))
+    return Record(cell=request.cell, machine=machine, status="unsupported", reason=reason, provenance=provenance(request))
 
 
 def run_door(module: str, job: Spec, job_path: Path, *, held: int | None, network: bool = False) -> None:
@@ -190,7 +192,8 @@ def _run_worker(
 
 
 def _environment(request: Request) -> dict[str, str]:
-    return _with_tree({**_OFFLINE, **_WORKER, **request.cell.engine.environment}, request.python)
+    engine = request.cell.engine
+    return _with_tree({**_OFFLINE, **_WORKER, **threads(request.machine.device, engine.processes), **engine.environment}, request.python)
 
 
 def _with_tree(extra: dict[str, str], python: str | None = None) -> dict[str, str]:
@@ -207,7 +210,9 @@ def _record(
         adapter_init_sha256=job.prepared.adapter_init_sha256,
         adapter_sha256=last.get("adapter_sha256"),
     )
-    measured = measurement([*events, *memory_of_the_others(Path(job.events).parent)], artifacts)
+    measured = measurement([*resume.steps_before(job.saving), *events], artifacts, logs_of_the_others(Path(job.events).parent))
+    if measured is not None and job.saving is not None:
+        measured = measured.model_copy(update={"resumed_at": job.saving.resumed_at})
     if measured is not None and monitor is not None:
         measured = monitor.add_to(measured)
     status, reason = doubted(status, reason, measured, monitor.stranger if monitor else None)
@@ -227,39 +232,6 @@ def _record(
 def _emulated(machine: Machine) -> tuple[str, ...]:
     cap = machine.memory_cap_gib
     return (f"memory of {cap} GiB was emulated: the allocator was capped on a GPU of {machine.memory_gib} GiB",) if cap else ()
-
-
-def _provenance(request: Request, sweep: str | None = None) -> Provenance:
-    """As it is now, before the start: the tree may change while a cell runs."""
-    commit, dirty = commit_of(TREE)
-    python, packages = interpreter(request.python, request.packages)
-    return Provenance(
-        started_utc=_stamp(datetime.now(UTC)),
-        wall_seconds=0.0,
-        commit=commit,
-        dirty=dirty,
-        engine_fingerprint=engine_fingerprint(request.cell.engine.module, request.python, request.packages),
-        python=python,
-        packages=dict(packages),
-        driver=driver_version() if request.machine.device == "cuda" else None,
-        sweep=sweep,
-        price=request.machine.price,
-        host=f"{host_id()} {platform.system()} {platform.release().partition('-')[0]}",
-    )
-
-
-def _dated(provenance: Provenance, earlier: Sequence[Record]) -> tuple[Provenance, tuple[str, ...]]:
-    """Records of a cell are told apart and ordered by their start: when the clock went back, one is dated just after the one before."""
-    newest = max((record.provenance.started_utc for record in earlier), default="")
-    if provenance.started_utc > newest:
-        return provenance, ()
-    note = f"the clock said {provenance.started_utc}, before the start of the record that was made before: dated just after that one"
-    after = _stamp(datetime.fromisoformat(newest) + timedelta(milliseconds=1))
-    return provenance.model_copy(update={"started_utc": after}), (note,)
-
-
-def _stamp(moment: datetime) -> str:
-    return moment.isoformat(timespec="milliseconds")
 
 
 def _has_its_adapter(last: Event, work: Path, root: Path) -> bool:

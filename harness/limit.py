@@ -16,10 +16,10 @@ from harness.data.tokens import TokenFile
 from harness.engine import Machine
 from harness.errors import HarnessError
 from harness.floor import Attention, Floor, Product, shapes
-from harness.launch import run_door
 from harness.machine import detect
-from harness.places import Prepared, PrepareRequest
-from harness.spec import DType, parse
+from harness.places import Prepared
+from harness.preparing import prepared
+from harness.spec import DType
 from harness.store import save_floor
 from harness.turns import turn
 
@@ -56,20 +56,11 @@ def _measure(settings: Settings, request: Request) -> Floor:
     root = Path(settings.runs).expanduser().resolve()
     machine = detect(request.machine.device, memory_cap_gib=request.machine.memory_cap_gib)
     with turn(root, lambda: print("waiting: a sweep is measuring here")) as held:
-        prepared = _prepared(settings, request, root, held)
-        floor = measure(prepared, request, machine)
+        place = prepared(request, settings.cache, root / "work" / "prepare", held=held, say=print)
+        floor = measure(place, request, machine)
         save_floor(floor, root)
     print(_text(floor, request))
     return floor
-
-
-def _prepared(settings: Settings, request: Request, root: Path, held: int) -> Prepared:
-    job = root / "work" / "prepare" / f"{request.cell.workload.key}.json"
-    out = job.with_suffix(".prepared.json")
-    cache = str(Path(settings.cache).expanduser().resolve())
-    wanted = PrepareRequest(workload=request.cell.workload, sources=request.sources, cache=cache, out=str(out))
-    run_door("harness.prepare", wanted, job, held=held, network=True)
-    return parse(Prepared, json.loads(out.read_text(encoding="utf-8")))
 
 
 def measure(prepared: Prepared, request: Request, machine: Machine) -> Floor:

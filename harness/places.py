@@ -69,6 +69,17 @@ class ScoreRequest(Spec):
     pairs: tuple[PairItem, ...] = ()
 
 
+class Saving(Spec):
+    """Where a cell's state is saved every so many steps, how many steps are ``made`` already (0: it starts), and with which steps (0-based)
+    new processes took over.
+    """
+
+    folder: str
+    every: int
+    made: int
+    resumed_at: tuple[int, ...]
+
+
 class WorkerJob(Spec):
     """``python -m harness.worker JOB.json``: train ``cell``, leave weights in ``out`` and the event log at ``events``.
 
@@ -85,3 +96,4 @@ class WorkerJob(Spec):
     events: str
     launched_monotonic: float
     counts: str | None = None
+    saving: Saving | None = None

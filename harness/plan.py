@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.config import Request
-from harness.engine import Machine, load, requires
+from harness.engine import Machine, load, requires, resumes
 from harness.fingerprint import engine_fingerprint
 from harness.interpreter import lack
 from harness.machine import detect
 from harness.record import Record, Status
-from harness.spec import Cell, DType, Full, Lora, Model, QLora, parse
+from harness.spec import Cell, DType, Full, Lora, LoraFp8, Model, QLora, parse
 
 Rerun = Literal["missing", "stale", "all"]
 RETRIED: frozenset[Status] = frozenset({"timeout", "no_progress", "crash", "contended", "unsteady"})  # accidents; the others are answers
@@ -53,11 +53,16 @@ def plan(requests: Sequence[Request], records: Sequence[Record], rerun: Rerun) -
     """Decide on every request, in the order they are to be run: blocks of one repeat, their order reversed in the next."""
     known = _Known(
         latest={(record.machine.key, record.cell.key): record for record in records},
-        timed={_kind(record.machine, record.cell): record for record in records if record.status == "ok" and record.measurement},
+        timed={_kind(record.machine, record.cell): record for record in records if _is_whole(record)},
         machine=functools.cache(_machine),
         fingerprint=functools.cache(engine_fingerprint),
     )
     return [_decide(request, known, rerun) for request in _interleaved(_distinct(requests))]
+
+
+def _is_whole(record: Record) -> bool:
+    """Whether its times are those of one run from start to end."""
+    return record.status == "ok" and record.measurement is not None and not record.measurement.resumed_at
 
 
 def _distinct(requests: Sequence[Request]) -> list[Request]:
@@ -94,6 +99,8 @@ def _decide(request: Request, known: _Known, rerun: Rerun) -> Planned:
     knobs = parse(engine.Knobs, cell.engine.knobs, at="engine.knobs")
     if reason := engine.unsupported(cell.workload, knobs, machine):
         return Planned(request, machine, "unsupported", reason, None)
+    if request.save_every is not None and not resumes(engine):
+        return Planned(request, machine, "unsupported", f"{cell.engine.name} writes no checkpoints; set save_every=null", None)
     if missing := lack(request.python, requires(engine)):
         return Planned(request, machine, "unsupported", str(missing), None)
     record = known.latest.get((machine.key, cell.key))
@@ -159,10 +166,10 @@ def least_memory_bytes(request: Request) -> int | None:
     """What training holds at the very least: the weights, and for full fine-tuning fp32 gradients and two AdamW moments besides."""
     model, method = request.cell.workload.model, request.cell.workload.method
     stored = _stored_bytes(model)
-    if stored is not None and isinstance(method, QLora):
+    if stored is not None and isinstance(method, QLora | LoraFp8):
         assert model.config is not None
         quantised = int(str(model.config["num_hidden_layers"])) * linear_parameters(model.config)
-        return stored - int(quantised * (BYTES[model.dtype] - NF4_BYTES))
+        return stored - int(quantised * (BYTES[model.dtype] - (NF4_BYTES if isinstance(method, QLora) else 1)))
     if stored is None or isinstance(method, Lora):
         return stored
     assert isinstance(method, Full)

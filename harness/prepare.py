@@ -8,19 +8,20 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from harness.data.build import Built, build_dense, build_jsonl, unwatched
 from harness.data.counts import DataCounts
-from harness.data.tokenise import VERSION
-from harness.data.tokens import TokenFile
+from harness.data.tokens import VERSION, TokenFile
 from harness.errors import ConfigError, DataError, HarnessError, StoreError
 from harness.places import Prepared, PrepareRequest
-from harness.spec import Data, Model, QLora, Workload, parse
-from harness.weights.adapter import prepare_adapter
-from harness.weights.base_model import Base, prepare_base
-from harness.weights.nf4_base import prepare_nf4
+from harness.spec import Data, Lora, LoraFp8, Model, QLora, Workload, parse
+from harness.weights.adapter import Adapter, find_adapter, prepare_adapter
+from harness.weights.base_model import Base, as_fp8, find_base, prepare_base
+from harness.weights.nf4_base import find_nf4, prepare_nf4
 from harness.weights.sources import fingerprint, resolve_source, write_atomically
+
+if TYPE_CHECKING:
+    from harness.data.build import Built  # imported where something is tokenised: a parent that only looks need not wait for it
 
 SHOWN = 3  # reasons of skipped rows
 T = TypeVar("T")
@@ -55,9 +56,28 @@ def prepare(request: PrepareRequest) -> Prepared:
     adapter = prepare_adapter(workload, base, cache)
     tokens = _tokens(workload, request.sources.data, base, cache)
     base = prepare_nf4(base, workload.model.dtype, cache) if isinstance(workload.method, QLora) else base
+    made = _prepared(workload, as_fp8(base) if isinstance(workload.method, LoraFp8) else base, adapter, tokens)
+    print(made.notes[-1], flush=True)
+    return made
+
+
+def find(request: PrepareRequest) -> Prepared | None:
+    """What ``prepare`` would return where all of it is in the cache, after the same checks; None where anything must be made or fetched."""
+    cache, workload = Path(request.cache).expanduser(), request.workload
+    base = find_base(workload.model, request.sources, cache)
+    if base is None:
+        return None
+    adapter = find_adapter(workload, base, cache)
+    tokens = _find_tokens(_entry(workload.data, _data_paths(workload.data, request.sources.data), base, cache))
+    quantised = find_nf4(base, cache) if isinstance(workload.method, QLora) else base
+    if tokens is None or quantised is None or (adapter is None and isinstance(workload.method, Lora)):
+        return None
+    return _prepared(workload, as_fp8(quantised) if isinstance(workload.method, LoraFp8) else quantised, adapter, tokens)
+
+
+def _prepared(workload: Workload, base: Base, adapter: Adapter | None, tokens: Path) -> Prepared:
     counts = parse(DataCounts, TokenFile.open(tokens).metadata["counts"])
     said = f"data ({_layouts(workload.data, counts)}): {counts.sentence()}"
-    print(said, flush=True)
     return Prepared(
         tokens=str(tokens),
         base=str(base.path),
@@ -84,6 +104,17 @@ def _tokenizer_note(model: Model) -> tuple[str, ...]:
 def _tokens(workload: Workload, sources: Sequence[str], base: Base, cache: Path) -> Path:
     data = workload.data
     paths = _data_paths(data, sources)
+    entry = _entry(data, paths, base, cache)
+    found = _find_tokens(entry)
+    if found is not None:
+        return found
+    made = _build(data, paths, base, cache / "tokens")
+    write_atomically(entry, json.dumps({"sha256": made.stem}))
+    return made
+
+
+def _entry(data: Data, paths: Sequence[Path], base: Base, cache: Path) -> Path:
+    """Where the cache says which token file is made of just this. Raises DataError when a file is not the one that was planned with."""
     contents = [fingerprint(path, cache) for path in paths]
     for file, content in zip(data.files, contents, strict=True):
         if file.sha256 not in (None, content):
@@ -95,20 +126,21 @@ def _tokens(workload: Workload, sources: Sequence[str], base: Base, cache: Path)
         "tokenizer": base.tokenizer_sha256 if paths else None,
         "vocab_size": base.vocab_size,
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    entry, folder = cache / "tokens" / "index" / f"{digest}.json", cache / "tokens"
+    return cache / "tokens" / "index" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
+
+
+def _find_tokens(entry: Path) -> Path | None:
+    """The token file that ``entry`` names; None where it is not made yet, or only half an entry is there."""
     try:
-        found = folder / f"{json.loads(entry.read_text())['sha256']}.safetensors"
-        if found.is_file():
-            return found
-    except (OSError, ValueError, KeyError):
-        pass  # not made yet, or only half an entry: make it
-    made = _build(data, paths, base, folder)
-    write_atomically(entry, json.dumps({"sha256": made.stem}))
-    return made
+        found = entry.parent.parent / f"{json.loads(entry.read_text())['sha256']}.safetensors"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if found.is_file() else None
 
 
 def _build(data: Data, paths: Sequence[Path], base: Base, folder: Path) -> Path:
+    from harness.data.build import build_dense
+
     try:
         built = _tokenise(data, paths, base, folder) if paths else build_dense(data, base.vocab_size, folder)
     except OSError as error:
@@ -119,6 +151,7 @@ def _build(data: Data, paths: Sequence[Path], base: Base, folder: Path) -> Path:
 
 
 def _tokenise(data: Data, paths: Sequence[Path], base: Base, folder: Path) -> Built:
+    from harness.data.build import build_jsonl, unwatched
     from harness.weights.tokenizer_files import load_tokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # launch turns it off for workers, which fork; this process does not

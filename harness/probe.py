@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.compiles import CompileCounter
 from harness.data.tokens import StepTokens
+from harness.engine import Chosen
 from harness.events import EventLog
 from harness.memory import MemoryPeaks, Phase, reserved_bytes, status_bytes
 from harness.startup import ImportClock
@@ -36,14 +39,15 @@ class StepProbe:
         self._data_seconds = data_seconds
         self.num_steps = 0
 
-    def ready(self) -> None:
-        """Set-up is over; the next thing is step 1."""
+    def ready(self, chosen: Mapping[str, Chosen] | None = None) -> None:
+        """Set-up is over; the next thing is step 1. ``chosen``: what the engine decided by itself."""
         imports = self._imports.stop()
         self._clock.start(self._compiles.count)
         at = time.monotonic()
         self._close("setup", at)
         fields = {"setup_seconds": at - self._began, "import_seconds": imports, "data_seconds": self._data_seconds, "at": at}
-        self._log.write("ready", {**fields, "gpus": _uuids() if self._device == "cuda" else []})
+        gpus = _uuids() if self._device == "cuda" else []
+        self._log.write("ready", {**fields, "gpus": gpus, "chosen": dict(chosen) if chosen else None})
 
     def step(self, *, loss: Tensor | float, grad_norm: Tensor | float | None, tokens: StepTokens) -> None:
         """One optimizer step has been issued; ``loss`` is its token-weighted mean, ``grad_norm`` the norm before clipping."""
@@ -52,6 +56,13 @@ class StepProbe:
         self._drain(wait=False)
         if self.num_steps == 1:
             self._close("first_step", time.monotonic())
+
+    @contextlib.contextmanager
+    def waits(self) -> Iterator[None]:
+        """Around what a rank does where it waits for the slowest."""
+        self._clock.wait_begins()
+        yield
+        self._clock.wait_ends()
 
     def finish(self) -> None:
         """Training is over: wait for the device and write what is left."""
@@ -77,6 +88,7 @@ class StepProbe:
                     "host_seconds": step.host_seconds,
                     "reserved_bytes": step.reserved_bytes,
                     "compiles": step.compiles,
+                    "waiting_seconds": step.waiting_seconds,
                     "rss_bytes": status_bytes("VmRSS"),
                 },
             )
@@ -91,6 +103,7 @@ class _Passed:
     compiles: int
     host_seconds: float | None = None
     reserved_bytes: int | None = None
+    waiting_seconds: float | None = None
 
 
 class _HostClock:
@@ -100,6 +113,13 @@ class _HostClock:
         self._last = 0.0
         self._compiles = 0
         self._passed: list[_Passed] = []
+        self._waited: float | None = None
+
+    def wait_begins(self) -> None:
+        self._wait_began = time.perf_counter()
+
+    def wait_ends(self) -> None:
+        self._waited = (self._waited or 0.0) + time.perf_counter() - self._wait_began
 
     def start(self, compiles: int) -> None:
         self._compiles = compiles
@@ -109,8 +129,8 @@ class _HostClock:
         norm = None if grad_norm is None else float(grad_norm)
         value = float(loss)
         now = time.perf_counter()
-        self._passed.append(_Passed(now - self._last, value, norm, tokens, compiles - self._compiles))
-        self._last, self._compiles = now, compiles
+        self._passed.append(_Passed(now - self._last, value, norm, tokens, compiles - self._compiles, waiting_seconds=self._waited))
+        self._last, self._compiles, self._waited = now, compiles, None
 
     def passed(self, *, wait: bool) -> list[_Passed]:
         done, self._passed = self._passed, []
@@ -128,6 +148,7 @@ class _Issued:
     compiles: int
     host_seconds: float
     reserved_bytes: int
+    waits: tuple[Any, ...]
 
 
 class _CudaClock:
@@ -137,6 +158,13 @@ class _CudaClock:
         self._num_steps = num_steps
         self._pending: deque[_Issued] = deque()
         self._count = 0
+        self._waits: list[Any] = []
+
+    def wait_begins(self) -> None:
+        self._waits.append(_recorded())
+
+    def wait_ends(self) -> None:
+        self._waits.append(_recorded())
 
     def start(self, compiles: int) -> None:
         import torch
@@ -144,8 +172,7 @@ class _CudaClock:
         self._values = torch.full((self._num_steps, 2), float("nan"), dtype=torch.float32, pin_memory=True)
         self._compiles = compiles
         torch.cuda.synchronize()
-        self._last: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self._last.record()
+        self._last: Any = _recorded()
         self._host = time.perf_counter()
 
     def mark(self, loss: Tensor | float, grad_norm: Tensor | float | None, tokens: StepTokens, compiles: int) -> None:
@@ -155,11 +182,12 @@ class _CudaClock:
             if value is not None:
                 source = torch.as_tensor(value).detach().to(torch.float32).reshape(())
                 self._values[self._count, column].copy_(source, non_blocking=True)
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event = _recorded()
         now = time.perf_counter()
-        step = _Issued(self._count, event, grad_norm is not None, tokens, compiles - self._compiles, now - self._host, reserved_bytes())
+        host, waits = now - self._host, tuple(self._waits)
+        step = _Issued(self._count, event, grad_norm is not None, tokens, compiles - self._compiles, host, reserved_bytes(), waits)
         self._pending.append(step)
+        self._waits.clear()
         self._host, self._compiles = now, compiles
         self._count += 1
 
@@ -170,11 +198,25 @@ class _CudaClock:
             step.event.synchronize()
             loss, norm = self._values[step.row].tolist()
             seconds = self._last.elapsed_time(step.event) / 1000
-            done.append(
-                _Passed(seconds, loss, norm if step.has_norm else None, step.tokens, step.compiles, step.host_seconds, step.reserved_bytes)
-            )
+            grad_norm, waited = norm if step.has_norm else None, _between(step.waits)
+            done.append(_Passed(seconds, loss, grad_norm, step.tokens, step.compiles, step.host_seconds, step.reserved_bytes, waited))
             self._last = step.event
         return done
+
+
+def _recorded() -> Any:
+    """A timing event on the current stream, recorded now."""
+    import torch
+
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _between(waits: tuple[Any, ...]) -> float | None:
+    """Seconds between the first and the second event, the third and the fourth, …; all have passed."""
+    pairs = zip(waits[::2], waits[1::2], strict=True)
+    return sum(began.elapsed_time(ended) for began, ended in pairs) / 1000 if waits else None
 
 
 def _uuids() -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from harness.engine import Machine
-from harness.record import Record, Score
+from harness.record import Record, Score, untimed
 from harness.spec import EngineSpec, Workload
 from harness.stats import Comparison, compare, median, tokens_per_second
 
@@ -49,7 +50,7 @@ class Verdict(Protocol):
         """Whether a run with this verdict may win a ranking."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Entry:
     """One record, where it is stored (relative to its root), its score and its verdict."""
 
@@ -58,11 +59,11 @@ class Entry:
     score: Score | None
     verdict: Verdict
 
-    @property
+    @functools.cached_property
     def tokens_per_second(self) -> float | None:
-        """The rate of a run with status ok; None when it failed or nothing was timed."""
+        """The rate of a run with status ok; None when it failed, went on from a checkpoint, or nothing was timed."""
         measurement = self.record.measurement
-        return tokens_per_second(measurement.steps) if self.record.status == "ok" and measurement else None
+        return tokens_per_second(measurement.steps) if self.record.status == "ok" and measurement and not measurement.resumed_at else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +183,7 @@ def rank(entries: Iterable[Entry]) -> tuple[Group, ...]:
 
 def failure_text(record: Record) -> str:
     """``repeat 2: oom: CUDA out of memory``."""
-    why = record.reason or ("nothing was timed" if record.status == "ok" else "no reason was recorded")
+    why = record.reason or (untimed(record) if record.status == "ok" else "no reason was recorded")
     return f"repeat {record.cell.repeat}: {record.status}: {why}"
 
 
@@ -202,10 +203,9 @@ def _group(entries: Sequence[Entry]) -> Group:
 def _variants(entries: Sequence[Entry]) -> list[Variant]:
     found: dict[str, list[Entry]] = {}
     for entry in entries:
-        found.setdefault(_canonical(entry.record.cell.engine.model_dump(mode="json")), []).append(entry)
-    members = list(found.values())
-    names = labels([entries[0].record.cell.engine for entries in members])
-    return [_variant(name, entries) for name, entries in zip(names, members, strict=True)]
+        found.setdefault(entry.record.cell.engine.key, []).append(entry)
+    names = labels([members[0].record.cell.engine for members in found.values()])
+    return [_variant(name, members) for name, members in zip(names, found.values(), strict=True)]
 
 
 def _variant(label: str, entries: Sequence[Entry]) -> Variant:

@@ -23,6 +23,13 @@ def worker_command(python: str, job: Path, processes: int) -> list[str]:
     return [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *worker]
 
 
+def threads(device: str, processes: int) -> dict[str, str]:
+    """Several ranks share a CPU's cores evenly; left alone, torchrun would give each a single thread. What is set already stays."""
+    if device != "cpu" or processes == 1 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+
+
 def rank() -> int:
     """Of this process among those of its cell, as torchrun numbers them."""
     return int(os.environ.get("RANK", "0"))
@@ -33,11 +40,13 @@ def own_log(events: Path) -> Path:
     return events if rank() == 0 else events.with_name(f"{events.stem}-rank{rank()}{events.suffix}")
 
 
-def memory_of_the_others(work: Path) -> list[Event]:
-    """What the ranks beside rank 0 logged of their memory in ``work``, the cell's folder: each has a device of its own, and not all need
-    the same of it.
-    """
-    return [event for said in _of_the_others(work).values() for event in said if event["event"] == "memory"]
+def logs_of_the_others(work: Path) -> dict[int, list[Event]]:
+    """What the ranks beside rank 0 logged in ``work``, the cell's folder, by rank."""
+    logged = {}
+    for path in work.glob("events-rank*.jsonl"):
+        with EventReader(path) as reader:
+            logged[int(path.stem.removeprefix("events-rank"))] = reader.new()
+    return dict(sorted(logged.items()))
 
 
 def ended(events: Sequence[Event], work: Path) -> Event | None:
@@ -45,7 +54,7 @@ def ended(events: Sequence[Event], work: Path) -> Event | None:
 
     The failure of one of several ranks names it; what is ``unsupported`` all of them say.
     """
-    others = _of_the_others(work)
+    others = logs_of_the_others(work)
     endings = [_of_rank(0, ending(events)) if others else ending(events)]
     endings += [_of_rank(number, ending(said)) for number, said in others.items()]
     failed = [one for one in endings if one is not None and one["event"] == "failed"]
@@ -62,14 +71,6 @@ def died(printed: str, *, told: bool) -> tuple[int, int] | None:
     quiet = {0, FAILED, LOST_LOG, -signal.SIGTERM, *((-signal.SIGABRT,) if told else ())}
     found = [(int(rank), int(code)) for rank, code in _REPORTED.findall(report)]
     return next(((rank, code) for rank, code in found if code not in quiet), None)
-
-
-def _of_the_others(work: Path) -> dict[int, list[Event]]:
-    logged = {}
-    for path in work.glob("events-rank*.jsonl"):
-        with EventReader(path) as reader:
-            logged[int(path.stem.removeprefix("events-rank"))] = reader.new()
-    return dict(sorted(logged.items()))
 
 
 def _of_rank(number: int, event: Event | None) -> Event | None:

@@ -39,6 +39,16 @@ class Steps(Spec):
     compiles: tuple[int, ...] | None = None
 
 
+class RankSteps(Spec):
+    """Of one rank of several, by its own clock: seconds of every step, and of these what it spent in the exchange of losses that follows
+    the backward pass, where it waits for the slowest; null where the engine does not say. The rank that waits least is that one.
+    """
+
+    rank: int
+    seconds: tuple[float, ...]
+    waiting_seconds: tuple[float, ...] | None
+
+
 class Startup(Spec):
     """Where the time before the first step went, in seconds.
 
@@ -123,7 +133,10 @@ class Measurement(Spec):
     """What the probe saw. A cell that failed midway keeps the steps it made.
 
     ``work`` is null where ``work_unknown`` says why, and in a cell that did not end. ``gemm_peak_flops``: operations per second of a
-    large bfloat16 product in this very process, after the last step; null on a CPU and where there was no room for it.
+    large bfloat16 product in this very process, after the last step; null on a CPU and where there was no room for it. ``ranks``: of a
+    cell in several processes; its ``steps`` are rank 0's. ``chosen``: what the engine decided by itself, in its own words; null where it
+    says nothing. ``resumed_at``: the steps (0-based) with which a new process went on from a checkpoint; what is not of steps is the last
+    process', and such a run has no rate.
     """
 
     startup: Startup
@@ -131,9 +144,12 @@ class Measurement(Spec):
     memory: tuple[Memory, ...]
     artifacts: Artifacts
     gpus: tuple[GpuSamples, ...] = ()
+    ranks: tuple[RankSteps, ...] = ()
+    resumed_at: tuple[int, ...] = ()
     work: Work | None = None
     work_unknown: str | None = None
     gemm_peak_flops: float | None = None
+    chosen: dict[str, str | int | float] | None = None
 
 
 class Provenance(Spec):
@@ -188,6 +204,12 @@ class Score(Spec):
     held_out_tokens: int
     update_norm: float | None
     evaluator: str
+
+
+def untimed(record: Record) -> str:
+    """Why a run that ended ok has no rate."""
+    at = record.measurement.resumed_at if record.measurement else ()
+    return f"it went on from a checkpoint after step {', '.join(map(str, at))}, so no rate is its own" if at else "nothing was timed"
 
 
 def dumps(spec: Record | Score) -> str:

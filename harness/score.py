@@ -16,7 +16,7 @@ from harness.data.tokens import IGNORE, Sample, Split, TokenFile, pad
 from harness.errors import ConfigError, DataError, HarnessError, WeightsError
 from harness.places import PairItem, Prepared, ScoreItem, ScoreRequest
 from harness.record import Score, dumps
-from harness.spec import parse
+from harness.spec import LoraFp8, parse
 from harness.updates import UpdatePair
 from harness.weights.sources import write_atomically
 from harness.weights.tensors import CHUNK, Stored, read_tensors
@@ -66,10 +66,10 @@ def _score_items(request: ScoreRequest) -> None:
     base: Any = None
     for item in request.items:
         if item.adapter is not None and request.workload.method.name == "full":
-            model, after = _load(Path(item.adapter), request.device), None
+            model, after = load_model(Path(item.adapter), request.device), None
         else:
-            base = base or _load(Path(request.prepared.base), request.device)
-            model = base if item.adapter is None else _with_adapter(base, Path(item.adapter))
+            base = base or _base(request)
+            model = base if item.adapter is None else with_adapter(base, Path(item.adapter))
             after = model if item.adapter is not None else None
         loss, count = held_out_loss(model, tokens.held_out, request.device)
         if after is not None:
@@ -151,7 +151,18 @@ def batches(split: Split, vocab_size: int) -> Iterator[list[Sample]]:
     yield batch
 
 
-def _load(folder: Path, device: str) -> Any:
+def _base(request: ScoreRequest) -> Any:
+    """The base that adapters are trained on, computing as their method says."""
+    base = load_model(Path(request.prepared.base), request.device)
+    if isinstance(request.workload.method, LoraFp8):
+        from harness.fp8 import emulate
+
+        emulate(base)
+    return base
+
+
+def load_model(folder: Path, device: str) -> Any:
+    """The model in ``folder``, in float32 without TF32; one in NF4 decoded. Raises WeightsError for what transformers cannot load."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -170,7 +181,8 @@ def _load(folder: Path, device: str) -> Any:
     return model.to(device).eval()
 
 
-def _with_adapter(base: Any, folder: Path) -> Any:
+def with_adapter(base: Any, folder: Path) -> Any:
+    """``base`` with the adapter in ``folder`` beside it. Raises WeightsError for one that does not belong to it."""
     from peft import PeftModel
 
     wanted = set(read_tensors(folder))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
 
@@ -23,6 +24,13 @@ class Spec(BaseModel):
     """Frozen, strict (no coercion) and closed (no unknown keys) data; read it with :func:`parse`."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=(), ser_json_inf_nan="constants")
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, except that a copy with changes keeps nothing that was derived from what it no longer holds."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in copied.__dict__.keys() - type(self).model_fields.keys():
+            del copied.__dict__[name]
+        return copied
 
 
 class Model(Spec):
@@ -155,6 +163,12 @@ class QLora(Lora):
     name: Literal["qlora"]  # type: ignore[assignment]  # the tag of a union is narrower in every member
 
 
+class LoraFp8(Lora):
+    """Adapters on a base whose linear layers but the head compute in 8-bit floating point: harness/fp8.py says which function that is."""
+
+    name: Literal["lora_fp8"]  # type: ignore[assignment]
+
+
 class Full(Spec):
     """Every weight is trained; ``dtype`` is the type of the trained (master) weights."""
 
@@ -162,7 +176,7 @@ class Full(Spec):
     dtype: DType = "float32"
 
 
-Method = Annotated[Lora | QLora | Full, Field(discriminator="name")]
+Method = Annotated[Lora | QLora | LoraFp8 | Full, Field(discriminator="name")]
 
 
 class Train(Spec):
@@ -214,7 +228,7 @@ class Workload(Spec):
     method: Method
     train: Train
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """12 hex digits of the content hash."""
         return content_key(self)
@@ -248,6 +262,11 @@ class EngineSpec(Spec):
     knobs: dict[str, JsonValue]
     variant: str | None = None
 
+    @functools.cached_property
+    def key(self) -> str:
+        """12 hex digits of the content hash."""
+        return content_key(self)
+
     @property
     def title(self) -> str:
         """What people call it: ``hf``, ``unsloth/nockpt``."""
@@ -261,7 +280,7 @@ class Cell(Spec):
     engine: EngineSpec
     repeat: Annotated[int, Field(ge=0)]
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """12 hex digits of the content hash: what makes two cells the same cell."""
         return content_key(self)

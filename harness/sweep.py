@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import signal
 from collections.abc import Iterator, Sequence
@@ -14,17 +13,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from harness import report
+from harness import preparing, report
 from harness.config import Request, Settings
 from harness.errors import HarnessError, StoreError
-from harness.launch import recovered, run_cell, run_door, unsupported
-from harness.places import Prepared, PrepareRequest
+from harness.launch import recovered, run_cell, unsupported
+from harness.places import Prepared
 from harness.plan import Planned, least_memory_bytes, plan, weights_bytes
 from harness.progress import SweepProgress, label, sweep_progress
 from harness.record import Record
 from harness.scoring import Trained, drop, is_unjudged, judge_weights, needed_later
-from harness.spec import parse
-from harness.store import Results, check_writable, load, recorded, save, writing
+from harness.store import check_writable, load, recorded, save, writing
 from harness.turns import turn
 
 _GIB = 2**30
@@ -120,16 +118,10 @@ def _prepare(sweep: Sweep) -> dict[str, Prepared]:
 
 
 def prepare_workload(cell: Planned, sweep: Sweep) -> Prepared:
-    """Make, or find, what the workload of ``cell`` needs. Raises HarnessError with what cannot be had."""
-    workload = cell.request.cell.workload
-    job = sweep.root / "work" / "prepare" / f"{workload.key}.json"
-    out = job.with_suffix(".prepared.json")
-    request = PrepareRequest(
-        workload=workload, sources=cell.request.sources, cache=str(Path(sweep.settings.cache).expanduser().resolve()), out=str(out)
-    )
+    """Find, or make, what the workload of ``cell`` needs. Raises HarnessError with what cannot be had."""
     with sweep.turn() as held:
-        run_door("harness.prepare", request, job, held=held, network=True)
-        return parse(Prepared, json.loads(out.read_text(encoding="utf-8")))
+        folder = sweep.root / "work" / "prepare"
+        return preparing.prepared(cell.request, sweep.settings.cache, folder, held=held, say=sweep.say)
 
 
 def _run_cells(sweep: Sweep, prepared: dict[str, Prepared]) -> list[Record]:
@@ -217,12 +209,11 @@ def _finish(sweep: Sweep, records: Sequence[Record], scored: bool) -> Exit:
     ok = statuses.count("ok")
     results = load(root)
     if results.stored:
+        groups = report.judged(results)
         with writing(root):
-            path = report.write(results, root)
-        workloads = [cell.request.cell.workload for cell in planned]
-        keys_here = {key for work in workloads for key in (work.key, work.first_step.key)}  # a verdict may rest on a first step run before
-        mine = tuple(stored for stored in results.stored if stored.record.cell.workload.key in keys_here)
-        sweep.say(report.table(Results(mine, results.problems, results.updates)))
+            path = report.write(results, root, groups)
+        keys_here = {cell.request.cell.workload.key for cell in planned}
+        sweep.say(report.table(results, [group for group in groups if group.workload.key in keys_here]))
         sweep.say(f"report: {path}")
     if ok == 0:
         sweep.say("nothing was measured: no cell ended ok")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.data.tokens import TokenFile
-from harness.engine import Job, Machine, load
+from harness.engine import Checkpoints, Job, Machine, load
 from harness.errors import HarnessError, UnsupportedError
 from harness.events import LOST_LOG, EventLog
 from harness.flops import work
@@ -72,7 +72,7 @@ def _train(job: WorkerJob, log: EventLog, imports: ImportClock, began: float) ->
     probe = StepProbe(log, imports, device=job.machine.device, num_steps=num_steps, began=began, data_seconds=data_seconds)
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
-    adapter_init = job.prepared.adapter_init
+    adapter_init, saving = job.prepared.adapter_init, job.saving
     given = Job(
         workload=cell.workload,
         tokens=tokens,
@@ -81,12 +81,14 @@ def _train(job: WorkerJob, log: EventLog, imports: ImportClock, began: float) ->
         out=out,
         device=job.machine.device,
         processes=cell.engine.processes,
+        checkpoints=Checkpoints(folder=Path(saving.folder), every=saving.every, made=saving.made) if saving else None,
     )
     with counting(job.counts, job.machine.device, probe) as counted:
         engine.train(given, knobs, counted)
     probe.finish()
-    if probe.num_steps != num_steps:
-        raise RuntimeError(f"the engine reported {probe.num_steps} of {num_steps} steps")
+    expected = num_steps - (saving.made if saving else 0)
+    if probe.num_steps != expected:
+        raise RuntimeError(f"the engine reported {probe.num_steps} of {expected} steps")
     known = _work(job, tokens, _recomputed_fraction(engine, cell.workload, knobs))
     log.write("work", {**known, "gemm_peak_flops": gemm_peak_flops() if job.machine.device == "cuda" else None})
 

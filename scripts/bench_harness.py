@@ -34,7 +34,7 @@ from scripts.bench_figures import (
     tokenise_figures,
 )
 
-PACKAGES = ("hydra-core", "pydantic", "tokenizers", "transformers", "matplotlib")
+PACKAGES = ("hydra-core", "pydantic", "tokenizers", "transformers")
 INTRODUCTION = """# What the harness itself costs
 
 Written by `make figures` (`python -m scripts.bench_harness --write docs/figures.md`), which exits with 1 when a figure misses its target.

@@ -23,10 +23,10 @@ class _Planted:
     def __init__(self, job, probe):
         self._job, self._probe, self._kept = job, probe, []
 
-    def ready(self):
+    def ready(self, chosen=None):
         import time
 
-        self._probe.ready()
+        self._probe.ready(chosen)
         self._last = time.perf_counter()
 
     def step(self, **reported):

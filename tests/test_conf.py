@@ -46,8 +46,10 @@ def test_every_option_composes_into_a_valid_cell(option: str, cache: Path, tmp_p
 
 
 @pytest.mark.parametrize("sweep", GROUPS["sweep"])
-def test_every_sweep_composes(sweep: str, cache: Path) -> None:
-    _, found = ask(cache, f"+sweep={sweep}")
+def test_every_sweep_composes(sweep: str, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    own = "override /data: jsonl" in (CONF / "sweep" / f"{sweep}.yaml").read_text()
+    _, found = ask(cache, f"+sweep={sweep}", *([f"data.path={tmp_path / 'rows.jsonl'}"] if own else []))
     assert len(found) > 1
     assert len({request.cell.key for request in found}) == len(found)
 

@@ -52,7 +52,7 @@ def doors(made: Made, *, unloadable: frozenset[str] = frozenset(), interrupted: 
 
 def through(monkeypatch: pytest.MonkeyPatch, door: Door) -> None:
     """Preparing and scoring go through ``door``."""
-    monkeypatch.setattr("harness.sweep.run_door", door)
+    monkeypatch.setattr("harness.preparing.run_door", door)
     monkeypatch.setattr("harness.scoring.run_door", door)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,7 +17,7 @@ import engines.fused
 import engines.hf
 from harness.check.facts import gates
 from harness.check.settings import read_settings
-from harness.engine import Job
+from harness.engine import Chosen, Job
 from harness.errors import RecordError
 from harness.gates import Counted, Counts, counting, loads_counted
 from harness.spec import parse
@@ -38,8 +38,8 @@ class Faulty:
     extra: Callable[[list[torch.Tensor]], None]
     kept: list[torch.Tensor] = field(default_factory=list)
 
-    def ready(self) -> None:
-        self.probe.ready()
+    def ready(self, chosen: Mapping[str, Chosen] | None = None) -> None:
+        self.probe.ready(chosen)
 
     def step(self, **reported: Any) -> None:
         self.extra(self.kept)

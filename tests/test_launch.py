@@ -135,7 +135,7 @@ def test_a_clock_that_goes_back_changes_no_duration_and_no_order(monkeypatch: py
     def jumping_time() -> float:
         return Jumping.now().timestamp()
 
-    monkeypatch.setattr("harness.launch.datetime", Jumping)
+    monkeypatch.setattr("harness.provenance.datetime", Jumping)
     monkeypatch.setattr("time.time", jumping_time)
     made: list[Record] = []
     for _ in range(4):

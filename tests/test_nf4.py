@@ -111,7 +111,9 @@ METHOD = conf("method", "qlora", rank=4, alpha=8)
 
 def test_prepare_makes_an_nf4_base_beside_the_plain_one(tmp_path: Path, cache: Path) -> None:
     plain = prepare.prepare(request(workload(), cache, tmp_path / "x"))
+    assert prepare.find(request(workload(method=METHOD), cache, tmp_path / "x")) is None
     made = prepare.prepare(request(workload(method=METHOD), cache, tmp_path / "x"))
+    assert prepare.find(request(workload(method=METHOD), cache, tmp_path / "x")) == made
     assert made == prepare.prepare(request(workload(method=METHOD), cache, tmp_path / "x"))
     assert made.base != plain.base
     assert made.base_sha256 != plain.base_sha256

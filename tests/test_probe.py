@@ -29,7 +29,7 @@ def test_a_cpu_step_lasts_from_the_end_of_the_one_before(tmp_path: Path) -> None
         began = time.monotonic()
         time.sleep(0.05)
         probe = StepProbe(sink, ImportClock(), device="cpu", num_steps=3, began=began, data_seconds=0.01)
-        probe.ready()
+        probe.ready({"plan": "all kept", "loss_chunk": 7})
         for seconds in (0.02, 0.04, 0.01):
             time.sleep(seconds)
             probe.step(loss=1.0, grad_norm=None, tokens=TOKENS)
@@ -39,10 +39,27 @@ def test_a_cpu_step_lasts_from_the_end_of_the_one_before(tmp_path: Path) -> None
     (ready,) = events(log, "ready")
     assert 0.05 <= ready["setup_seconds"] < 0.6
     assert ready["data_seconds"] == 0.01
+    assert ready["chosen"] == {"plan": "all kept", "loss_chunk": 7}
     assert [event["compiles"] for event in events(log, "step")] == [0, 0, 0]
     assert {event["host_seconds"] for event in events(log, "step")} == {None}, "a CPU has no second clock"
     assert [event["grad_norms"] for event in events(log, "step")] == [None, None, None]
     assert [event["memory"]["phase"] for event in events(log, "memory")] == ["setup", "first_step", "steady"]
+
+
+def test_what_a_rank_waits_is_part_of_its_step(tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    with EventLog(log) as sink:
+        probe = StepProbe(sink, ImportClock(), device="cpu", num_steps=2, began=time.monotonic(), data_seconds=0.01)
+        probe.ready()
+        for _ in range(2):
+            with probe.waits():
+                time.sleep(0.03)
+        probe.step(loss=1.0, grad_norm=None, tokens=TOKENS)
+        probe.step(loss=1.0, grad_norm=None, tokens=TOKENS)
+        probe.finish()
+    first, second = events(log, "step")
+    assert 0.06 <= first["waiting_seconds"] <= first["seconds"]
+    assert second["waiting_seconds"] is None
 
 
 class FakeEvent:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from harness.launch import run_cell
-from harness.ranks import died, ended, own_log, worker_command
+from harness.ranks import died, ended, own_log, threads, worker_command
 from harness.record import Record
 from tests import workloads
 from tests.workloads import Made
@@ -29,6 +29,8 @@ def test_two_ranks_leave_one_record_with_the_steps_of_the_first(prepared: Made, 
     assert [(one.rank, one.phase) for one in record.measurement.memory] == [
         (rank, phase) for rank in (0, 1) for phase in ("setup", "first_step", "steady")
     ]
+    assert [(one.rank, len(one.seconds), one.waiting_seconds) for one in record.measurement.ranks] == [(0, 4, None), (1, 4, None)]
+    assert record.measurement.ranks[0].seconds == record.measurement.steps.seconds
     assert all(one.peak_rss_bytes for one in record.measurement.memory if one.phase == "setup")
     begun = [line for line in (tmp_path / "work" / "diary.txt").read_text().splitlines() if line.startswith("begin")]
     assert len(begun) == 2
@@ -46,6 +48,15 @@ def test_a_rank_that_runs_out_of_memory_ends_the_others_and_is_told(prepared: Ma
 def test_one_process_needs_no_launcher() -> None:
     assert worker_command("python", Path("job.json"), 1) == ["python", "-m", "harness.worker", "job.json"]
     assert "torch.distributed.run" in worker_command(sys.executable, Path("job.json"), 2)
+
+
+def test_ranks_share_the_cores_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 9)
+    assert threads("cpu", 2) == {"OMP_NUM_THREADS": "4"}
+    assert threads("cpu", 1) == threads("cuda", 2) == {}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads("cpu", 2) == {}
 
 
 def test_each_rank_writes_a_log_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_base_and_adapters_get_the_plain_loss_in_any_order(prepared: Prepared, t
 
 
 def test_batching_does_not_change_the_loss(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = door._load(Path(prepared.base), "cpu")
+    model = door.load_model(Path(prepared.base), "cpu")
     held_out = TokenFile.open(Path(prepared.tokens)).held_out
     whole, count = door.held_out_loss(model, held_out, "cpu")
     for most in (1, 100, 333):
@@ -144,10 +144,10 @@ def test_an_adapter_of_another_shape_or_name_is_refused(prepared: Prepared, tmp_
     with pytest.raises(WeightsError, match=r"differing in name or shape: surplus \(of 1\)"):
         door.update_norm(moved, Path(str(prepared.adapter_init)))
     with pytest.raises(WeightsError, match=r"its tensors are not those its adapter_config.json describes: surplus"):
-        door._with_adapter(door._load(Path(prepared.base), "cpu"), moved)
+        door.with_adapter(door.load_model(Path(prepared.base), "cpu"), moved)
     (moved / "adapter_config.json").write_text("{}")
     with pytest.raises(WeightsError, match="not an adapter that PEFT can load"):
-        door._with_adapter(door._load(Path(prepared.base), "cpu"), moved)
+        door.with_adapter(door.load_model(Path(prepared.base), "cpu"), moved)
 
 
 def test_full_weights_are_scored_as_they_are(prepared: Prepared, cache: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_nothing_held_out_is_a_message(cache: Path, tmp_path: Path, capsys: pyte
 
 def test_weights_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="not weights that transformers can load"):
-        door._load(tmp_path, "cpu")
+        door.load_model(tmp_path, "cpu")
     (tmp_path / "request.json").write_text("[")
     with pytest.raises(ConfigError, match="not a readable request"):
         door.read_request(tmp_path / "request.json")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from harness.errors import ConfigError
-from harness.spec import Data, Train, Workload, parse
+from harness.spec import Data, Spec, Train, Workload, content_key, parse
 from tests import workloads
 
 
@@ -41,7 +41,7 @@ def test_all_mistakes_are_reported_at_once_with_their_keys_and_the_nearest_known
         ("train", {"warmup_steps": 4}, "warmup_steps (4) must be less than steps (4)"),
         ("train", {"learning_rate": 0}, "greater than 0"),
         ("train", {"steps": True}, "valid integer"),
-        ("method", {"name": "loar"}, "'lora', 'qlora', 'full'"),
+        ("method", {"name": "loar"}, "'lora', 'qlora', 'lora_fp8', 'full'"),
         ("model", {"name": "../escape"}, "pattern"),
     ],
 )
@@ -115,3 +115,30 @@ def test_a_run_may_stop_early_on_the_schedule_of_all_its_steps() -> None:
     assert not workloads.workload(steps=1, warmup_steps=0, stop_after=1).is_first_step, "it is the whole run"
     with pytest.raises(ConfigError, match=r"train: stop_after \(11\) must be at most steps \(10\)"):
         workloads.workload(steps=10, warmup_steps=4, stop_after=11)
+
+
+def test_a_key_is_kept_by_what_it_names_and_lost_by_a_copy_with_changes() -> None:
+    cell = workloads.request(workloads.workload()).cell
+    engine, machine = cell.engine, workloads.MACHINE
+    kept = [one.key for one in (cell, cell.workload, engine, machine)]
+    changed = (
+        cell.model_copy(update={"repeat": 1}),
+        cell.workload.model_copy(update={"train": cell.workload.train.model_copy(update={"seed": 9})}),
+        engine.model_copy(update={"knobs": {}}),
+        machine.model_copy(update={"count": 3}),
+    )
+    for before, after, key in zip((cell, cell.workload, engine, machine), changed, kept, strict=True):
+        assert after.key != key == before.key
+        fresh = type(after).model_validate_json(after.model_dump_json())
+        assert (after.key, after, hash_or_none(after)) == (fresh.key, fresh, hash_or_none(fresh))
+        assert "key" not in after.model_dump()
+        assert before.model_copy() == before
+    assert content_key(cell) == cell.key, "derived from what is there, not kept from elsewhere"
+
+
+def hash_or_none(spec: Spec) -> int | None:
+    """Specs that hold dictionaries have no hash."""
+    try:
+        return hash(spec)
+    except TypeError:
+        return None

@@ -12,6 +12,8 @@ import types
 from pathlib import Path
 from typing import Any, Literal
 
+from engines.native.fp8_reasons import not_taught
+from engines.native.hf_nf4 import decoder_reasons
 from harness.engine import Job, LossNorm, Machine, Probe
 from harness.errors import UnsupportedError
 from harness.spec import Lora, Positive, QLora, Spec, Workload
@@ -64,6 +66,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
         *_batch_reasons(workload, knobs, machine),
         *_kernel_reasons(workload, knobs, machine),
         *_model_reasons(workload.model.config or {}, knobs),
+        *decoder_reasons(workload, knobs.compute_dtype, workload.model.config or {}, machine.device),
     ]
     return "; ".join(reasons) or None
 
@@ -117,13 +120,15 @@ def _run(path: Path, values: dict[str, Any], job: Job, *, cache: Path) -> None:
 
 def _method_reasons(workload: Workload, knobs: Knobs) -> list[str]:
     method = workload.method
-    if isinstance(method, QLora):
-        return ["this adapter has not been taught axolotl's own loading of 4-bit bases; use method=lora, or engine=hf"]
+    if refused := not_taught(workload, "axolotl as it is driven here"):
+        return refused
     if method.dtype == "float16":
         return ["method.dtype=float16 needs loss scaling, whose skipped steps no other engine makes; use float32 or bfloat16"]
     if not isinstance(method, Lora):
         told = f"method.dtype={method.dtype}, compute_dtype={knobs.compute_dtype}"
         return [] if method.dtype == knobs.compute_dtype else [f"axolotl trains all weights in the type it computes in: {told}"]
+    if isinstance(method, QLora) and knobs.distributed in ("fsdp2", "zero3"):
+        return [f"distributed={knobs.distributed} would shard the bytes of a base in NF4, which are not stored for that; use ddp"]
     reasons = [] if method.dtype == "float32" else [f"axolotl keeps adapters in float32, not {method.dtype}; set method.dtype=float32"]
     return reasons if method.alpha.is_integer() else [*reasons, f"axolotl's lora_alpha is a whole number, method.alpha is {method.alpha}"]
 
@@ -167,7 +172,8 @@ def _check_here(job: Job, knobs: Knobs) -> None:
     """What only the running process and the open weights can tell."""
     import torch
 
-    if reasons := _model_reasons(json.loads((job.base / "config.json").read_text(encoding="utf-8")), knobs):
+    config = json.loads((job.base / "config.json").read_text(encoding="utf-8"))
+    if reasons := _model_reasons(config, knobs) + decoder_reasons(job.workload, knobs.compute_dtype, config, job.device):
         raise UnsupportedError("; ".join(reasons))
     if job.processes > 1 and knobs.distributed == "none":
         raise UnsupportedError(f"distributed=none with {job.processes} processes; set distributed=ddp, fsdp2, zero1, zero2 or zero3")

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engines.native.hf_nf4 import computing_in
 from harness.data.tokens import Sample, chunks
 from harness.engine import Job
-from harness.spec import Lora, Train
+from harness.spec import Lora, QLora, Train
 
 if TYPE_CHECKING:
     from engines.axolotl import Knobs
@@ -25,7 +26,7 @@ def settings(job: Job, knobs: Knobs, folder: Path) -> dict[str, Any]:
     ``folder`` receives the rows, the tokenizer, its caches, and (in ``out``) what Axolotl saves.
     """
     return {
-        "base_model": str(job.base),
+        "base_model": str(_base(job, knobs, folder / "base")),
         "tokenizer_config": str(_write_tokenizer(folder / "tokenizer")),
         "output_dir": str(folder / "out"),
         "plugins": [PLUGIN, *(["axolotl.integrations.liger.LigerPlugin"] if knobs.liger else [])],
@@ -52,6 +53,18 @@ def write_settings(folder: Path, values: dict[str, Any]) -> Path:
     path = folder / "axolotl.yml"
     path.write_text(json.dumps(values, indent=1), encoding="utf-8")
     return path
+
+
+def _base(job: Job, knobs: Knobs, folder: Path) -> Path:
+    """The base, or one in NF4 beside a configuration that has bitsandbytes compute in the type of the others."""
+    config: dict[str, Any] = json.loads((job.base / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(job.workload.method, QLora):
+        return job.base
+    folder.mkdir()
+    for file in job.base.glob("*.safetensors*"):
+        (folder / file.name).symlink_to(file.resolve())
+    (folder / "config.json").write_text(json.dumps(computing_in(config, knobs.compute_dtype)), encoding="utf-8")
+    return folder
 
 
 def _data(job: Job, knobs: Knobs, folder: Path) -> dict[str, Any]:
@@ -110,8 +123,10 @@ def _method(job: Job) -> dict[str, Any]:
     method = job.workload.method
     if not isinstance(method, Lora):
         return {}
+    quantised = {"load_in_4bit": True} if isinstance(method, QLora) else {}
     return {
-        "adapter": "lora",
+        "adapter": method.name,
+        **quantised,
         "lora_model_dir": str(job.adapter_init),  # its own start is not seeded
         "lora_r": method.rank,
         "lora_alpha": method.alpha,

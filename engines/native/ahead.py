@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engines.native.kernels import adamw, cross_entropy, nf4, outer, rms_norm, rotary, swiglu, swiglu_gradients
+from engines.native.kernels import adamw, cross_entropy, fp8, fp8_inputs, nf4, outer, parts, rms_norm, rotary, swiglu, swiglu_gradients
 
 # Shared memory that one block may use, bytes (CUDA C++ Programming Guide, compute capabilities; CDNA 3 whitepaper).
 TARGETS: Mapping[str, tuple[GPUTarget, int]] = {
@@ -30,15 +30,16 @@ TARGETS: Mapping[str, tuple[GPUTarget, int]] = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-_DTYPES = {"h": "*bf16", "f": "*fp32", "i": "*i32", "l": "*i64", "b": "*u8"}
+_DTYPES = {"h": "*bf16", "f": "*fp32", "i": "*i32", "l": "*i64", "b": "*u8", "e": "*fp8e4nv"}
+_WITHOUT_E4M3 = ("sm_75", "sm_80", "sm_86", "gfx942")  # gfx942 has another e4m3, with other bits
 
 
 @dataclass(frozen=True, slots=True)
 class Specimen:
     """A kernel as the Llama-3.1-8B shape launches it.
 
-    ``pointers``: argument name -> h (bf16), f (fp32), i (int32), l (int64) or b (uint8); ``scalars`` are fp32, every other an int32,
-    a multiple of 16 unless ``odd``. ``has_dot``: it multiplies matrices, so it needs tensor cores (not on sm_75: Triton has none there).
+    ``pointers``: argument name -> h (bf16), f (fp32), i (int32), l (int64), b (uint8) or e (e4m3); ``scalars`` are fp32, every other
+    an int32, a multiple of 16 unless ``odd``. ``has_dot``: it multiplies matrices, so it needs tensor cores (Triton has none on sm_75).
     ``contracts``: products and sums may become one operation, rounded once.
     """
 
@@ -73,6 +74,7 @@ def specimens() -> tuple[Specimen, ...]:
     thin = dict.fromkeys(("x", "thin", "weight"), "h") | {"inverse": "f", "partial": "f", "arrived": "i", "gradient": "f"}
     sums = dict.fromkeys(("partial", "d_input", "d_outputs"), "f") | {"arrived": "i"}
     tile = {"BT": 128, "BN": 64, "BR": 16}
+    split = {"P": 16, "PAD": 16, "LIMIT": 448.0, "GAIN": 16.0, "BY_HAND": False}
     flat = dict.fromkeys(("master", "gradient", "first", "second", "scalars"), "f") | {"anchor": "h", "plan": "l"}
     return (
         Specimen(
@@ -108,8 +110,34 @@ def specimens() -> tuple[Specimen, ...]:
         Specimen(
             "decode_nf4", nf4._decode_nf4,
             {"packed": "b", "absmax": "b", "nested": "f", "code": "f", "levels": "f", "out": "h"},
-            {"BLOCKS": 32, "BLOCK": 64, "NESTED": 256, "WHOLE": True, "KEPT": tl.bfloat16}, 4, ("offset",), contracts=False,
+            {"BLOCKS": nf4.CUT.blocks, "BLOCK": 64, "NESTED": 256, "WHOLE": True, "KEPT": tl.bfloat16}, nf4.CUT.warps, ("offset",),
+            contracts=False,
         ),
+        Specimen(
+            "copy_parts", parts._copy_parts, {f"{kind}{index}": "h" for kind in ("value", "place") for index in range(parts.MOST)},
+            {"BLOCK": 1024}, 4, odd=("end0", "end1", "end2"),
+        ),
+        *(
+            Specimen(
+                f"quantise_{block}{'' if single else '_twice'}", fp8._quantise_wide, {"x": "h", "codes": "e", "scales": "f"},
+                {"BLOCK": block, "SINGLE": single, "MOST": 16.0, **split}, block // 1024,
+            )
+            for block, single in ((4096, True), (16384, True), (32768, True), (32768, False))
+        ),
+        Specimen(
+            "write_tail", fp8._write_tail, {"thin": "h", "codes": "e", "scales": "f"}, {"ROWS": 64, **split, "FIRST": 2, "SECOND": 1}, 4,
+            odd=("rank_stride",),
+        ),
+        Specimen(
+            "rms_norm_codes", fp8_inputs._rms_norm_codes,
+            {"x": "h", "delta": "h", "w": "h", "sums": "h", "y": "h", "inverse": "f", "codes": "e", "scales": "f"},
+            {"BLOCK": 4096, "HAS_DELTA": True, "MOST": 16.0, "BY_HAND": False}, 8, ("epsilon",),
+        ),
+        Specimen(
+            "swiglu_codes", fp8_inputs._swiglu_codes, {"gate_up": "h", "h": "h", "codes": "e", "scales": "f"},
+            {"BLOCK": 16384, "MOST": 16.0, "BY_HAND": False}, 16,
+        ),
+        Specimen("decode_rows", fp8._decode_rows, {"codes": "e", "scales": "f", "out": "h"}, {"BLOCK": 2048}, 4),
     )  # fmt: skip
 
 
@@ -159,7 +187,7 @@ def compile_all(targets: Sequence[str]) -> Iterator[Compiled]:
     """Every kernel for each of ``targets`` that can run it."""
     for target in targets:
         for specimen in specimens():
-            if not (specimen.has_dot and target == "sm_75"):
+            if not ((specimen.has_dot and target == "sm_75") or ("e" in specimen.pointers.values() and target in _WITHOUT_E4M3)):
                 yield compile_for(specimen, target)
 
 

@@ -7,11 +7,11 @@ import itertools
 import re
 import statistics
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,14 +20,15 @@ import yaml
 from engines.native.checkpoint import Placement, build_weights
 from engines.native.decoder import Decoder
 from engines.native.footprint import Load, MemoryModel
-from engines.native.fused_ops import FUSED
+from engines.native.fp8 import RANK_MULTIPLE, Mode
+from engines.native.fp8_ops import FUSED_FP8
+from engines.native.fused_ops import FILLING, FUSED
 from engines.native.host import Host, usable_bytes
 from engines.native.kernels.adamw import FlatAdamW
-from engines.native.kernels.nf4 import decode_nf4
 from engines.native.lora import Adapter
 from engines.native.optimizer import step_scalars
 from engines.native.packed import Angles
-from engines.native.plan import KEEP_ALL
+from engines.native.plan import KEEP_ALL, described
 from engines.native.planner import choose
 from engines.native.shape import LlamaShape, read_shape
 from engines.native.steps import ReplayedSteps, Steps
@@ -90,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--memory-gib", type=float, nargs="+", default=[None], help="budgets; without one everything is kept")
     parser.add_argument("--no-offload", action="store_true", help="keep or make again, send nothing to the host")
     parser.add_argument("--nf4", action="store_true", help="linear layers in NF4, as method=qlora has them")
+    parser.add_argument("--fp8", choices=get_args(Mode), help="linear layers in e4m3 for these products, as method=lora_fp8 has them")
     parser.add_argument("--chunk", type=int, default=2048, help="rows of logits at one time, fewer where a budget asks for it")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--eager", action="store_true", help="launch every step instead of replaying a graph")
@@ -98,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
     for name in options.model:
         shape = model_shape(name, options.layers)
-        decoder = random_decoder(shape, options.chunk, nf4=options.nf4)
+        decoder = random_decoder(shape, options.chunk, nf4=options.nf4, fp8=options.fp8)
         for batch in options.batch:
             documents, tokens = (int(part) for part in batch.split("x"))
             for budget in options.memory_gib:
@@ -114,10 +116,11 @@ def model_shape(name: str, num_layers: int | None) -> LlamaShape:
     return shape if num_layers is None else replace(shape, num_layers=num_layers)
 
 
-def random_decoder(shape: LlamaShape, loss_chunk: int, *, nf4: bool = False) -> Decoder:
+def random_decoder(shape: LlamaShape, loss_chunk: int, *, nf4: bool = False, fp8: Mode | None = None) -> Decoder:
     """A decoder on the GPU that keeps everything."""
-    weights = random_weights(shape, Placement(torch.device("cuda"), torch.bfloat16, torch.float32, 64, decode_nf4), nf4=nf4)
-    return Decoder(shape=shape, weights=weights, ops=FUSED, plans=(KEEP_ALL,) * shape.num_layers, loss_chunk=loss_chunk)
+    placement = Placement(torch.device("cuda"), torch.bfloat16, torch.float32, RANK_MULTIPLE if fp8 else 64, FILLING, fp8)
+    weights, ops = random_weights(shape, placement, nf4=nf4), FUSED_FP8 if fp8 else FUSED
+    return Decoder(shape=shape, weights=weights, ops=ops, plans=(KEEP_ALL,) * shape.num_layers, loss_chunk=loss_chunk)
 
 
 def random_weights(shape: LlamaShape, placement: Placement, *, nf4: bool = False) -> DecoderWeights:
@@ -233,17 +236,9 @@ def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | No
 
 
 def _kept(decoder: Decoder) -> str:
-    """How many layers make which tensors again, send which to the host, and what is done in parts."""
-    plans = decoder.plans
-    said = []
-    for word, names in (("again", [KEEP_ALL.kept - plan.held for plan in plans]), ("offloaded", [plan.offloaded for plan in plans])):
-        counts = Counter(itertools.chain(*names))
-        if counts:
-            said.append(f"{word} " + ", ".join(f"{name} x{counts[name]}" for name in sorted(counts)))
-    if decoder.host.num_bytes:
-        said.append(f"{decoder.host.num_bytes / 2**30:.2f} GiB pinned")
-    said += [f"{count} layers in {pieces} pieces" for pieces, count in sorted(Counter(plan.pieces for plan in plans).items()) if pieces > 1]
-    return "; ".join([*said, f"{decoder.loss_chunk} rows of logits"]) if said else "all kept"
+    """The plans in words, pinned memory and rows of logits."""
+    pinned = f"; {decoder.host.num_bytes / 2**30:.2f} GiB pinned" if decoder.host.num_bytes else ""
+    return f"{described(decoder.plans)}{pinned}; {decoder.loss_chunk} rows of logits"
 
 
 def _breakdown(step: Any) -> None:

@@ -33,6 +33,12 @@ def shared_sizes(batch: Batch) -> Sizes:
     return Sizes(tokens, len(lengths) + fillers, longest, rounded_up(labelled))
 
 
+def positions(batch: Batch, *, shared: bool) -> int:
+    """What the kernels work on for ``batch`` (one packed row); ``shared``: uneven documents filled up to shared sizes."""
+    lengths = batch.lengths[0]
+    return shared_sizes(batch).num_tokens if shared and len(set(lengths)) > 1 else sum(lengths)
+
+
 def filled(batch: Batch, sizes: Sizes) -> Batch:
     """``batch`` with documents of filling up to ``sizes.num_tokens``; none of their tokens is supervised."""
     missing = sizes.num_tokens - sum(batch.lengths[0])

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engines.native.fp8 import Fp8Weight, Mode
 from engines.native.lora import Adapter
-from engines.native.nf4 import Decode, SharedBuffers, Turn, decode_reference, placed
+from engines.native.nf4 import REFERENCE, Filling, SharedBuffers, Turn, placed
 from engines.native.shape import LlamaShape
 from engines.native.weights import WHOLE, Arena, Block, DecoderWeights, LayerWeights, Linear, LowRank, Part, Weight, named_weights
 from harness.errors import UnsupportedError, WeightsError
@@ -34,14 +35,16 @@ class Placement:
 
     ``rank_multiple``: the ranks of a linear group are padded with zeros to whole multiples of it. cuBLAS likes 64 on a GPU
     (Llama-3.2-1B shape, 16,384 tokens, H100: 46.0 + 45.4 ms of products a step against 48.2 + 47.6 unpadded).
-    ``decode``: how weights in NF4 are decoded.
+    ``filling``: how weights in NF4 and the adapters beside them come into the buffer that the products read. ``fp8``: linear layers in
+    e4m3, for which products.
     """
 
     device: torch.device
     compute_dtype: torch.dtype
     train_dtype: torch.dtype
     rank_multiple: int = 1
-    decode: Decode = decode_reference
+    filling: Filling = REFERENCE
+    fp8: Mode | None = None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -108,9 +111,11 @@ class _Loader:
         names = [f"{prefix}.{part.name}.weight" for part in spans]
         if any(f"{name}{STATE}" in self._tensors for name in names):
             return self._packed(prefix, spans, num_inputs, has_bias, adapted)
+        if self._placement.fp8 is not None:
+            return self._fp8(prefix, spans, num_inputs, has_bias, adapted, self._placement.fp8)
         wide, view = self._wide(ends[-1], num_inputs, len(adapted))
         weight = self._group([(name, part.rows) for name, part in zip(names, spans, strict=True)], (ends[-1], num_inputs), view)
-        lora = self._low_rank(adapted, wide, ends[-1], num_inputs) if wide is not None else None
+        lora = self._low_rank(adapted, *_thin(wide, ends[-1], num_inputs)) if wide is not None else None
         return Linear(weight.value if wide is None else wide, weight, self._bias(prefix, spans) if has_bias else None, spans, lora)
 
     def _bias(self, prefix: str, spans: tuple[Part, ...]) -> Weight:
@@ -127,9 +132,24 @@ class _Loader:
         shared = self.shared.get(kind, outputs + room, num_inputs + room, place.compute_dtype, place.device)
         view = shared.buffer[:outputs, :num_inputs]
         packed = [(self._quantised(f"{prefix}.{part.name}.weight", part.rows, num_inputs), view[part.rows]) for part in spans]
-        turn = Turn(shared, packed, place.decode)
-        lora = self._low_rank(adapted, shared.buffer, outputs, num_inputs, turn) if adapted else None
+        turn = Turn(shared, packed, place.filling)
+        lora = self._low_rank(adapted, *_thin(shared.buffer, outputs, num_inputs), turn) if adapted else None
         return Linear(shared.buffer, Weight(view), self._bias(prefix, spans) if has_bias else None, spans, lora, turn)
+
+    def _fp8(
+        self, prefix: str, spans: tuple[Part, ...], num_inputs: int, has_bias: bool, adapted: list[tuple[Part, Tensor, Tensor]], mode: Mode
+    ) -> Linear:
+        """A group whose weights are rounded to e4m3 from what the base stores."""
+        if self._adapter is None:
+            raise UnsupportedError("weights in fp8 cannot be trained; use a method with adapters")
+        place, size = self._placement, (spans[-1].rows.stop, num_inputs)
+        stored = torch.empty(size, dtype=torch.float32, device=place.device)
+        self._group([(f"{prefix}.{part.name}.weight", part.rows) for part in spans], size, stored)
+        kind = "+".join(part.name for part in spans)
+        fp8 = Fp8Weight.of(stored, mode, kind, self.shared, self._room(len(adapted)), place.compute_dtype)
+        codes = fp8.forward.plain[: size[0]]
+        lora = self._low_rank(adapted, fp8.up, fp8.down) if adapted else None
+        return Linear(codes, Weight(codes), self._bias(prefix, spans) if has_bias else None, spans, lora, fp8=fp8)
 
     def _quantised(self, name: str, rows: slice, num_inputs: int) -> Quantised:
         if f"{name}{STATE}" not in self._tensors:
@@ -160,10 +180,8 @@ class _Loader:
         multiple = self._placement.rank_multiple
         return -(-num_adapted * self._adapter.rank // multiple) * multiple
 
-    def _low_rank(
-        self, adapted: list[tuple[Part, Tensor, Tensor]], wide: Tensor, num_outputs: int, num_inputs: int, turn: Turn | None = None
-    ) -> LowRank:
-        """The adapters of a group in its buffer; where that is shared, with copies of their own."""
+    def _low_rank(self, adapted: list[tuple[Part, Tensor, Tensor]], up_NP: Tensor, down_PK: Tensor, turn: Turn | None = None) -> LowRank:
+        """The adapters of a group where its products read them; where that is shared, with copies of their own."""
         assert self._adapter is not None
         rank = self._adapter.rank
         blocks = []
@@ -172,13 +190,13 @@ class _Loader:
         num_rows = 0
         for index, (part, _, up) in enumerate(adapted):
             columns = slice(index * rank, (index + 1) * rank)
-            value = wide[part.rows, num_inputs + columns.start : num_inputs + columns.stop]
+            value = up_NP[part.rows, columns]
             value = value if turn is None else turn.apart(value)
             master = Arena.part(stacked, slice(num_rows, num_rows := num_rows + len(up)))
             blocks.append(Block(part.name, part.rows, columns, Weight(value, master)))
-        down_value = wide[num_outputs : num_outputs + len(down), :num_inputs]
+        down_value = down_PK[: len(down)]
         down_value = down_value if turn is None else turn.apart(down_value)
-        arrived = torch.zeros(-(-max(num_outputs, num_inputs) // 16), dtype=torch.int32, device=wide.device)
+        arrived = torch.zeros(-(-max(len(up_NP), down_PK.shape[1]) // 16), dtype=torch.int32, device=up_NP.device)
         lora = LowRank(Weight(down_value, down), stacked, tuple(blocks), self._adapter.scale, arrived)
         for weight in (lora.down, *(block.up for block in blocks)):
             weight.publish()
@@ -206,6 +224,11 @@ class _Loader:
         if not trains:
             return Weight(view)
         return Weight(view if view.dtype == place.compute_dtype else view.to(place.compute_dtype), view)
+
+
+def _thin(wide: Tensor, num_outputs: int, num_inputs: int) -> tuple[Tensor, Tensor]:
+    """The places of B [N, P] and of A [P, K] in a buffer."""
+    return wide[:num_outputs, num_inputs:], wide[num_outputs:, :num_inputs]
 
 
 def _layer(loader: _Loader, shape: LlamaShape, index: int) -> LayerWeights:

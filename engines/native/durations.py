@@ -14,6 +14,8 @@ from engines.native.plan import Name, Plan
 # What an H100 does a second: products, passes over memory, copies to the host and back (docs/engine.md).
 _FLOPS, _BYTES = 680e12, 2.8e12
 _OUTWARD, _INWARD = 51e9, 54e9
+# 8-bit products by their time in bf16 (8,192 tokens, fast accumulation: 1.8 to 2.0), and rounding their input first, read and written.
+_FP8_SPEED, _FP8_PASSES = 1.85, 1.5
 _CHAIN: tuple[Name, ...] = ("heads", "attended", "middle")  # each is made from the one before
 _ATTENTION_BACKWARD = 4.0  # times the forward pass (cuDNN, 0.26 and 0.98 ms at 4 x 2,048)
 # Guesses that stand for launches, tails of short products and joining: not measured.
@@ -43,7 +45,8 @@ class Durations:
     def of(self, name: Name) -> float:
         """Making one tensor of one layer, the first time or again."""
         shape, load = self.memory.shape, self.memory.load
-        hidden, inner, heads = shape.hidden_size, shape.intermediate_size, shape.query_size + 2 * shape.key_size
+        hidden, inner, queries = shape.hidden_size, shape.intermediate_size, shape.query_size
+        heads = queries + 2 * shape.key_size
         flops = {
             "heads": 2 * hidden * heads,
             "attended": 2 * load.longest * shape.query_size,
@@ -51,7 +54,9 @@ class Durations:
             "gate_up": 4 * hidden * inner,
         }
         passes = {"heads": 3 * hidden + 3 * heads, "attended": 3 * shape.query_size, "middle": hidden, "gate_up": 3 * hidden + 2 * inner}
-        return self._work(flops.get(name, 0), passes.get(name, 0))
+        if name == "attended":
+            return self._work(flops[name], passes[name])
+        return self._products(flops.get(name, 0), passes.get(name, 0), queries if name == "middle" else hidden if name in flops else 0)
 
     def layer(self, plan: Plan) -> LayerSeconds:
         """A layer under ``plan``."""
@@ -69,9 +74,11 @@ class Durations:
         early = memory.total(plan.early)
         return LayerSeconds(
             self._sum(_CHAIN),
-            self.of("gate_up") + self._work(2 * hidden * inner, 3 * inner + 2 * hidden) + ("gate_up" not in held) * pieces,
-            self._work(6 * hidden * inner, 10 * inner + 8 * hidden) + again + pieces,
-            self._work(2 * hidden * (queries + heads), 6 * (hidden + heads)) + _ATTENTION_BACKWARD * self.of("attended") + again_later,
+            self.of("gate_up") + self._products(2 * hidden * inner, 3 * inner + 2 * hidden, inner) + ("gate_up" not in held) * pieces,
+            self._gradients(6 * hidden * inner, 10 * inner + 8 * hidden, hidden + 2 * inner) + again + pieces,
+            self._gradients(2 * hidden * (queries + heads), 6 * (hidden + heads), hidden + heads)
+            + _ATTENTION_BACKWARD * self.of("attended")
+            + again_later,
             memory.total(plan.offloaded) / _OUTWARD,
             early / _INWARD,
             (memory.total(plan.offloaded) - early) / _INWARD,
@@ -97,6 +104,16 @@ class Durations:
 
     def _sum(self, names: Iterable[Name]) -> float:
         return sum(self.of(name) for name in names)
+
+    def _products(self, flops: float, columns: float, inputs: float) -> float:
+        """Of the forward pass, ``inputs`` the columns that are rounded where that is done in 8 bits."""
+        if self.memory.fp8 is None:
+            return self._work(flops, columns)
+        return self._work(flops / _FP8_SPEED, columns + _FP8_PASSES * inputs)
+
+    def _gradients(self, flops: float, columns: float, inputs: float) -> float:
+        """The same of the gradients of inputs."""
+        return self._products(flops, columns, inputs) if self.memory.fp8 == "forward_and_input_gradients" else self._work(flops, columns)
 
     def _work(self, flops: float, columns: float) -> float:
         memory = self.memory

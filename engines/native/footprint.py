@@ -15,6 +15,7 @@ from engines.native.shape import LlamaShape
 from harness.data.tokens import IGNORE, Batch
 
 if TYPE_CHECKING:
+    from engines.native.fp8 import Mode
     from engines.native.weights import DecoderWeights
 
 # cuBLAS keeps 32 MiB for the stream that launches and as much for the one that is captured (Hopper; less elsewhere).
@@ -80,13 +81,17 @@ class LayerBytes:
 
 @dataclass(frozen=True, slots=True)
 class MemoryModel:
-    """Bytes of a step by what they are for. ``static``: what is there all the time; ``element_bytes``: of an activation."""
+    """Bytes of a step by what they are for.
+
+    ``static``: what is there all the time; ``element_bytes``: of an activation; ``fp8``: the products that round their input to 8 bits.
+    """
 
     shape: LlamaShape
     ranks: Ranks
     load: Load
     static: int
     element_bytes: int
+    fp8: Mode | None = None
 
     @classmethod
     def of(cls, shape: LlamaShape, weights: DecoderWeights, load: Load) -> MemoryModel:
@@ -96,7 +101,8 @@ class MemoryModel:
         angles = 4 * shape.head_dim * (load.longest + load.num_tokens)
         workspaces = WORKSPACES if weights.norm.value.is_cuda else 0
         static = stored_bytes(weights) + moments + angles + 24 * load.num_tokens + workspaces
-        return cls(shape, ranks, load, static, weights.norm.value.element_size())
+        eight = weights.layers[0].qkv.fp8
+        return cls(shape, ranks, load, static, weights.norm.value.element_size(), None if eight is None else eight.mode)
 
     def bytes_of(self, name: Name) -> int:
         """One held tensor of one layer."""
@@ -157,13 +163,27 @@ class MemoryModel:
         """Bytes of so many columns of all tokens."""
         return int(self.load.num_tokens * self.element_bytes * columns)
 
+    def _codes(self, columns: int, padded_rank: int) -> float:
+        """What a product's input takes in 8 bits, its adapter split in three, in columns of activations."""
+        return 0.0 if self.fp8 is None else (columns + 3 * padded_rank) / self.element_bytes
+
+    def _backward_codes(self, columns: int, padded_rank: int) -> float:
+        return self._codes(columns, padded_rank) if self.fp8 == "forward_and_input_gradients" else 0.0
+
+    def _made(self, columns: int, padded_rank: int) -> float:
+        """The input of a product while a norm or SwiGLU makes it."""
+        return columns + padded_rank + self._codes(columns, padded_rank)
+
+    def _read(self, columns: int, padded_rank: int) -> float:
+        """The same once the thin part is there: of 8-bit products only the codes stay."""
+        return columns + padded_rank if self.fp8 is None else self._codes(columns, padded_rank)
+
     def _attention(self) -> int:
         """Forward up to the sum in the middle: the incoming pair, the input, the heads, attention's output twice, its projection."""
         hidden, ranks, queries = self.shape.hidden_size, self.ranks, self.shape.query_size
-        wide = hidden + ranks.qkv
-        norm, project = 4 * hidden + ranks.qkv, hidden + wide + self._heads
+        norm, project = 3 * hidden + self._made(hidden, ranks.qkv), hidden + self._read(hidden, ranks.qkv) + self._heads
         attend = hidden + self._heads + 2 * queries + ranks.output
-        middle = hidden + self._heads + queries + ranks.output + 3 * hidden + ranks.gate_up
+        middle = hidden + self._heads + queries + ranks.output + 2 * hidden + self._made(hidden, ranks.gate_up)
         return self._span(max(norm, project, attend, middle))
 
     def _mlp(self, plan: Plan) -> int:
@@ -172,9 +192,13 @@ class MemoryModel:
         hidden, inner = shape.hidden_size, shape.intermediate_size
         whole = "gate_up" in plan.held
         pieces = 1 if whole else plan.pieces
-        rows = inner + ranks.down + (hidden if whole else max(hidden, 2 * inner + ranks.gate_up))
+        rows = max(
+            self._made(inner, ranks.down) + (0 if whole else 2 * inner + ranks.gate_up),
+            self._read(inner, ranks.down) + hidden,
+        )
         middle = 0 if "middle" in plan.held else hidden
-        return self._span(middle + hidden + ranks.gate_up + max(hidden * (pieces - 1) / pieces + rows / pieces, 2 * hidden))
+        rest = max(hidden * (pieces - 1) / pieces + rows / pieces, 2 * hidden)
+        return self._span(middle + self._read(hidden, ranks.gate_up) + rest)
 
     def _mlp_backward(self, plan: Plan) -> int:
         """The gradient that comes in, what is made again for this half, and gate, up and their gradients of some rows at a time."""
@@ -186,10 +210,16 @@ class MemoryModel:
             if "attended" not in held:
                 again += shape.query_size + ranks.output + (0 if "heads" in held else self._heads)
         gate_up = 0 if "gate_up" in held else 2 * inner + ranks.gate_up
-        normed = 0 if "gate_up" in held else hidden + ranks.gate_up
+        normed = 0 if "gate_up" in held else self._read(hidden, ranks.gate_up)
         done = (hidden + ranks.output) / pieces
-        last = (pieces - 1) * done + (gate_up + max(inner, hidden + hidden + ranks.output)) / pieces
-        before_last = (pieces - 2) * done + normed + (gate_up + inner) / pieces if pieces > 1 else normed + gate_up
+        first, second = (self._backward_codes(*each) for each in ((hidden, ranks.down), (2 * inner, ranks.gate_up)))
+        widest = inner + first
+        if "low_down" not in held:  # h is made again for it
+            widest = max(widest, self._made(inner, ranks.down))
+        last = (pieces - 1) * done + (gate_up + max(widest, hidden + max(hidden + ranks.output, second))) / pieces
+        before_last: float = normed + gate_up
+        if pieces > 1:
+            before_last = (pieces - 2) * done + normed + (gate_up + max(widest, hidden + second)) / pieces
         return self._span(hidden + ranks.down + again + max(last, before_last, 2 * hidden + normed if again else 0))
 
     def _attention_backward(self, plan: Plan) -> int:

@@ -1,4 +1,4 @@
-"""FUSED: the operations of the table by Triton, cuBLAS and cuDNN, for bf16 LoRA on an NVIDIA GPU.
+"""FUSED and FILLING: the operations of the table by Triton, cuBLAS and cuDNN, for bf16 LoRA on an NVIDIA GPU.
 
 Legend: T tokens, H hidden, N output and K input columns of a linear group, P its padded ranks, W = N + P, L supervised rows.
 """
@@ -11,13 +11,16 @@ from torch import Tensor
 from engines.native import attention as attend
 from engines.native import reference
 from engines.native.kernels.cross_entropy import cross_entropy_
+from engines.native.kernels.nf4 import decode_nf4
 from engines.native.kernels.outer import COLUMNS, add_outer_
+from engines.native.kernels.parts import copy_parts
 from engines.native.kernels.rms_norm import rms_norm, rms_norm_backward
 from engines.native.kernels.rotary import rotate_ as rotate_rows_
 from engines.native.kernels.rotary import rotate_back as rotate_rows_back
 from engines.native.kernels.swiglu import swiglu as swiglu_rows
 from engines.native.kernels.swiglu import swiglu_backward_
 from engines.native.kernels.swiglu_gradients import swiglu_gradients_
+from engines.native.nf4 import Filling
 from engines.native.ops import Heads, Input, Normed, NormSource, Ops
 from engines.native.packed import Packed
 from engines.native.weights import Linear, LowRank, Weight
@@ -174,3 +177,4 @@ FUSED = Ops(
     swiglu_backward=swiglu_backward,
     cross_entropy=cross_entropy,
 )
+FILLING = Filling(decode_nf4, copy_parts)

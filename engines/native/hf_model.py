@@ -25,6 +25,15 @@ def with_adapter(model: Any, adapter: Path, dtype: Any, *, cast_inputs: bool) ->
     return model
 
 
+def in_fp8(model: Any, dtype: Any) -> None:
+    """Make a model in float32 compute, in ``dtype``, what its linear layers in e4m3 would."""
+    from harness.fp8 import emulate
+
+    emulate(model)
+    for parameter in model.parameters():  # buffers stay: the rotary frequencies are float32 in every dtype
+        parameter.data = parameter.data.to(dtype)
+
+
 def compile_layers(model: Any, *, with_loss: bool, shapes_vary: bool) -> None:
     """Compile every decoder layer, and ``with_loss`` the loss from the logits, each by itself; layers of one shape share their code.
 

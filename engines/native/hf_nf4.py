@@ -20,11 +20,30 @@ def bitsandbytes_reasons(workload: Workload, compute_dtype: str, config: Mapping
         return [f"method=qlora: '{config.get('model_type')}' reads weights past bitsandbytes' modules; set compute_dtype=float32"]
     if importlib.util.find_spec("bitsandbytes") is None:
         return ["method=qlora in bfloat16 needs the package bitsandbytes: pip install bitsandbytes; compute_dtype=float32 does without"]
-    broken = [f"{name}={config[name]}" for name in ("hidden_size", "intermediate_size") if device == "cpu" and config.get(name, 0) % _BLOCK]
-    if broken:
-        why = f"on a CPU bitsandbytes (0.50.2) decodes rows wrongly that are no whole blocks of {_BLOCK}: {', '.join(broken)}"
-        return [f"{why}; set compute_dtype=float32"]
-    return []
+    return [f"{reason}, or compute_dtype=float32" for reason in decoder_reasons(workload, compute_dtype, config, device)]
+
+
+def decoder_reasons(workload: Workload, compute_dtype: str, config: Mapping[str, Any], device: str) -> list[str]:
+    """Why bitsandbytes would make other values of a base in NF4 than decision 0011 says."""
+    if not isinstance(workload.method, QLora):
+        return []
+    reasons, stored = [], workload.model.dtype
+    if stored not in ("float32", compute_dtype):
+        why = (
+            f"bitsandbytes decodes NF4 into the type that it computes in, here {compute_dtype}, past the {stored} that values are stored as"
+        )
+        reasons.append(f"{why}; use compute_dtype={stored}")
+    broken = [f"{name}={config[name]}" for name in ("hidden_size", "intermediate_size") if config.get(name, 0) % _BLOCK]
+    if broken and device == "cpu":
+        why = f"on a CPU bitsandbytes (0.50.2) decodes rows wrongly that are no whole blocks of {_BLOCK}"
+        reasons.append(f"{why}: {', '.join(broken)}; use a GPU")
+    return reasons
+
+
+def computing_in(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The ``config`` of a base, whose bitsandbytes modules, if it is in NF4, compute in ``dtype``."""
+    quantised = config.get("quantization_config")
+    return {**config, "quantization_config": {**quantised, "bnb_4bit_compute_dtype": dtype}} if quantised else config
 
 
 def load_model(folder: Path, config: Any, dtype: str, attention: str, device: str) -> Any:

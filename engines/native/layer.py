@@ -284,7 +284,7 @@ def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def _rows_of(input: Input, rows: slice) -> Input:
-    return Input(input.wide[rows], _rows(input.low, rows))
+    return Input(input.wide[rows], _rows(input.low, rows), _rows(input.scales, rows))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -19,11 +19,12 @@ from engines.native.weights import Linear, Weight
 class Input:
     """What a linear group reads: ``wide`` [T, K + P] is [x | s x A^T]; ``low`` [T, P] its right part, or a copy that outlives it.
 
-    Without adapters ``wide`` is x alone, and ``low`` None.
+    Without adapters ``wide`` is x alone, and ``low`` None. ``scales`` [T]: ``wide`` holds codes of 8 bits (``engines.native.fp8``) already.
     """
 
     wide: Tensor
     low: Tensor | None
+    scales: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

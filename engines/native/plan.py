@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, get_args
 
 # What a layer makes in its forward pass and reads in its backward pass. Norm outputs and h are not among them: what needs them makes them
@@ -47,6 +50,17 @@ class Plan:
             if "attended" not in self.held:
                 needed |= {"heads", "qkv"}
         return self.offloaded & needed
+
+
+def described(plans: Sequence[Plan]) -> str:
+    """How many layers make which tensors again, send which to the host, and do what in parts."""
+    said = []
+    for word, names in (("again", [KEEP_ALL.kept - plan.held for plan in plans]), ("offloaded", [plan.offloaded for plan in plans])):
+        counts = Counter(chain(*names))
+        if counts:
+            said.append(f"{word} " + ", ".join(f"{name} x{counts[name]}" for name in sorted(counts)))
+    said += [f"{count} layers in {pieces} pieces" for pieces, count in sorted(Counter(plan.pieces for plan in plans).items()) if pieces > 1]
+    return "; ".join(said) or "all kept"
 
 
 KEEP_INPUT = Plan(frozenset(("input",)))

@@ -14,7 +14,8 @@ from harness.errors import UnsupportedError
 def process_group(device: Literal["cpu", "cuda"], processes: int) -> Iterator[int]:
     """A process group over ``processes`` ranks for the length of the block (gloo, and on GPUs NCCL beside it); gives this rank's number.
 
-    After an error on GPUs it is left to the end of the process: NCCL would wait for ranks that do not come.
+    One that is already there is used, and left. After an error on GPUs it is left to the end of the process: NCCL would wait for ranks
+    that do not come.
     Raises UnsupportedError when there are not as many ranks, or GPUs for them, or no NCCL.
     """
     import torch
@@ -26,6 +27,9 @@ def process_group(device: Literal["cpu", "cuda"], processes: int) -> Iterator[in
     if device == "cuda":
         _expect_gpus(processes)
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if distributed.is_initialized():
+        yield distributed.get_rank()
+        return
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if processes == 1:  # nobody to meet: no port, no address
         distributed.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)

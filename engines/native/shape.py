@@ -69,6 +69,11 @@ class LlamaShape:
         return self.num_heads * self.head_dim
 
     @property
+    def layer_parameters(self) -> int:
+        """Of the linear modules of one layer, biases left out."""
+        return self.hidden_size * (2 * self.query_size + 2 * self.key_size + 3 * self.intermediate_size)
+
+    @property
     def key_size(self) -> int:
         """Columns of all key (or value) heads together."""
         return self.num_kv_heads * self.head_dim

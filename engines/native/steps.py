@@ -5,7 +5,7 @@ Legend: T tokens, L supervised rows of one micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,16 @@ class Ran:
 class Steps:
     """Runs optimizer steps one after the other, each from its batches and its scalars."""
 
-    def __init__(self, decoder: Decoder, angles: Angles, optimizer: Optimizer, max_grad_norm: float | None) -> None:
-        """Nothing runs yet."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        angles: Angles,
+        optimizer: Optimizer,
+        max_grad_norm: float | None,
+        exchange: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> None:
+        """Nothing runs yet. ``exchange``: sums the loss and the gradients over ranks, in place; None: there is one."""
+        self.exchange = exchange
         self._decoder, self._angles, self._optimizer, self._max_grad_norm = decoder, angles, optimizer, max_grad_norm
         self._arena: Arena = decoder.weights.arena
 
@@ -55,22 +63,39 @@ class Steps:
         sizes = [shared_sizes(batch) if shared and len(set(batch.lengths[0])) > 1 else None for batch in batches]
         return [self._angles.pack(batch, size) for batch, size in zip(batches, sizes, strict=True)], values
 
-    @torch.no_grad()
     def compute(self, micro_batches: Sequence[Packed], scalars: Tensor) -> Outcome:
         """Forward, backward and update; nothing in it waits for the device."""
+        loss = self.accumulate(micro_batches, scalars)
+        self.meet(loss)
+        return self.update(loss, scalars)
+
+    @torch.no_grad()
+    def accumulate(self, micro_batches: Sequence[Packed], scalars: Tensor) -> Tensor:
+        """Forward and backward; returns this rank's part of the loss."""
         total = torch.zeros((), dtype=torch.float32, device=scalars.device)
         for packed in micro_batches:
             total += self._decoder.accumulate(packed, scalars[LOSS_SCALE]).sum()
+        return total * scalars[LOSS_SCALE]
+
+    def meet(self, loss: Tensor) -> None:
+        """What ranks exchange between backward and update."""
+        if self.exchange is not None:
+            self.exchange(loss, self._arena.gradients)
+
+    @torch.no_grad()
+    def update(self, loss: Tensor, scalars: Tensor) -> Outcome:
+        """Clip by the norm over all ranks, and step."""
         grad_norm = clip_(self._arena.gradients, self._max_grad_norm, scalars)
         self._optimizer.step(scalars)
-        return Outcome(total * scalars[LOSS_SCALE], grad_norm)
+        return Outcome(loss, grad_norm)
 
 
 class ReplayedSteps:
     """Steps of one shape are launched by hand once, captured the second time, and replayed from then on (CUDA only).
 
     A replay launches the same kernels on the same addresses: the inputs are copied into the places that were captured. All
-    graphs share one pool of memory, because only one of them runs at a time.
+    graphs share one pool of memory, because only one of them runs at a time. Ranks exchange between two graphs, so that one whose step is
+    new to it can meet others that replay theirs.
     """
 
     def __init__(self, steps: Steps) -> None:
@@ -94,14 +119,26 @@ class ReplayedSteps:
 
     def _capture(self, packed: Sequence[Packed], scalars: Tensor) -> _Captured:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outcome = self._steps.compute(packed, scalars)
-        return _Captured(graph, tuple(packed), scalars, outcome)
+        if self._steps.exchange is None:
+            with torch.cuda.graph(graph, pool=self._pool):
+                outcome = self._steps.compute(packed, scalars)
+            return _Captured(self._steps, graph, None, tuple(packed), scalars, outcome)
+        second = torch.cuda.CUDAGraph()
+        # What NCCL's own thread asks the device meanwhile is no part of the capture, and must not end it.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            loss = self._steps.accumulate(packed, scalars)
+        with torch.cuda.graph(second, pool=self._pool, capture_error_mode="thread_local"):
+            outcome = self._steps.update(loss, scalars)
+        return _Captured(self._steps, graph, second, tuple(packed), scalars, outcome)
 
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
+    """``graph``: the whole step, or all of it before ranks exchange, where ``second`` is the rest."""
+
+    steps: Steps
     graph: Any
+    second: Any
     packed: tuple[Packed, ...]
     scalars: Tensor
     outcome: Outcome
@@ -112,6 +149,9 @@ class _Captured:
                 into.copy_(source)
         self.scalars.copy_(scalars)
         self.graph.replay()
+        if self.second is not None:
+            self.steps.meet(self.outcome.loss)
+            self.second.replay()
         return self.outcome
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from engines.native.fp8 import Fp8Weight
 from engines.native.nf4 import SharedBuffers, Turn
 
 
@@ -119,6 +120,7 @@ class Linear:
     adapters. The lower right corner is zero and not read.
 
     ``turn``: the buffer is shared with the groups of other layers, and the weight is decoded into it when the products ask for it.
+    ``fp8``: the products read that instead; ``buffer`` and ``weight`` are its codes [N, K].
     """
 
     buffer: Tensor
@@ -127,6 +129,7 @@ class Linear:
     parts: tuple[Part, ...]
     lora: LowRank | None = None
     turn: Turn | None = None
+    fp8: Fp8Weight | None = None
 
     @property
     def wide(self) -> Tensor:
@@ -139,6 +142,8 @@ class Linear:
     def stored(self) -> tuple[Tensor, ...]:
         """Every tensor that stays, perhaps views of one another; masters lie in the arena."""
         bias = () if self.bias is None else (self.bias.value,)
+        if self.fp8 is not None:
+            return *self.fp8.stored, *bias
         if self.turn is None:
             return self.buffer, *bias
         return self.buffer, *bias, *self.turn.stored
@@ -156,7 +161,7 @@ class Linear:
     @property
     def padded_rank(self) -> int:
         """P."""
-        return self.buffer.shape[1] - self.num_inputs
+        return self.buffer.shape[1] - self.num_inputs if self.fp8 is None else self.fp8.up.shape[1]
 
     @property
     def is_trained(self) -> bool:

@@ -15,8 +15,8 @@ from harness.data.counts import DataCounts, FileCounts
 from harness.data.dense import dense_samples
 from harness.data.rows import MAX_PROBLEMS, BadRow, Row, RowFile, open_rows, short_names
 from harness.data.split import HeldOut, is_held_out, times
-from harness.data.tokenise import VERSION, Tokenised, tokenise
-from harness.data.tokens import Ints
+from harness.data.tokenise import Tokenised, tokenise
+from harness.data.tokens import VERSION, Ints
 from harness.data.write import TokenFileWriter, write_token_file
 from harness.errors import DataError
 from harness.spec import Data

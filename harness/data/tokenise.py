@@ -17,7 +17,6 @@ from harness.data.tokens import IGNORE, Sample
 from harness.errors import DataError
 from harness.spec import Supervise
 
-VERSION = 2  # raise when the same rows would become another token file
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 2**22  # a batch ends here, so that long rows do not fill the memory
 DATE = "26 Jul 2024"  # what templates that print the date are told (Llama 3.1's own default): tokens must not change overnight

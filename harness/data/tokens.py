@@ -17,6 +17,7 @@ import numpy.typing as npt
 from harness.errors import DataError
 from harness.spec import Train
 
+VERSION = 2  # of what harness.data.tokenise does: raise when the same rows would become another token file
 IGNORE = -100  # the label of a position that is not supervised, as in torch and transformers
 Ints = npt.NDArray[np.int64]
 T = TypeVar("T")

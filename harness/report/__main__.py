@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import HarnessError, StoreError
+from harness.report.judged import judged
 from harness.report.page import save_one, write
 from harness.report.text import rows, table
 from harness.store import Results, load
@@ -62,11 +63,16 @@ def _report(results: Results, format_: str, out: Path) -> None:
     if format_ == "json":
         print(json.dumps(rows(results), indent=1, allow_nan=False))
         return
-    if format_ in ("all", "text"):
+    if format_ == "text":
         print(table(results))
-    if format_ != "text":
-        path = write(results, out) if format_ == "all" else save_one(results, out, f"report.{format_}")
-        print(f"report: {path}")
+        return
+    if format_ == "all":
+        groups = judged(results)
+        print(table(results, groups))
+        path = write(results, out, groups)
+    else:
+        path = save_one(results, out, f"report.{format_}")
+    print(f"report: {path}")
 
 
 if __name__ == "__main__":

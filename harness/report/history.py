@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from harness.rank import labels
 from harness.record import Record
-from harness.spec import content_key
 from harness.stats import EFFECT, tokens_per_second
 from harness.store import Results
 
@@ -82,14 +81,19 @@ def _series(results: Results) -> list[list[Record]]:
     """The records of each machine, work, engine and knobs, oldest first."""
     found: dict[tuple[str, str, str], dict[str, Record]] = {}
     for record in sorted((stored.record for stored in results.stored), key=lambda record: record.provenance.started_utc):
-        if record.status == "ok" and record.measurement and tokens_per_second(record.measurement.steps) is not None:
-            key = (record.machine.key, record.cell.workload.key, content_key(record.cell.engine))
+        if (
+            record.status == "ok"
+            and record.measurement
+            and not record.measurement.resumed_at
+            and tokens_per_second(record.measurement.steps) is not None
+        ):
+            key = (record.machine.key, record.cell.workload.key, record.cell.engine.key)
             found.setdefault(key, {}).setdefault(record.provenance.started_utc, record)  # a promoted record lies in two folders
     return [list(each.values()) for each in found.values()]
 
 
 def _name(record: Record) -> str:
-    return f"{labels([record.cell.engine])[0]} {content_key(record.cell.engine)[:4]}, {record.cell.workload.label} on {record.machine.key}"
+    return f"{labels([record.cell.engine])[0]} {record.cell.engine.key[:4]}, {record.cell.workload.label} on {record.machine.key}"
 
 
 def _mean(values: Sequence[float]) -> float:

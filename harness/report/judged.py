@@ -8,7 +8,6 @@ from dataclasses import replace
 from harness.comparable import Run, by_workload, runs
 from harness.parity import Anchor, anchors, verdict
 from harness.rank import Entry, Group, latest, rank
-from harness.spec import content_key
 from harness.store import Results
 from harness.verdict import Verdict
 
@@ -53,4 +52,4 @@ def _beside(one: Verdict, elsewhere: dict[str, Verdict]) -> Verdict:
 
 
 def _engine(run: Run) -> tuple[str, str, str]:
-    return run.record.machine.key, content_key(run.record.cell.engine), run.record.provenance.engine_fingerprint
+    return run.record.machine.key, run.record.cell.engine.key, run.record.provenance.engine_fingerprint

@@ -20,6 +20,7 @@ _MOSTLY = 0.5  # of the steps
 class Measured:
     """Medians over the repeats of what ``harness.derived`` tells (``values``), and peaks over repeats, ranks and phases.
 
+    ``chosen``: what the engine decided by itself in the first repeat.
     ``limit_fraction``: the rate over the rate at this machine's floor for the workload; null where nobody measured it.
     """
 
@@ -29,6 +30,7 @@ class Measured:
     limit_fraction: float | None
     throttled_by: tuple[str, ...] | None
     judged: bool
+    chosen: Mapping[str, str | int | float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ def measured(variant: Variant, group: Group, floors: Floors) -> Measured:
         limit_fraction=rate / limit if rate and limit else None,
         throttled_by=tuple(dict.fromkeys(name for names in throttles for name in names)) if throttles else None,
         judged=all(one.judged for one in found),
+        chosen=next((run.record.measurement.chosen or {} for run in variant.runs if run.record.measurement), {}),
     )
 
 
@@ -66,6 +69,7 @@ def plain(of: Measured) -> dict[str, Any]:
         "limit_fraction": finite(of.limit_fraction),
         "throttled_by": None if of.throttled_by is None else list(of.throttled_by),
         "steady_judged": of.judged,
+        "chosen": dict(of.chosen),
     }
 
 
@@ -146,6 +150,12 @@ def _startup_text(of: Measured) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {number(seconds, 1)}" for name, seconds in of.startup.items() if seconds is not None)
 
 
+def _chosen(of: Measured) -> str:
+    """Sizes in GiB."""
+    sizes = {name: f"{gib(int(value))} GiB" for name, value in of.chosen.items() if name.endswith("_bytes")}
+    return "; ".join(f"{name.removesuffix('_bytes').replace('_', ' ')}: {sizes.get(name, value)}" for name, value in of.chosen.items())
+
+
 def _energy(of: Measured) -> str:
     clock, joules, dollars = (of.values[name] for name in ("sm_clock_mhz", "joules_per_token", "dollars_per_million_tokens"))
     parts = {f"{number(clock, 0)} MHz": clock, f"{number(joules, 4)} J a token": joules, f"${number(dollars, 3)} a million tokens": dollars}
@@ -157,6 +167,7 @@ _COLUMNS: Mapping[str, Callable[[Measured], str]] = {
     "tokens": _tokens,
     "peak GiB": _memory,
     "start-up s": _startup_text,
+    "chosen by the engine": _chosen,
     "clock, energy, money": _energy,
     "remarks": remarks,
 }

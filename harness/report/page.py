@@ -15,26 +15,30 @@ from harness.errors import StoreError
 from harness.rank import Group
 from harness.report.history import history
 from harness.report.judged import judged
-from harness.report.reproduce import Options, options
-from harness.report.view import Section, section
+from harness.report.plots import looks, plots
+from harness.report.reproduce import options
+from harness.report.view import section
 from harness.store import Results
 
 
-def write(results: Results, out: Path) -> Path:
-    """Write report.html and report.md into ``out``; returns the path of report.html. Raises StoreError when that cannot be done."""
-    groups, known = judged(results), options()
-    _save(out / "report.md", _markdown(results, groups, known))
-    return _save(out / "report.html", _html(results, groups, known))
+def write(results: Results, out: Path, groups: tuple[Group, ...] | None = None) -> Path:
+    """Write report.html and report.md into ``out``; returns the path of report.html. Raises StoreError when that cannot be done.
+
+    ``groups``: of ``judged(results)``, from whoever has judged them already.
+    """
+    content = _content(results, groups)
+    _save(out / "report.md", _markdown(content))
+    return _save(out / "report.html", _html(content))
 
 
 def html(results: Results) -> str:
     """The page as text."""
-    return _html(results, judged(results), options())
+    return _html(_content(results))
 
 
 def markdown(results: Results) -> str:
     """The report without plots, for places that show Markdown; everything from records is escaped."""
-    return _markdown(results, judged(results), options())
+    return _markdown(_content(results))
 
 
 def save_one(results: Results, out: Path, name: str) -> Path:
@@ -42,22 +46,33 @@ def save_one(results: Results, out: Path, name: str) -> Path:
     return _save(out / name, html(results) if name.endswith(".html") else markdown(results))
 
 
-def _html(results: Results, groups: tuple[Group, ...], known: Options) -> str:
-    from harness.report.plots import looks, plots  # matplotlib takes half a second to import, and a terminal table needs none of it
-
+def _content(results: Results, groups: tuple[Group, ...] | None = None) -> dict[str, Any]:
+    """What both templates show."""
+    groups, known = judged(results) if groups is None else groups, options()
     look = looks(groups)
-    sections = [section(group, known, results.floors, plots(group, look), look) for group in groups]
+    records = [stored.record for stored in results.stored]
+    return {
+        "sections": [section(group, groups, known, results.floors, plots(group, look), look) for group in groups],
+        "problems": results.problems,
+        "history": history(results).lines,
+        "num_records": len(records),
+        "num_machines": len({record.machine.key for record in records}),
+        "newest": max((record.provenance.started_utc for record in records), default="none"),
+    }
+
+
+def _html(content: dict[str, Any]) -> str:
     environment = _environment(autoescape=True)
     environment.filters["breakable"] = _breakable
-    return environment.get_template("report.html.j2").render(_context(results, sections, environment))
+    assert environment.loader is not None
+    style, _, _ = environment.loader.get_source(environment, "style.css")
+    return environment.get_template("report.html.j2").render(content, style=Markup(style))  # beside the plots all that is not escaped
 
 
-def _markdown(results: Results, groups: tuple[Group, ...], known: Options) -> str:
+def _markdown(content: dict[str, Any]) -> str:
     environment = _environment(autoescape=False, finalize=_escaped)
     environment.filters["code"] = _code
-    return environment.get_template("report.md.j2").render(
-        _context(results, [section(group, known, results.floors) for group in groups], environment)
-    )
+    return environment.get_template("report.md.j2").render(content)
 
 
 def _environment(*, autoescape: bool, finalize: Callable[[Any], Any] | None = None) -> Environment:
@@ -70,21 +85,6 @@ def _environment(*, autoescape: bool, finalize: Callable[[Any], Any] | None = No
         keep_trailing_newline=True,
         finalize=finalize,
     )
-
-
-def _context(results: Results, sections: list[Section], environment: Environment) -> dict[str, Any]:
-    assert environment.loader is not None
-    style, _, _ = environment.loader.get_source(environment, "style.css")
-    records = [stored.record for stored in results.stored]
-    return {
-        "style": Markup(style),  # our own file, the only text that is not escaped
-        "sections": sections,
-        "problems": results.problems,
-        "history": history(results).lines,
-        "num_records": len(records),
-        "num_machines": len({record.machine.key for record in records}),
-        "newest": max((record.provenance.started_utc for record in records), default="none"),
-    }
 
 
 def _breakable(name: str) -> Markup:

@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.floor import Floors
 from harness.rank import Group, Variant
+from harness.report import processes
 from harness.report.judged import judged
 from harness.report.measured import limit, measured, plain
 from harness.report.numbers import finite, gib, plain_rate
@@ -14,9 +15,13 @@ from harness.report.sentence import sentences
 from harness.store import Results
 
 
-def table(results: Results) -> str:
-    """The ranking of every group, ties shown as ties, failures with their reasons; printable characters only."""
-    parts = [_group(group, results.floors) for group in judged(results)]
+def table(results: Results, groups: Sequence[Group] | None = None) -> str:
+    """The ranking of every group, ties shown as ties, failures with their reasons; printable characters only.
+
+    ``groups``: all or some of ``judged(results)``, from whoever has judged them already.
+    """
+    shown = judged(results) if groups is None else groups
+    parts = [_group(group, shown, results.floors) for group in shown]
     if results.problems:
         parts.append("\n".join(["Files that could not be read:", *(f"  {_one_line(problem)}" for problem in results.problems)]))
     return "\n\n".join(parts)
@@ -24,7 +29,8 @@ def table(results: Results) -> str:
 
 def rows(results: Results) -> list[dict[str, Any]]:
     """One row a variant, in the order of the ranking; strict JSON (no NaN)."""
-    return [_row(group, variant, results.floors) for group in judged(results) for variant in group.variants]
+    groups = judged(results)
+    return [_row(group, groups, variant, results.floors) for group in groups for variant in group.variants]
 
 
 def place(variant: Variant, group: Group) -> str:
@@ -45,7 +51,7 @@ def memory_bytes(variant: Variant, group: Group) -> int | None:
     return variant.peak_allocated_bytes if group.machine.device == "cuda" else variant.peak_rss_bytes
 
 
-def _group(group: Group, floors: Floors) -> str:
+def _group(group: Group, groups: Sequence[Group], floors: Floors) -> str:
     work = group.workload
     title = f"{work.model.name}, {work.method.name}, {work.data.name} (length {work.data.sequence_length}) on {group.machine.key}"
     head: tuple[str, ...] = ("rank", "variant", "tokens/s", "repeats", memory_name(group), "parity")
@@ -55,7 +61,7 @@ def _group(group: Group, floors: Floors) -> str:
     if any(limits):
         head, body = (*head[:3], "of limit", *head[3:]), [(*cells[:3], one, *cells[3:]) for cells, one in zip(body, limits, strict=True)]
     ranking = _columns([head, *body]) if ran else []
-    lines = [title, *ranking, *_failures(group), _one_line(sentences(group).text)]
+    lines = [title, *ranking, *map(_kept_in, processes.lines(group, groups)), *_failures(group), _one_line(sentences(group).text)]
     return "\n".join(lines)
 
 
@@ -83,7 +89,7 @@ def _columns(lines: Sequence[Sequence[str]]) -> list[str]:
     return [f"  {'  '.join(line)}".rstrip() for line in aligned]
 
 
-def _row(group: Group, variant: Variant, floors: Floors) -> dict[str, Any]:
+def _row(group: Group, groups: Sequence[Group], variant: Variant, floors: Floors) -> dict[str, Any]:
     verdict, work = variant.verdict, group.workload
     return {
         "machine": group.machine.key,
@@ -104,6 +110,7 @@ def _row(group: Group, variant: Variant, floors: Floors) -> dict[str, Any]:
         "tokens_per_second": finite(variant.tokens_per_second),
         "repeats": list(variant.rates),
         **plain(measured(variant, group, floors)),
+        **processes.plain(processes.scaling(variant, group, groups)),
         "held_out_loss": finite(variant.held_out_loss),
         "parity": verdict.label if verdict else None,
         "parity_detail": verdict.detail if verdict else None,
@@ -111,6 +118,10 @@ def _row(group: Group, variant: Variant, floors: Floors) -> dict[str, Any]:
         "records": [entry.path for entry in (*variant.runs, *variant.failures)],
         "superseded": variant.num_superseded,
     }
+
+
+def _kept_in(line: str) -> str:
+    return f"  {_one_line(line)}"
 
 
 def _one_line(text: str | None) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from harness.engine import LossNorm
 from harness.floor import Floors
 from harness.rank import Group, Variant, compare_variants, failure_text
 from harness.record import Record
+from harness.report import processes
+from harness.report.front import told
 from harness.report.measured import Details, details
 from harness.report.numbers import gib, number, plain_rate
 from harness.report.reproduce import Options, command
@@ -78,13 +80,21 @@ class Section:
     memory_name: str
     rows: tuple[Row, ...]
     behind: Details | None
+    processes: Details | None
     failures: tuple[Failure, ...]
     plots: tuple[Plot, ...]
     sources: tuple[Source, ...]
 
 
-def section(group: Group, known: Options, floors: Floors, drawn: Sequence[Plot] = (), look: Mapping[str, Look] | None = None) -> Section:
-    """The view of ``group``; ``known`` are the options of conf/, ``floors`` what was measured of this machine's limits."""
+def section(
+    group: Group,
+    groups: Sequence[Group],
+    known: Options,
+    floors: Floors,
+    drawn: Sequence[Plot] = (),
+    look: Mapping[str, Look] | None = None,
+) -> Section:
+    """The view of ``group`` among ``groups``; ``known`` are the options of conf/, ``floors`` what was measured of this machine's limits."""
     work = group.workload
     facts = (
         f"{work.data.sequence_length:,} tokens at most a sample",
@@ -98,14 +108,21 @@ def section(group: Group, known: Options, floors: Floors, drawn: Sequence[Plot] 
         title=f"{work.model.name} · {work.method.name} · {work.data.name}",
         machine=group.machine.key,
         facts=facts,
-        sentences=sentences(group),
+        sentences=_sentences(group),
         memory_name=memory_name(group),
         rows=tuple(_row(variant, group, (look or {}).get(variant.label)) for variant in group.variants if variant.runs),
         behind=details(group, floors),
+        processes=processes.details(group, groups),
         failures=tuple(Failure(variant.label, failure_text(entry.record)) for variant in group.variants for entry in variant.failures),
         plots=tuple(drawn),
         sources=tuple(_source(variant, group, known) for variant in group.variants),
     )
+
+
+def _sentences(group: Group) -> Sentences:
+    """The answer, and what to choose where memory is short."""
+    said, short = sentences(group), told(group)
+    return said if short is None else replace(said, details=(*said.details, short))
 
 
 def _row(variant: Variant, group: Group, look: Look | None) -> Row:

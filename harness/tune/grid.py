@@ -93,11 +93,7 @@ def _grid(records: Sequence[Record], conf: Path) -> Grid:
             return None
         spec = mine[0].cell.engine
         plain = dense_facts(workload, int(chosen["micro_batch"]))
-        engine = load(spec)
-        knobs = {knob: value for knob, value in spec.knobs.items() if knob in engine.Knobs.model_fields}
-        if len(knobs) < len(engine.Knobs.model_fields):
-            return plain  # made before the engine had all of today's knobs: what it plans today is not what it planned
-        return with_footprint(plain, engine, workload, config, knobs, capacity_bytes(machine))
+        return with_footprint(plain, load(spec), workload, config, spec.knobs, capacity_bytes(machine))
 
     space = enumerate_space(expected, facts)
     mine = {one: by_choice[_choice(one.engine, one.values, expected)] for one in space.candidates}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.errors import ConfigError, nearest
+from harness.errors import ConfigError, WeightsError, nearest
 from harness.spec import Lora, Workload, content_key
 from harness.weights.base_model import Base, building
 from harness.weights.random_init import kaiming_uniform
@@ -32,12 +32,20 @@ def prepare_adapter(workload: Workload, base: Base, cache: Path) -> Adapter | No
     method = workload.method
     if not isinstance(method, Lora):
         return None
-    name = f"{workload.model.name}-{base.config_sha256[:12]}-{content_key(method)}-seed{workload.train.seed}-{FORMAT}"
-    folder = cache / "adapter" / name
-    if not (folder / "manifest.json").is_file():
+    folder = _folder(workload, method, base, cache)
+    if not _manifest(folder).is_file():
         with building(folder) as partial:
             _write(partial, method, base, workload)
-    return Adapter(folder, str(json.loads((folder / "manifest.json").read_text())["adapter_sha256"]))
+    return _read(folder)
+
+
+def find_adapter(workload: Workload, base: Base, cache: Path) -> Adapter | None:
+    """The adapter that ``prepare_adapter`` would find; None where it must be made, or none is needed."""
+    method = workload.method
+    if not isinstance(method, Lora):
+        return None
+    folder = _folder(workload, method, base, cache)
+    return _read(folder) if _manifest(folder).is_file() else None
 
 
 def target_modules(targets: Iterable[str], linears: Iterable[str]) -> list[str]:
@@ -50,6 +58,22 @@ def target_modules(targets: Iterable[str], linears: Iterable[str]) -> list[str]:
         raise ConfigError("\n".join(problems))
     chosen = {name for matched in found.values() for name in matched}
     return [name for name in names if name in chosen]
+
+
+def _folder(workload: Workload, method: Lora, base: Base, cache: Path) -> Path:
+    name = f"{workload.model.name}-{base.config_sha256[:12]}-{content_key(method)}-seed{workload.train.seed}-{FORMAT}"
+    return cache / "adapter" / name
+
+
+def _manifest(folder: Path) -> Path:
+    return folder / "manifest.json"
+
+
+def _read(folder: Path) -> Adapter:
+    try:
+        return Adapter(folder, str(json.loads(_manifest(folder).read_text())["adapter_sha256"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{folder}: its manifest cannot be read; delete the folder and run again") from error
 
 
 def _write(folder: Path, method: Lora, base: Base, workload: Workload) -> None:
@@ -70,7 +94,7 @@ def _write(folder: Path, method: Lora, base: Base, workload: Workload) -> None:
 
     write_tensors(folder / ADAPTER_FILE, shapes, method.dtype, values)
     _write_config(folder, method, workload.model.name)
-    write_atomically(folder / "manifest.json", json.dumps({"adapter_sha256": adapter_sha256(folder)}))
+    write_atomically(_manifest(folder), json.dumps({"adapter_sha256": adapter_sha256(folder)}))
 
 
 def _write_config(folder: Path, method: Lora, model_name: str) -> None:

@@ -9,7 +9,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from harness.weights.tensors import CODES, adapter_sha256, read_tensors, write_m
 from harness.weights.tokenizer_files import write_tokenizer
 
 FORMAT = 1  # raise when the same source would be written differently
+_FP8_FORMAT = 1  # raise when harness.fp8 rounds differently
 VOLATILE = frozenset({"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"})
 PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
@@ -54,6 +55,28 @@ class Base:
 
 def prepare_base(model: Model, sources: Sources, cache: Path) -> Base:
     """Make (or find) the base of ``model`` under ``cache``. Raises WeightsError, ConfigError or StoreError saying what to do."""
+    weights, tokenizer, folder = _places(model, sources, cache)
+    found = read_base(folder)
+    if found is not None:
+        return found
+    with building(folder) as partial:
+        _build(model, weights, tokenizer, partial)
+    made = read_base(folder)
+    if made is None:
+        raise StoreError(f"{folder}: its manifest cannot be read; delete the folder and run again")
+    return made
+
+
+def find_base(model: Model, sources: Sources, cache: Path) -> Base | None:
+    """The base that ``prepare_base`` would find, after the same checks; None where it must be made, or the Hub asked."""
+    named = ((model.weights, sources.weights), (model.tokenizer, sources.tokenizer))
+    if any(name.startswith("hub:") and path is None for name, path in named):
+        return None
+    return read_base(_places(model, sources, cache)[2])
+
+
+def _places(model: Model, sources: Sources, cache: Path) -> tuple[Path | None, Path, Path]:
+    """Where the weights (None: random) and the tokenizer lie, unchanged since the plan, and the folder of the base that is made of them."""
     weights = _locate(model.weights, sources.weights)
     tokenizer = _locate(model.tokenizer, sources.tokenizer, weights=False)
     if tokenizer is None:
@@ -66,16 +89,7 @@ def prepare_base(model: Model, sources: Sources, cache: Path) -> Base:
     identity["tokenizer"] = tokenizer_fingerprint(tokenizer, cache)
     if model.tokenizer_fingerprint not in (None, identity["tokenizer"]):
         raise WeightsError(f"'{model.tokenizer}': its files changed since the run was planned; run again")
-    folder = cache / "base" / _hash(identity)[:20]
-    found = read_base(folder)
-    if found is not None:
-        return found
-    with building(folder) as partial:
-        _build(model, weights, tokenizer, partial)
-    made = read_base(folder)
-    if made is None:
-        raise StoreError(f"{folder}: its manifest cannot be read; delete the folder and run again")
-    return made
+    return weights, tokenizer, cache / "base" / _hash(identity)[:20]
 
 
 @contextmanager
@@ -221,13 +235,20 @@ def read_base(folder: Path) -> Base | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         config = json.loads((folder / "config.json").read_text())
+        found = Base(folder, manifest["base_sha256"], manifest["description"], config, manifest["tokenizer_sha256"])
         complete = all(file.exists() for file in folder.glob("*.safetensors"))  # a link's target may have gone
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     if not complete:
         shutil.rmtree(folder)
         return None
-    return Base(folder, manifest["base_sha256"], manifest["description"], config, manifest["tokenizer_sha256"])
+    return found
+
+
+def as_fp8(base: Base) -> Base:
+    """``base`` with linear layers that compute in e4m3: the same folder, but another function, so another hash."""
+    sha256 = _hash({"base": base.sha256, "fp8": _FP8_FORMAT})
+    return replace(base, sha256=sha256, description=f"{base.description}; linear layers compute in e4m3")
 
 
 def _hash(value: Any) -> str:

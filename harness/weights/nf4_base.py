@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 
 def prepare_nf4(base: Base, dtype: str, cache: Path) -> Base:
     """Make (or find) ``base``, stored as ``dtype``, in NF4: a folder that transformers loads through bitsandbytes."""
-    folder = cache / "nf4" / f"{base.sha256[:20]}-{base.tokenizer_sha256[:8]}-{FORMAT}"
+    folder = _folder(base, cache)
     if read_base(folder) is None:
         with building(folder) as partial:
             _build(base, dtype, partial)
@@ -30,6 +30,15 @@ def prepare_nf4(base: Base, dtype: str, cache: Path) -> Base:
     if made is None:
         raise WeightsError(f"{folder}: its manifest cannot be read; delete the folder and run again")
     return made
+
+
+def find_nf4(base: Base, cache: Path) -> Base | None:
+    """The base that ``prepare_nf4`` would find; None where it must be made."""
+    return read_base(_folder(base, cache))
+
+
+def _folder(base: Base, cache: Path) -> Path:
+    return cache / "nf4" / f"{base.sha256[:20]}-{base.tokenizer_sha256[:8]}-{FORMAT}"
 
 
 def _build(base: Base, dtype: str, folder: Path) -> None:

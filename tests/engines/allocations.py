@@ -19,6 +19,7 @@ from engines.native.bench import RANK, adapter_sizes, tensor_sizes
 from engines.native.checkpoint import Placement, build_weights
 from engines.native.decoder import Decoder
 from engines.native.footprint import Load
+from engines.native.fp8 import RANK_MULTIPLE, Mode
 from engines.native.fused_ops import FUSED
 from engines.native.lora import Adapter
 from engines.native.ops import Attended, Heads, Input, Normed
@@ -126,6 +127,46 @@ ALLOCATIONS = replace(
 )
 
 
+def fp8_norm(x_TH: Tensor, delta_TH: Tensor | None, weight: Weight, epsilon: float, linear: Linear) -> Normed:
+    """The unrounded norm lives until x A^T is made."""
+    y_TH = torch.empty_like(x_TH)
+    sum_TH = x_TH if delta_TH is None else torch.empty_like(x_TH)
+    return Normed(fp8_input(y_TH, linear), sum_TH, x_TH.new_empty(len(x_TH), dtype=torch.float32))
+
+
+def fp8_swiglu(gate_up_TN: Tensor, linear: Linear) -> Input:
+    return fp8_input(gate_up_TN.new_empty(len(gate_up_TN), linear.num_inputs), linear)
+
+
+def fp8_input(x_TK: Tensor, linear: Linear) -> Input:
+    codes = torch.empty(len(x_TK), linear.num_inputs + 3 * linear.padded_rank, dtype=torch.uint8, device=META)
+    scales = torch.empty(len(x_TK), dtype=torch.float32, device=META)
+    return Input(codes, x_TK.new_empty(len(x_TK), linear.padded_rank), scales)
+
+
+def fp8_linear(input: Input, linear: Linear, room: int) -> Tensor:
+    """The codes of the input, and the product's result."""
+    codes = _codes(input.wide, linear.num_inputs) if input.scales is None else None
+    made = torch.empty(len(input.wide), linear.num_outputs + room, dtype=torch.bfloat16, device=META)[:, : linear.num_outputs]
+    del codes
+    return made
+
+
+def fp8_input_gradient(dy_TW: Tensor, linear: Linear) -> Tensor:
+    assert linear.fp8 is not None
+    codes = _codes(dy_TW, linear.num_outputs) if linear.fp8.turned is not None else None
+    made = dy_TW.new_empty(len(dy_TW), linear.num_inputs)
+    del codes
+    return made
+
+
+def _codes(wide_TW: Tensor, num_columns: int) -> Tensor:
+    return torch.empty(len(wide_TW), num_columns + 3 * (wide_TW.shape[1] - num_columns), dtype=torch.uint8, device=META)
+
+
+FP8_ALLOCATIONS = replace(ALLOCATIONS, norm=fp8_norm, swiglu=fp8_swiglu, linear=fp8_linear, input_gradient=fp8_input_gradient)
+
+
 class _Shapes:
     """Stands for an open file: every tensor on the meta device."""
 
@@ -136,13 +177,13 @@ class _Shapes:
         return torch.empty(self._sizes[name], device=META)
 
 
-def meta_decoder(shape: LlamaShape) -> Decoder:
+def meta_decoder(shape: LlamaShape, fp8: Mode | None = None) -> Decoder:
     """A decoder of bf16 weights with LoRA on all linears, as the bench makes it, that takes no memory."""
     sizes = dict(tensor_sizes(shape))
     adapters = {name: torch.empty(size, device=META) for name, size in adapter_sizes(sizes).items()}
-    placement = Placement(META, torch.bfloat16, torch.float32, 64)
+    placement = Placement(META, torch.bfloat16, torch.float32, RANK_MULTIPLE if fp8 else 64, fp8=fp8)
     weights = build_weights(dict.fromkeys(sizes, _Shapes(sizes)), shape, placement, Adapter({}, adapters, RANK, 2.0))
-    return Decoder(shape=shape, weights=weights, ops=ALLOCATIONS, plans=(), loss_chunk=1)
+    return Decoder(shape=shape, weights=weights, ops=FP8_ALLOCATIONS if fp8 else ALLOCATIONS, plans=(), loss_chunk=1)
 
 
 def transient_bytes(decoder: Decoder, load: Load, plans: Sequence[Plan]) -> int:

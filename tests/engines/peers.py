@@ -12,15 +12,15 @@ from harness.interpreter import environment, lack, located
 from tests.engines.remote import Remote
 
 
-def peer(name: str, **switches: str) -> tuple[Remote, list[pytest.MarkDecorator]]:
+def peer(name: str, module: str | None = None, **switches: str) -> tuple[Remote, list[pytest.MarkDecorator]]:
     """The engine ``name``, training in its own environment, and the marks of tests that need it: skipped, with the reason, without it.
 
-    ``switches``: environment variables beside those of its YAML.
+    ``module``: another that trains there in its place. ``switches``: environment variables beside those of its YAML.
     """
     engine = plain(compose_one([f"engine={name}", "machine=cpu"]))["engine"]
     python = located(engine["python"])
     assert python is not None
-    remote = Remote(engine["module"], python, {**environment(python), **engine["environment"], **switches})
+    remote = Remote(module or engine["module"], python, {**environment(python), **engine["environment"], **switches})
     missing = lack(python, requires(remote))
     return remote, [pytest.mark.adapter, pytest.mark.skipif(missing is not None, reason=f"engine={name}: {missing}")]
 

@@ -7,7 +7,7 @@ import os
 import socket
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from types import ModuleType
@@ -51,11 +51,13 @@ class Ranks:
 
 
 @contextmanager
-def started(module: ModuleType, count: int = 2) -> Iterator[Ranks]:
-    """``count`` processes for the length of the block."""
+def started(module: ModuleType, count: int = 2, *, lasting_group: bool = False) -> Iterator[Ranks]:
+    """``count`` processes for the length of the block. ``lasting_group``: one process group for all jobs, for what remembers its groups."""
     context = multiprocessing.get_context("spawn")
     pairs = [context.Pipe() for _ in range(count)]
-    processes = [context.Process(target=_serve, args=(theirs, rank, count), daemon=True) for rank, (_, theirs) in enumerate(pairs)]
+    processes = [
+        context.Process(target=_serve, args=(theirs, rank, count, lasting_group), daemon=True) for rank, (_, theirs) in enumerate(pairs)
+    ]
     for process in processes:
         process.start()
     try:
@@ -66,16 +68,21 @@ def started(module: ModuleType, count: int = 2) -> Iterator[Ranks]:
             process.join()
 
 
-def _serve(pipe: Connection, rank: int, count: int) -> None:
+def _serve(pipe: Connection, rank: int, count: int, lasting_group: bool) -> None:
     import importlib
 
     import torch
 
+    from engines.native.ranks import process_group
+
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1")
+    lasting = ExitStack()
     while True:
         module, job, knobs, port = pipe.recv()
         os.environ["MASTER_PORT"] = str(port)
+        if lasting_group and not torch.distributed.is_initialized():
+            lasting.enter_context(process_group(job.device, count))
         probe = RecordingProbe()
         try:
             importlib.import_module(module).train(job, knobs, probe)

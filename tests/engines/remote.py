@@ -14,10 +14,11 @@ import pickle
 import subprocess
 import sys
 import traceback
+from collections.abc import Mapping
 from typing import IO, Any
 
 from harness import errors
-from harness.engine import Engine, Job, Probe
+from harness.engine import Chosen, Engine, Job, Probe
 from harness.spec import parse
 
 Call = tuple[str, dict[str, Any]]
@@ -37,7 +38,7 @@ class Remote:
     @functools.cached_property
     def _process(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(self._command, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        atexit.register(process.kill)
+        atexit.register(_end, process)
         return process
 
     def train(self, job: Job, knobs: Any, probe: Probe) -> None:
@@ -53,14 +54,19 @@ class Remote:
             raise getattr(errors, kind, RuntimeError)(said)
 
 
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.communicate()
+
+
 class _Told:
     """A probe that only remembers, in plain numbers."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
 
-    def ready(self) -> None:
-        self.calls.append(("ready", {}))
+    def ready(self, chosen: Mapping[str, Chosen] | None = None) -> None:
+        self.calls.append(("ready", {"chosen": chosen}))
 
     def step(self, *, loss: Any, grad_norm: Any, tokens: Any) -> None:
         norm = None if grad_norm is None else float(grad_norm)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import engines.axolotl
 from engines.axolotl.settings import not_taken
@@ -15,10 +17,12 @@ from harness.errors import UnsupportedError
 from harness.spec import parse
 from tests.engines.conformance import SAME, EngineConformance, two_documents
 from tests.engines.peers import knobs, peer
-from tests.engines.tiny import CPU, FULL, GPU, LLAMA, LORA, make_job, make_workload, plain_training, with_train
+from tests.engines.tiny import CPU, FULL, GPU, LLAMA, LORA, RecordingProbe, make_job, make_workload, plain_training, with_train
 
-AXOLOTL, MARKS = peer("axolotl", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # as launch sets for every worker
+AXOLOTL, MARKS = peer("axolotl", **OFFLINE, CUDA_VISIBLE_DEVICES="")  # it takes the GPU where it sees one
 KNOBS: dict[str, Any] = {**knobs("axolotl"), "micro_batch": 1}
+KERNELS = {"lora_kernels": ["mlp", "qkv", "o"], "liger": ["rope", "rms_norm", "glu_activation", "fused_linear_cross_entropy"]}
 VARIANTS = sorted(path.stem for path in (CONF / "engine" / "axolotl").glob("*.yaml"))
 
 
@@ -41,6 +45,21 @@ class TestAxolotl(EngineConformance):
         assert other.losses == pytest.approx(usual.losses, rel=2e-5)
         assert other.grad_norms == pytest.approx(usual.grad_norms, rel=1e-4)
         assert [one.sha256 for one in other.tokens] == [one.sha256 for one in usual.tokens]
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+    @pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
+    def test_a_gpu_computes_what_a_cpu_does(self, tmp_path: Path, method: dict[str, Any]) -> None:
+        """In a process of its own, which sees the GPU; with its kernels where there is an adapter."""
+        job, (there, _), kernels = make_job(tmp_path, "llama", method), peer("axolotl", **OFFLINE), KERNELS if method is LORA else {}
+        on_cpu, on_gpu, rounded = self.run(with_train(job, "cpu")), RecordingProbe(), RecordingProbe()
+        plain = {**KNOBS, "lora_kernels": []}
+        there.train(replace(with_train(job, "exact"), device="cuda"), parse(engines.axolotl.Knobs, plain), on_gpu)
+        chosen = {**plain, **kernels, "compute_dtype": "bfloat16"}
+        there.train(replace(with_train(job, "rounded"), device="cuda"), parse(engines.axolotl.Knobs, chosen), rounded)
+        assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=2e-5)
+        assert on_gpu.grad_norms == pytest.approx(on_cpu.grad_norms, rel=1e-3)
+        assert rounded.losses == pytest.approx(on_cpu.losses, rel=3e-2)
 
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
     def test_packed_documents_do_not_see_each_other(self, job: Job, attention: str) -> None:
@@ -70,6 +89,14 @@ class TestAxolotl(EngineConformance):
         probe, plain = self.run(job, layout="packed", micro_batch=5), list(plain_training(job))
         assert probe.losses == pytest.approx([loss for loss, _, _ in plain], rel=2e-5)
         assert probe.grad_norms == pytest.approx([norm for _, norm, _ in plain], rel=1e-4)
+
+    def test_full_in_bfloat16_stays_near(self, tmp_path: Path) -> None:
+        exact = make_job(tmp_path / "exact", method=FULL)
+        rounded = make_job(tmp_path / "rounded", method={**FULL, "dtype": "bfloat16"})
+        told = self.run(exact), self.run(rounded, compute_dtype="bfloat16")
+        assert told[0].losses != told[1].losses
+        assert told[1].losses[0] == pytest.approx(told[0].losses[0], rel=2e-3)
+        assert told[1].losses == pytest.approx(told[0].losses, rel=3e-2)
 
     def test_micro_batches_that_do_not_fill_a_step_are_refused(self, job: Job) -> None:
         with pytest.raises(UnsupportedError, match="does not divide"):

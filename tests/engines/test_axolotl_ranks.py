@@ -19,7 +19,8 @@ from harness.places import Prepared, Sources
 from harness.record import Record
 from harness.spec import Cell, EngineSpec
 from tests.engines.peers import peer
-from tests.engines.tiny import make_job, plain_loss, plain_training
+from tests.engines.test_qlora import WHOLE_BLOCKS
+from tests.engines.tiny import FAMILIES, QLORA, decoded, make_job, plain_loss, plain_training
 
 _, pytestmark = peer("axolotl")
 TWO = Machine(device="cpu", name="Test CPU", count=2, memory_gib=8)
@@ -45,6 +46,18 @@ def test_two_ranks_train_on_the_mean_of_their_means(tmp_path: Path, layout: str,
     trained = {name.replace(".default", ""): value.detach() for name, value in told[-1][2].named_parameters() if value.requires_grad}
     assert set(saved) == set(trained)
     assert all(torch.allclose(saved[name], value, rtol=1e-4, atol=1e-5) for name, value in trained.items())
+
+
+def test_two_ranks_train_qlora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packed base whole on either."""
+    monkeypatch.setitem(FAMILIES, "whole_blocks", WHOLE_BLOCKS)
+    job = make_job(tmp_path, "whole_blocks", QLORA, samples_per_step=4)
+    record = run(job, tmp_path / "runs", distributed="ddp")
+    assert (record.status, record.reason) == ("ok", None)
+    assert record.measurement is not None
+    told = list(plain_training(decoded(job), mean_of_rank_means))
+    assert record.measurement.steps.losses == pytest.approx([loss for loss, _, _ in told], rel=2e-5)
+    assert record.measurement.steps.grad_norms == pytest.approx([norm for _, norm, _ in told], rel=1e-4)
 
 
 def test_more_processes_need_a_way_to_share_the_work(tmp_path: Path) -> None:

@@ -109,6 +109,12 @@ def test_the_reference_of_cross_entropy_is_its_loss_and_gradient() -> None:
         ("rotate_back", 4 * 16 * (2 * 256 + 64) + 4 * 16 * 32),
         ("cross_entropy", 2 * 4 * 16 * 64 + 12 * 16),
         ("decode_nf4", 32 * 64 // 2 + 32 + 4 + 4 * 32 * 64),
+        ("quantise_wide", 16 * (4 * (128 + 64) + 128 + 3 * 64 + 4)),
+        ("write_tail", 128 * (4 * 64 + 3 * 64 + 4)),
+        ("write_low", 16 * (4 * 64 + 3 * 64 + 4)),
+        ("decode_rows", 32 * (64 * 5 + 4)),
+        ("rms_norm_codes", 16 * (32 * 17 + 8) + 4 * 32),
+        ("swiglu_codes", 16 * (64 * 13 + 4)),
         ("outer_dA", 4 * (16 * (32 + 32) + 32) + 4 * 16 + 8 * 32 * 32),
         ("outer_dB", 4 * 16 * (256 + 48) + 8 * 256 * 16),
         # A: 3 x 16 + 2 x 16 rows of 32, 16 of 128, 16 of 64; B: 256 + 32 + 128 + 32 rows of 16; two layers.

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import engines.fsdp
 from harness.compose import compose_one, plain
 from harness.config import Limits, MachineConfig, Request
 from harness.data.tokens import StepTokens
@@ -17,9 +18,9 @@ from harness.events import Event
 from harness.launch import run_cell
 from harness.places import Prepared, Sources
 from harness.record import Record
-from harness.spec import Cell, EngineSpec
+from harness.spec import Cell, EngineSpec, parse
 from harness.watch import OnEvent
-from tests.engines.tiny import make_job, plain_training
+from tests.engines.tiny import RecordingProbe, make_job, plain_training, with_train
 
 TWO = Machine(device="cpu", name="Test CPU", count=2, memory_gib=8)
 LONG = 20_000  # steps that nobody waits for
@@ -52,13 +53,42 @@ def test_a_rank_that_is_killed_ends_the_cell_at_once_and_is_named(tmp_path: Path
     assert workers(tmp_path) == []
 
 
+def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_losses(tmp_path: Path) -> None:
+    """The record has the steps of both processes, says where the second began, and has no rate."""
+    job = make_job(tmp_path, steps=100)
+    seen: list[bool] = []
+
+    def kill_rank_1(event: Event) -> None:
+        seen.append(event["event"] == "step")
+        if seen[-1] and sum(seen) == 25:
+            (worker,) = [process for process in workers(tmp_path) if process.environ().get("RANK") == "1"]
+            worker.send_signal(signal.SIGKILL)
+
+    cut = run(job, tmp_path / "runs", on_event=kill_rank_1, save_every=10, strategy="full_shard")
+    rest = run(job, tmp_path / "runs", save_every=10, strategy="full_shard")
+    assert (cut.status, rest.status, rest.reason) == ("crash", "ok", None)
+    assert cut.measurement is not None
+    assert rest.measurement is not None
+    before, after = cut.measurement.steps, rest.measurement.steps
+    (began,) = rest.measurement.resumed_at
+    assert 20 <= began <= len(before.losses) < 100
+    assert began % 10 == 0
+    assert (after.losses[:began], after.seconds[:began]) == (before.losses[:began], before.seconds[:began])
+    whole = RecordingProbe()
+    engines.fsdp.train(with_train(job, "whole"), parse(engines.fsdp.Knobs, rest.cell.engine.knobs), whole)
+    assert after.losses == pytest.approx(whole.losses, rel=2e-5)
+    assert after.losses[began:] != pytest.approx(whole.losses[: 100 - began], rel=2e-5), "steps could be told apart"
+    assert after.stream_sha256 == tuple(one.sha256 for one in whole.tokens)
+    assert not list((tmp_path / "runs" / "checkpoints").iterdir()), "what is finished needs no checkpoint"
+
+
 def workers(folder: Path) -> list[psutil.Process]:
     """The workers of a cell below ``folder``, without what launches them."""
     every = [(process, " ".join(process.info["cmdline"] or [])) for process in psutil.process_iter(["cmdline"])]
     return [process for process, said in every if "harness.worker" in said and "torch.distributed.run" not in said and str(folder) in said]
 
 
-def run(job: Job, root: Path, *, on_event: OnEvent = lambda event: None, **changed: str) -> Record:
+def run(job: Job, root: Path, *, on_event: OnEvent = lambda event: None, save_every: int | None = None, **changed: str) -> Record:
     """The record of ``job`` on two ranks."""
     option = plain(compose_one(["engine=fsdp", "machine=cpu"]))["engine"]
     engine = EngineSpec(
@@ -71,6 +101,7 @@ def run(job: Job, root: Path, *, on_event: OnEvent = lambda event: None, **chang
         limits=Limits(wall_seconds=300.0, no_progress_seconds=120.0),
         python=None,
         packages=("torch",),
+        save_every=save_every,
     )
     (tokens,) = (job.out.parent / "tokens").glob("*.safetensors")
     made = Prepared(

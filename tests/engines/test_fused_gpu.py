@@ -20,7 +20,7 @@ from tests.engines.tiny import FAMILIES, LORA, QLORA, VOCABULARY, RecordingProbe
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
 KNOBS: dict[str, Any] = {
     "micro_batch": 4, "recompute": "fit", "memory_gib": None, "offload": True,
-    "compute_dtype": "bfloat16", "operations": "fused", "replay": True, "loss_chunk": 7,
+    "compute_dtype": "bfloat16", "operations": "fused", "replay": True, "loss_chunk": 7, "fp8": "forward",
 }  # fmt: skip
 EXACT = {"compute_dtype": "float32", "operations": "reference", "replay": False}
 # With o_proj, so that attention's output has the same strides in all these runs: see engines.native.attention on cuDNN's plans.

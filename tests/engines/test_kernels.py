@@ -13,6 +13,7 @@ from engines.native.kernels.adamw import FlatAdamW
 from engines.native.kernels.cross_entropy import cross_entropy_
 from engines.native.kernels.nf4 import decode_nf4
 from engines.native.kernels.outer import add_outer_
+from engines.native.kernels.parts import copy_parts
 from engines.native.kernels.rms_norm import rms_norm, rms_norm_backward
 from engines.native.kernels.swiglu import swiglu, swiglu_backward_
 from engines.native.kernels.swiglu_gradients import swiglu_gradients_
@@ -272,3 +273,27 @@ def test_nf4_is_decoded_by_way_of_the_type_that_it_was_stored_in(wide: torch.dty
     found = torch.empty(64, 128, dtype=wide, device=DEVICE)
     decode_nf4(weight, found)
     assert found.equal(decode(weight).to(wide))
+
+
+@pytest.mark.parametrize("sizes", [[(3, 40)], [(12, 70), (50, 4), (9, 4), (301, 4)], [(1, 2000), (1100, 3)]], ids=str)
+def test_parts_come_to_their_places_and_nothing_else_changes(sizes: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    values = [random(*size, dtype=dtype) for size in sizes]
+    buffer = torch.full((sum(rows for rows, _ in sizes) + 2, max(columns for _, columns in sizes) + 5), 7.0, dtype=dtype, device=DEVICE)
+    found, right, row = buffer.clone(), buffer.clone(), 1
+    places = []
+    for value in values:
+        rows = slice(row, row := row + len(value))
+        places.append(found[rows, 2 : 2 + value.shape[1]])
+        right[rows, 2 : 2 + value.shape[1]] = value
+    copy_parts(values, places)
+    assert found.equal(right)
+
+
+def test_parts_that_do_not_fit_their_places_are_refused() -> None:
+    buffer, value = torch.zeros(8, 8, device=DEVICE), torch.ones(2, 4, device=DEVICE)
+    with pytest.raises(ValueError, match=r"place 0 is \[2, 3\]"):
+        copy_parts([value], [buffer[:2, :3]])
+    with pytest.raises(ValueError, match=r"matrix 0 .* expected contiguous"):
+        copy_parts([value.t()], [buffer[:4, :2]])
+    with pytest.raises(ValueError, match="1 matrices for 2 places"):
+        copy_parts([value], [buffer[:2, :4], buffer[2:4, :4]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +14,7 @@ import engines.fused
 from engines.native.bench import model_shape
 from engines.native.durations import Durations
 from engines.native.footprint import Load, MemoryModel, Ranks
+from engines.native.fp8 import Mode
 from engines.native.host import Host, usable_bytes
 from engines.native.plan import KEEP_ALL, KEEP_INPUT, MOVABLE, Names, Plan
 from engines.native.planner import Choice, choose
@@ -64,6 +65,18 @@ PLANS = {
     "input_away": Plan(SMALL, frozenset(("input",)), pieces=4),
     "all_away": Plan(SMALL, MOVABLE),
 }
+
+
+@pytest.mark.parametrize("fp8", get_args(Mode))
+@pytest.mark.parametrize("name", ["all", "input", "in_pieces", "again", "all_away"])
+def test_predicts_the_live_bytes_of_8_bit_operations(monkeypatch: pytest.MonkeyPatch, name: str, fp8: Mode) -> None:
+    monkeypatch.setattr(Host, "_copy", lambda *_, **__: None)
+    shape, plan, load = model_shape("llama3_8b", 3), PLANS[name], Load(8192, 2048, 8188, 256)
+    decoder = meta_decoder(shape, fp8)
+    ranks = Ranks(*(group.padded_rank for group in decoder.weights.layers[0].groups))
+    assert ranks == Ranks(48, 16, 32, 16)
+    model = MemoryModel(shape, ranks, load, 0, 2, fp8)
+    assert model.peak([plan] * 3) == pytest.approx(transient_bytes(decoder, load, [plan] * 3), rel=0.01)
 
 
 @pytest.mark.parametrize("chunk", [2048, 256])
@@ -168,9 +181,9 @@ def test_a_host_with_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) 
     model = model_of("llama3_8b", 4, 2048)
     monkeypatch.setattr("engines.native.host.usable_bytes", lambda: 3.0 * GIB)
     with pytest.warns(RuntimeWarning, match=r"\d\.\d GiB would be offloaded, but only 3\.0 GiB"):
-        choice = engines.fused._choice(model, 24 * GIB, offload=True)
+        choice = engines.fused._choice(model, 24 * GIB, offload=True, processes=1)
     assert 0 < choice.host_bytes <= 3 * GIB
-    assert engines.fused._choice(model, 24 * GIB, offload=False).host_bytes == 0
+    assert engines.fused._choice(model, 24 * GIB, offload=False, processes=1).host_bytes == 0
 
 
 def test_the_host_has_memory() -> None:
@@ -181,15 +194,16 @@ def test_the_host_has_memory() -> None:
 def test_a_budget_changes_no_loss(tmp_path: Path, family: str) -> None:
     job = make_job(tmp_path, family)
 
-    def losses(name: str, **knobs: Any) -> list[float]:
+    def trained(name: str, **knobs: Any) -> RecordingProbe:
         probe = RecordingProbe()
         engines.fused.train(with_train(job, name), parse(engines.fused.Knobs, {**KNOBS, **knobs}), probe)
-        return probe.losses
+        return probe
 
     with pytest.raises(UnsupportedError, match="needs at least") as refused:
-        losses("none", recompute="fit", memory_gib=1e-6)
+        trained("none", recompute="fit", memory_gib=1e-6)
     assert str(refused.value).count("GiB") == 2
-    everything = losses("all")
+    everything = trained("all")
+    assert everything.chosen == {"plan": "all kept"}
     low, high = 1e-5, 1.0
     for _ in range(20):  # the smallest budget that fits
         middle = (low * high) ** 0.5
@@ -198,12 +212,15 @@ def test_a_budget_changes_no_loss(tmp_path: Path, family: str) -> None:
             high = middle
         except UnsupportedError:
             low = middle
-    assert losses("tight", recompute="fit", memory_gib=high) == pytest.approx(everything, rel=2e-6)
+    tight = trained("tight", recompute="fit", memory_gib=high)
+    assert tight.losses == pytest.approx(everything.losses, rel=2e-6)
+    assert str(tight.chosen["plan"]).startswith("again ")
+    assert 0.9 * high * 2**30 < float(tight.chosen["predicted_peak_bytes"]) <= high * 2**30
 
 
 def _loaded(job: Any, memory_gib: float) -> tuple[Any, ...]:
     knobs = parse(engines.fused.Knobs, {**KNOBS, "recompute": "fit", "memory_gib": memory_gib})
-    _, _, native = engines.fused._load(job, parse(engines.fused.Knobs, KNOBS))
+    _, _, native, _ = engines.fused._load(job, parse(engines.fused.Knobs, KNOBS))
     return knobs, native.shape, native.weights
 
 

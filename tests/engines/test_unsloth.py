@@ -11,12 +11,27 @@ import torch
 from transformers import AutoTokenizer
 
 import engines.unsloth
+import engines.unsloth.model
+from harness.data.tokens import StepTokens
 from harness.engine import Job, Machine
 from harness.errors import UnsupportedError
 from harness.spec import parse
 from tests.engines.conformance import EngineConformance, two_documents
 from tests.engines.peers import knobs, peer
-from tests.engines.tiny import CPU, FULL, GPU, LLAMA, LORA, VOCABULARY, RecordingProbe, make_job, make_workload, plain_training, with_train
+from tests.engines.tiny import (
+    CPU,
+    FULL,
+    GPU,
+    LLAMA,
+    LORA,
+    VOCABULARY,
+    RecordingProbe,
+    make_job,
+    make_samples,
+    make_workload,
+    plain_training,
+    with_train,
+)
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # as launch sets for every worker
 UNSLOTH, MARKS = peer("unsloth", **OFFLINE)
@@ -29,11 +44,27 @@ class TestUnsloth(EngineConformance):
     engine = UNSLOTH  # type: ignore[assignment]
     knobs = KNOBS
 
-    @pytest.mark.parametrize("knob", [{"recompute": "full"}, {"recompute": "unsloth"}, {"layout": "packed"}], ids=str)
+    @pytest.mark.parametrize(
+        "knob",
+        [
+            {"recompute": "full"}, {"recompute": "unsloth"}, {"layout": "packed"}, {"order": "by_length", "pad_to_multiple_of": 8},
+            {"layout": "packed", "order": "by_length"},
+        ],
+        ids=str,
+    )  # fmt: skip
     def test_a_knob_changes_no_loss(self, job: Job, knob: dict[str, Any]) -> None:
         usual, other = self.run(with_train(job, "usual")), self.run(job, **knob)
         assert other.losses == pytest.approx(usual.losses, rel=2e-5)
         assert other.grad_norms == pytest.approx(usual.grad_norms, rel=1e-4)
+        assert [tokens.sha256 for tokens in other.tokens] == [tokens.sha256 for tokens in usual.tokens]
+
+    def test_full_in_bfloat16_stays_near(self, tmp_path: Path) -> None:
+        exact = make_job(tmp_path / "exact", method=FULL)
+        rounded = make_job(tmp_path / "rounded", method={**FULL, "dtype": "bfloat16"})
+        told = self.run(exact), self.run(rounded, compute_dtype="bfloat16")
+        assert told[0].losses != told[1].losses
+        assert told[1].losses[0] == pytest.approx(told[0].losses[0], rel=2e-3)
+        assert told[1].losses == pytest.approx(told[0].losses, rel=3e-2)
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
@@ -48,6 +79,28 @@ class TestUnsloth(EngineConformance):
         assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=2e-5)
         assert on_gpu.grad_norms == pytest.approx(on_cpu.grad_norms, rel=1e-3)
         assert rounded.losses == pytest.approx(on_cpu.losses, rel=2e-2)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+    def test_a_gpu_trains_all_weights_as_a_cpu_does(self, tmp_path: Path) -> None:
+        exact, there = make_job(tmp_path / "exact", method=FULL), peer("unsloth", **OFFLINE)[0]
+        in_half = make_job(tmp_path / "half", method={**FULL, "dtype": "bfloat16"})
+        on_cpu, masters, half = self.run(with_train(exact, "cpu")), RecordingProbe(), RecordingProbe()
+        for job, probe in ((exact, masters), (in_half, half)):
+            there.train(replace(job, device="cuda"), parse(engines.unsloth.Knobs, {**KNOBS, "compute_dtype": "bfloat16"}), probe)
+            assert probe.losses == pytest.approx(on_cpu.losses, rel=3e-2)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+    def test_replayed_graphs_on_batches_of_few_widths_change_no_loss(self, tmp_path: Path) -> None:
+        job, probes = make_job(tmp_path, steps=8), (RecordingProbe(), RecordingProbe())
+        graphs = {"cuda_graphs": True, "order": "by_length", "pad_to_multiple_of": 8}
+        for name, changed, probe in zip(("usual", "graphs"), ({"layout": "packed"}, graphs), probes, strict=True):
+            there, _ = peer("unsloth", **OFFLINE)
+            own = replace(with_train(job, name), device="cuda")
+            there.train(own, parse(engines.unsloth.Knobs, {**KNOBS, "compute_dtype": "bfloat16", **changed}), probe)
+        assert probes[1].losses == pytest.approx(probes[0].losses, rel=5e-3)
+        assert probes[1].grad_norms == pytest.approx(probes[0].grad_norms, rel=5e-2)
 
     def test_packed_documents_do_not_see_each_other(self, job: Job) -> None:
         told = [
@@ -76,7 +129,7 @@ class TestUnsloth(EngineConformance):
 def test_the_tokenizer_it_is_given_needs_no_repair(named: int | None, tmp_path: Path) -> None:
     """Unsloth changes the embedding when the padding token is missing, is the end token, or is the one that the model's config names."""
     job = make_job(tmp_path)
-    folder = engines.unsloth._folder(job, {"pad_token_id": named})
+    folder = engines.unsloth.model.folder(job, {"pad_token_id": named})
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.pad_token_id not in (None, named, tokenizer.eos_token_id)
     assert len(tokenizer) <= VOCABULARY
@@ -88,7 +141,7 @@ def test_every_knob_but_the_micro_batch_and_the_type_has_a_name() -> None:
     usual = {**GPU_KNOBS, "layout": "padded"}
     others = {
         "recompute": ["full", "none"], "checkpoint_skip_layers": ["auto", 3], "layout": ["packed"], "block_compile": ["off", "forced"],
-        "cuda_graphs": [True],
+        "cuda_graphs": [True], "order": ["by_length"], "pad_to_multiple_of": [64, 128],
     }  # fmt: skip
     changed = [usual, *({**usual, key: value} for key, values in others.items() for value in values)]
     names = [engines.unsloth.variant(parse(engines.unsloth.Knobs, one)) for one in changed]
@@ -102,6 +155,7 @@ def test_every_knob_but_the_micro_batch_and_the_type_has_a_name() -> None:
         ({"cuda_graphs": True, "layout": "padded"}, CPU, "on a GPU only"),
         ({"block_compile": "off", "layout": "padded"}, CPU, "on a GPU only"),
         ({"checkpoint_skip_layers": "auto"}, CPU, "is for a GPU"),
+        ({"pad_to_multiple_of": 64}, GPU, "is of layout=padded"),
         ({"cuda_graphs": True}, GPU, "compiles no packed batches"),
         ({"block_compile": "forced"}, GPU, "compiles no packed batches"),
         ({"cuda_graphs": True, "layout": "padded", "block_compile": "off"}, GPU, "captures compiled blocks"),
@@ -112,6 +166,22 @@ def test_impossible_knobs_are_refused(changed: dict[str, Any], machine: Machine,
     said = engines.unsloth.unsupported(make_workload(LLAMA, LORA), parse(engines.unsloth.Knobs, {**GPU_KNOBS, **changed}), machine)
     assert said is not None
     assert reason in said
+
+
+def test_all_weights_are_trained_in_bfloat16_too() -> None:
+    padded = parse(engines.unsloth.Knobs, {**GPU_KNOBS, "layout": "padded"})
+    for dtype in ("float32", "bfloat16"):
+        assert engines.unsloth.unsupported(make_workload(LLAMA, {**FULL, "dtype": dtype}), padded, GPU) is None
+
+
+def test_batches_of_like_length_pad_less_and_hold_the_same_samples() -> None:
+    samples = make_samples(12)
+    chosen = {order: parse(engines.unsloth.Knobs, {**KNOBS, "micro_batch": 4, "order": order}) for order in ("given", "by_length")}
+    given, grouped = (engines.unsloth._batches(samples, knobs_) for knobs_ in chosen.values())
+    assert sum(batch.input_ids.size for batch in grouped) < sum(batch.input_ids.size for batch in given)
+    assert StepTokens.of(grouped).sha256 == StepTokens.of(given).sha256 == StepTokens.expected(samples).sha256
+    wide = engines.unsloth._batches(samples, chosen["given"].model_copy(update={"pad_to_multiple_of": 16}))
+    assert {batch.input_ids.shape[1] % 16 for batch in wide} == {0}
 
 
 def test_what_is_possible_is_not_refused() -> None:
@@ -128,6 +198,7 @@ def test_what_is_possible_is_not_refused() -> None:
         ({**LLAMA, "max_position_embeddings": 16}, LORA, "rescale the positions"),
         (LLAMA, FULL, "use layout=padded"),
         (LLAMA, {**LORA, "dtype": "bfloat16"}, "use method.dtype=float32"),
+        (LLAMA, {**FULL, "dtype": "float16"}, "method.dtype=float16, compute_dtype=bfloat16; use method.dtype=float32"),
     ],
 )
 def test_impossible_workloads_are_refused(config: dict[str, Any], method: dict[str, Any], reason: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.data.tokens import IGNORE, Sample, StepTokens, TokenFile
 from harness.data.write import write_token_file
-from harness.engine import Job, Machine
+from harness.engine import Chosen, Job, Machine
 from harness.nf4 import load_decoded
 from harness.spec import Workload, parse
 from harness.weights.base_model import Base
@@ -55,13 +56,18 @@ class RecordingProbe:
     """Remembers what an engine reports, in the order it came."""
 
     is_ready: bool = False
+    chosen: dict[str, Chosen] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float | None] = field(default_factory=list)
     tokens: list[StepTokens] = field(default_factory=list)
 
-    def ready(self) -> None:
+    def ready(self, chosen: Mapping[str, Chosen] | None = None) -> None:
+        self.chosen = dict(chosen or {})
         assert not self.is_ready, "ready() came twice"
         self.is_ready = True
+
+    def waits(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def step(self, *, loss: torch.Tensor | float, grad_norm: torch.Tensor | float | None, tokens: StepTokens) -> None:
         assert self.is_ready, "step() came before ready()"

@@ -17,7 +17,6 @@ from harness.errors import StoreError
 from harness.record import Record
 from harness.report.judged import judged
 from harness.report.page import html as page
-from harness.report.plots import COLOURS, MOST_DRAWN, looks, plots
 from harness.report.sentence import sentences
 from harness.store import Results
 from tests import records
@@ -178,8 +177,7 @@ def parsed(text: str) -> Tags:
 def test_hostile_text_stays_text_in_html() -> None:
     tags = parsed(page(hostile()))
     names = {tag for tag, _ in tags.tags}
-    assert not names & {"script", "iframe", "object", "link", "base", "form"}
-    assert all(image["src"].startswith("data:image/svg+xml;base64,") for tag, image in tags.tags if tag == "img")
+    assert not names & {"script", "iframe", "object", "link", "base", "form", "img", "foreignobject"}
     assert not any(key.startswith("on") for _, attributes in tags.tags for key in attributes)
     assert "<script>window.hacked=1</script>" in "".join(tags.text)
 
@@ -189,61 +187,10 @@ def test_the_page_fetches_nothing() -> None:
     linked = [
         value for _, attributes in parsed(text).tags for key, value in attributes.items() if key in ("src", "href", "srcset", "action")
     ]
-    assert all(value.startswith(("data:", "#")) for value in linked)
+    assert all(value.startswith("#") for value in linked)
     style = text[text.index("<style>") : text.index("</style>")]
     assert "url(" not in style
     assert "@import" not in style
-
-
-def test_every_plot_has_a_description_and_units() -> None:
-    results_ = results([*repeats(engine("hf"), SLOWER), *repeats(engine("fused"), FASTER)])
-    (group,) = judged(results_)
-    drawn = plots(group, looks([group]))
-    assert [plot.alt.split(":")[0] for plot in drawn] == ["Tokens per second of every repeat", "Memory against speed", "Training loss"]
-    assert "fused 200.0, 201.0, 199.0" in drawn[0].alt
-    assert all(plot.svg.lstrip().startswith("<?xml") for plot in drawn)
-    images = [attributes for tag, attributes in parsed(page(results_)).tags if tag == "img"]
-    assert [image["alt"] for image in images] == [plot.alt for plot in drawn]
-
-
-def test_plots_are_the_same_for_the_same_records() -> None:
-    (group,) = judged(results([*repeats(engine("hf"), SLOWER), *repeats(engine("fused"), FASTER)]))
-    assert plots(group, looks([group])) == plots(group, looks([group]))
-
-
-def test_plots_survive_nan_hostile_labels_one_step_and_missing_memory() -> None:
-    short = records.workload(steps=1, warmup_steps=0)
-    odd = [
-        *repeats(engine("hf"), SLOWER, work=short, losses=(math.nan,)),
-        *repeats(engine("evil", note=HOSTILE), [90.0], work=short),
-        *repeats(engine("evil", note="$"), [90.0], work=short),
-    ]
-    bare = []
-    for one in odd:
-        assert one.record.measurement is not None
-        measured = one.record.measurement.model_copy(update={"memory": ()})
-        bare.append(dataclasses.replace(one, record=one.record.model_copy(update={"measurement": measured})))
-    for entries, count in ((odd, 3), (bare, 2)):
-        (group,) = judged(results(entries))
-        assert len(plots(group, looks([group]))) == count
-
-
-def test_of_very_many_variants_the_first_are_drawn_and_all_are_listed() -> None:
-    many = [one for place in range(MOST_DRAWN + 2) for one in repeats(engine("fused", micro_batch=place + 1), [1000.0 - place])]
-    (group,) = judged(results(many))
-    drawn = plots(group, looks([group]))
-    assert all(plot.title.endswith(f"(the first {MOST_DRAWN} of {MOST_DRAWN + 2} variants)") for plot in drawn)
-    assert f"micro_batch={MOST_DRAWN + 2}" not in drawn[0].alt
-    assert f"micro_batch={MOST_DRAWN + 2}" in page(results(many))
-
-
-def test_a_variant_looks_the_same_in_every_group_and_no_two_look_alike() -> None:
-    many = [one for i in range(20) for one in repeats(engine(f"e{i}"), [100.0 + i])]
-    other = repeats(engine("e3"), [5.0], work=records.workload(seed=3))
-    look = looks(judged(results([*many, *other])))
-    assert len(look) == 20
-    assert len({(one.colour, one.marker) for one in look.values()}) == 20
-    assert len({one.colour for one in list(look.values())[: len(COLOURS)]}) == len(COLOURS)
 
 
 def test_markdown_shows_hostile_text_as_text() -> None:

@@ -22,7 +22,8 @@ from engines.native.bench_kernels.timing import Clock
 # What building, compiling or launching a row raises when it cannot; running out of memory is a RuntimeError.
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ImportError, OSError, TritonError)
 _LONGEST_REASON = 300
-_ONCE = ("cross_entropy", "adamw", "decode_nf4")  # at most 2,048 rows of logits, all adapters, a weight: whatever the tokens
+# At most 2,048 rows of logits, all adapters, a weight: whatever the tokens.
+_ONCE = ("cross_entropy", "adamw", "decode_nf4", "write_tail", "decode_rows")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from engines.native import fused_ops
 from engines.native.bench_kernels.setting import Call, Setting, restore
-from engines.native.kernels import cross_entropy, outer, swiglu_gradients
+from engines.native.kernels import cross_entropy, nf4, outer, swiglu_gradients
 from engines.native.kernels.cross_entropy import Sweep, cross_entropy_
 from engines.native.kernels.launching import Tile
+from engines.native.kernels.nf4 import Cut, decode_nf4
 from engines.native.kernels.outer import add_outer_
 from engines.native.kernels.swiglu_gradients import swiglu_gradients_
+from engines.native.nf4 import placed
 from engines.native.weights import Linear, LowRank, Weight
+from harness.nf4 import quantise
 
 _COMPILERS = 8  # threads that launch variants for the first time: Triton compiles outside of the interpreter's lock
 
@@ -114,6 +117,17 @@ def _cross_entropy(s: Setting) -> list[Variant]:
     return [variant(each) for sweep in plain for each in (sweep, replace(sweep, first="evict_last", second="evict_first"))]
 
 
+def _decode_nf4(s: Setting) -> list[Variant]:
+    group = s.layer.down
+    weight = placed(quantise(torch.randn(group.num_outputs, group.num_inputs).to(s.dtype)), s.device)
+    into = s.random(group.num_outputs, group.num_inputs, room=group.padded_rank)
+
+    def variant(cut: Cut) -> Variant:
+        return Variant(f"{cut.blocks} blocks, {cut.warps} warps", Call(lambda: decode_nf4(weight, into, cut)), cut == nf4.CUT)
+
+    return [variant(Cut(*sizes)) for sizes in itertools.product((8, 16, 32, 64, 128), (1, 2, 4, 8))]
+
+
 def _fill(s: Setting, group: Linear) -> list[Variant]:
     dy = s.random(s.tokens, group.num_outputs + group.padded_rank)
     lora, inputs, outputs = _lora(group), group.num_inputs, group.num_outputs
@@ -152,6 +166,7 @@ VARIANTS: Mapping[str, Callable[[Setting], list[Variant]]] = {
     "outer_dA": _outer_down,
     "outer_dB": _outer_up,
     "cross_entropy": _cross_entropy,
+    "decode_nf4": _decode_nf4,
     "fill_qkv": lambda s: _fill(s, s.layer.qkv),
     "fill_gate_up": lambda s: _fill(s, s.layer.gate_up),
     "head": _head,

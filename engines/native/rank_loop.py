@@ -1,0 +1,160 @@
+"""What engines over several ranks do alike: load the model, train a rank's share of each step, report whole steps, save."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+
+from engines.native import states
+from engines.native.hf_attention import VARLEN, register
+from engines.native.hf_batches import inputs, leak
+from engines.native.hf_model import with_adapter
+from engines.native.hf_reasons import class_reasons, dropout_reasons
+from engines.native.plain_loop import to_device
+from engines.native.ranks import expect_agreement
+from engines.native.shares import Cost, cost_of, fingerprint, split
+from harness.data.tokens import Batch, pack, pad
+from harness.engine import Job, Probe
+from harness.errors import UnsupportedError
+from harness.spec import Lora
+
+
+class Shared(Protocol):
+    """The knobs that engines over several ranks have in common."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples per forward pass, at most."""
+
+    @property
+    def layout(self) -> str:
+        """``padded`` or ``packed``."""
+
+    @property
+    def attention(self) -> str:
+        """As transformers or ``hf_attention`` call it."""
+
+    @property
+    def compute_dtype(self) -> str:
+        """The type of products."""
+
+    @property
+    def adapter_compute(self) -> str:
+        """Whether PEFT casts the inputs of adapters up."""
+
+    @property
+    def recompute(self) -> str:
+        """``full``: layers are computed again for backward."""
+
+
+class Trained(states.State, Protocol):
+    """A model spread over all ranks, with its optimizer. All ranks call the same methods in the same order."""
+
+    def accumulate(self, given: dict[str, Any], *, last: bool) -> Tensor:
+        """Add the gradients of a micro-batch to the step's; returns its loss. ``last``: of this rank and step."""
+
+    def update(self, index: int) -> Tensor | float:
+        """Exchange what is left to exchange, clip, make optimizer step ``index`` (0-based); returns the global norm before clipping."""
+
+
+def loaded(job: Job, knobs: Shared) -> tuple[Any, Cost]:
+    """The whole model on the host, its adapter beside it, ready to be spread; and what samples of it cost.
+
+    Raises UnsupportedError for what only the model's own configuration and class reveal.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    method = job.workload.method
+    register()
+    config = AutoConfig.from_pretrained(job.base, local_files_only=True, trust_remote_code=False)
+    reasons = dropout_reasons(config.to_dict()) + class_reasons(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], knobs.attention, (VARLEN,))
+    if reasons:
+        raise UnsupportedError("; ".join(reasons))
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        job.base,
+        dtype=getattr(torch, knobs.compute_dtype if isinstance(method, Lora) else method.dtype),
+        attn_implementation=knobs.attention if hasattr(config, "num_attention_heads") else None,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    model.name_or_path = model.config.name_or_path = job.workload.model.name  # what model cards are made of: no path of this machine
+    if isinstance(method, Lora):
+        assert job.adapter_init is not None
+        model = with_adapter(model, job.adapter_init, getattr(torch, method.dtype), cast_inputs=knobs.adapter_compute != "direct")
+    if knobs.recompute == "full":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.config.use_cache = False
+    model.train()
+    return model, cost_of(model.config.to_dict(), sum(parameter.numel() for parameter in model.parameters()))
+
+
+def autocast(knobs: Shared, device: str) -> AbstractContextManager[Any]:
+    """bf16 products whatever the stored types, where the knobs say so."""
+    return torch.autocast(device, dtype=torch.bfloat16) if knobs.compute_dtype == "bfloat16" else nullcontext()
+
+
+def expect_documents_apart(model: Any, knobs: Shared, device: str) -> None:
+    """Refuse a model that lets packed documents see each other. All ranks look at once."""
+    with autocast(knobs, device):
+        off = leak(model, device, bounds=knobs.attention == "varlen")
+    if off != 0:  # nan too
+        said = f"in {model.config.model_type} with attention={knobs.attention} documents see each other (logits {off:.3g} off)"
+        raise UnsupportedError(f"layout=packed: {said}; use padded")
+
+
+def train_steps(trained: Trained, cost: Cost, job: Job, knobs: Shared, probe: Probe) -> None:
+    """Train on this rank's share of every step, and report the whole step; go on from a checkpoint, and save more, where the job says so.
+    Raises RuntimeError when ranks trained on other samples than the others thought.
+    """
+    schedule, rank, checkpoints = job.workload.train, distributed.get_rank(), job.checkpoints
+    begin = checkpoints.made if checkpoints else 0
+    if checkpoints and begin:
+        trained.load_state(checkpoints.at(begin))
+    make_batch = pack if knobs.layout == "packed" else pad
+    seen = hashlib.sha256()
+    probe.ready()
+    for index in range(begin, schedule.num_steps):
+        step = split(job.tokens.step(schedule, index), job.processes, cost, micro_batch=knobs.micro_batch, make_batch=make_batch)
+        seen.update(fingerprint(step))
+        loss = torch.zeros((), device=job.device)
+        divisor = to_device(np.array(step.tokens.loss), job.device)  # the labels of all ranks: their losses and gradients are summed
+        for number, batch in enumerate(step.batches[rank], start=1):
+            given = _given(batch, divisor, knobs, job.device)
+            loss += trained.accumulate(given, last=number == len(step.batches[rank]))
+        with probe.waits():
+            distributed.all_reduce(loss)
+        probe.step(loss=loss, grad_norm=trained.update(index), tokens=step.tokens)
+        if checkpoints and (index + 1) % checkpoints.every == 0 and index + 1 < schedule.num_steps:
+            states.save(trained, checkpoints, index + 1)
+    expect_agreement(seen.digest(), "the samples of every step and who trains on them")
+
+
+def _given(batch: Batch, divisor: Tensor, knobs: Shared, device: str) -> dict[str, Any]:
+    given = inputs(batch, device, packed=knobs.layout == "packed", bounds=knobs.attention == "varlen")
+    return given | {"labels": to_device(batch.labels, device), "num_items_in_batch": divisor, "use_cache": False}
+
+
+def save(model: Any, job: Job, gathered: Callable[[], dict[str, Tensor]]) -> None:
+    """Leave what was trained in ``job.out``, from the whole weights that ``gathered`` returns on rank 0: a PEFT adapter, or a checkpoint in
+    the stored type of the base. All ranks must call this.
+    """
+    adapted, stored = isinstance(job.workload.method, Lora), getattr(torch, job.workload.model.dtype)
+    if not adapted:
+        model.to(stored)
+    weights = gathered()
+    if distributed.get_rank() != 0:
+        return
+    if not adapted:
+        model.save_pretrained(job.out, state_dict={name: value.to(stored) for name, value in weights.items()})
+        return
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = job.workload.model.name
+    model.save_pretrained(str(job.out), state_dict=weights, save_embedding_layers=False)

@@ -1,0 +1,73 @@
+"""The same weights on every rank: which batches of a step are this rank's, and the exchange of their losses and gradients."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+from torch import Tensor, distributed
+
+from engines.native.buckets import positions
+from engines.native.ranks import expect_agreement, process_group
+from engines.native.shape import LlamaShape
+from engines.native.shares import IDLE, cost_of, fingerprint, split
+from harness.data.tokens import Batch, StepTokens, chunks, pack
+from harness.engine import Job, Probe
+
+
+def ranks(job: Job) -> AbstractContextManager[int]:
+    """The process group of ``job`` for the length of the block, and this rank's number; one process needs none."""
+    return process_group(job.device, job.processes) if job.processes > 1 else nullcontext(0)
+
+
+class Shares:
+    """The batches of every step, packed rows of at most ``micro_batch`` samples. In one process they are in the order of the samples.
+
+    ``shared``: uneven documents are filled up to sizes that steps share, and the filling is processed, too.
+    """
+
+    def __init__(self, job: Job, shape: LlamaShape, rank: int, *, micro_batch: int, shared: bool) -> None:
+        self._job, self._rank, self._micro_batch, self._shared = job, rank, micro_batch, shared
+        attention = {"num_hidden_layers": shape.num_layers, "num_attention_heads": shape.num_heads, "head_dim": shape.head_dim}
+        self._cost = cost_of(attention, shape.num_layers * shape.layer_parameters + shape.vocab_size * shape.hidden_size)
+        self._seen = hashlib.sha256()
+
+    def of(self, index: int) -> tuple[tuple[Batch, ...], StepTokens]:
+        """This rank's batches of step ``index``, and the tokens of all ranks'."""
+        ranks, tokens, said = self._split(index)
+        self._seen.update(said)
+        every = [batch for batches in ranks for batch in batches]
+        return ranks[self._rank], replace(tokens, processed=sum(positions(batch, shared=self._shared) for batch in every))
+
+    def every(self) -> Iterator[Batch]:
+        """All batches of all steps and ranks: what plans of memory must fit, the same ones on every rank."""
+        for index in range(self._job.workload.train.steps):
+            yield from (batch for batches in self._split(index)[0] for batch in batches)
+
+    def expect_agreement(self) -> None:
+        """Raise RuntimeError when ranks trained on other samples than the others thought."""
+        if self._job.processes > 1:
+            expect_agreement(self._seen.digest(), "the samples of every step and who trains on them")
+
+    def _split(self, index: int) -> tuple[tuple[tuple[Batch, ...], ...], StepTokens, bytes]:
+        samples = self._job.tokens.step(self._job.workload.train, index)
+        if self._job.processes == 1:
+            batches = tuple(pack(group) for group in chunks(samples, self._micro_batch))
+            return (batches,), StepTokens.of(batches), b""
+        parts = split(samples, self._job.processes, self._cost, micro_batch=self._micro_batch, make_batch=pack)
+        # Replicas meet once a step, so none needs a batch without a label to keep pace with the others.
+        ranks = tuple(tuple(batch for batch in batches if batch is not IDLE) for batches in parts.batches)
+        return ranks, parts.tokens, fingerprint(parts)
+
+
+def exchange(probe: Probe) -> Callable[[Tensor, Tensor], None]:
+    """Sums a loss and the flat gradients behind it over all ranks, in place."""
+
+    def sum_over_ranks(loss: Tensor, gradients: Tensor) -> None:
+        with probe.waits():
+            distributed.all_reduce(loss)
+        distributed.all_reduce(gradients)
+
+    return sum_over_ranks

@@ -1,0 +1,77 @@
+"""The state of training on several ranks, saved whole and found again: every rank its part, in one folder that appears complete."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+
+from harness.engine import Checkpoints
+
+_KEPT = 2  # the last step of the newest may be missing in the log of a killed run; the one before it is then what counts
+
+
+class State(Protocol):
+    """What can leave its part of the state in a folder and read it again. All ranks call both together."""
+
+    def save_state(self, folder: Path) -> None:
+        """Into an empty folder."""
+
+    def load_state(self, folder: Path) -> None:
+        """What ``save_state`` left."""
+
+
+def save(state: State, checkpoints: Checkpoints, steps: int) -> None:
+    """Save the state after ``steps`` steps, and drop all but the last two."""
+    place = checkpoints.at(steps)
+    partial = place.with_name(f"{place.name}.partial")
+    if distributed.get_rank() == 0:
+        for old in (partial, place):
+            shutil.rmtree(old, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _meet()
+    state.save_state(partial)
+    _meet()
+    if distributed.get_rank() == 0:
+        partial.rename(place)
+        found = sorted(path for path in place.parent.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path <= place)
+        for old in found[:-_KEPT]:
+            shutil.rmtree(old)
+
+
+class Shards:
+    """The trained weights of a model and their AdamW moments, sharded or whole on every rank, through torch.distributed.checkpoint."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+        self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._optimizer = optimizer
+
+    def save_state(self, folder: Path) -> None:
+        """A file a rank, and one that says what lies where."""
+        save_tensors(self._tensors(), checkpoint_id=folder)
+
+    def load_state(self, folder: Path) -> None:
+        """In place."""
+        for parameter in self._trained.values():
+            device = parameter.device if self._optimizer.defaults["fused"] else torch.device("cpu")
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self._optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=device), **zeros}
+        load(self._tensors(), checkpoint_id=folder)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {}
+        for name, parameter in self._trained.items():
+            found[f"weight.{name}"] = parameter.detach()
+            found |= {f"{key}.{name}": value for key, value in self._optimizer.state[parameter].items()}
+        return found
+
+
+def _meet() -> None:
+    """All ranks get here before any goes on."""
+    distributed.all_reduce(torch.zeros(1))  # on the host: over gloo, also beside NCCL

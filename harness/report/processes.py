@@ -1,0 +1,170 @@
+"""What several processes bring: tokens/s of each, efficiency against one, and which rank the others wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.engine import Machine
+from harness.rank import Group, Variant
+from harness.record import Measurement, RankSteps, Record
+from harness.report.measured import Details
+from harness.report.numbers import finite, gib, number, plain_rate
+from harness.spec import Workload
+from harness.stats import median
+from harness.steady import steady
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One rank of the first repeat: its median ``step_seconds``, those of them that it did not wait (null: not known), and its peak of
+    memory over phases, the allocator's on a GPU, resident on a CPU.
+    """
+
+    rank: int
+    step_seconds: float
+    busy_seconds: float | None
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """Of a variant on ``processes``. ``efficiency``: its rate a process over that of ``against``, the same engine and knobs in one process;
+    null where nobody measured that. ``against`` names the record, and says whether it had all samples of a step or one process' share.
+    """
+
+    processes: int
+    tokens_per_second_per_process: float | None
+    efficiency: float | None
+    against: str | None
+    ranks: tuple[Rank, ...]
+
+
+def scaling(variant: Variant, group: Group, groups: Sequence[Group]) -> Scaling | None:
+    """None for a variant in one process. ``groups``: everything measured, among it perhaps the one process to compare with."""
+    processes = variant.engine.processes
+    if processes == 1:
+        return None
+    rate = variant.tokens_per_second
+    each = rate / processes if rate else None
+    one, how = _one_process(variant, group, groups)
+    efficiency = each / one.tokens_per_second if each and one and one.tokens_per_second else None
+    return Scaling(processes, each, efficiency, f"{how}: {one.runs[0].path}" if one else None, _ranks(variant))
+
+
+def plain(of: Scaling | None) -> dict[str, Any]:
+    """For programs; null where there is one process."""
+    ranks = [
+        {
+            "rank": one.rank,
+            "step_seconds": finite(one.step_seconds),
+            "busy_seconds": finite(one.busy_seconds),
+            "peak_gib": None if one.peak_bytes is None else one.peak_bytes / 2**30,
+        }
+        for one in (of.ranks if of else ())
+    ]
+    return {
+        "tokens_per_second_per_process": finite(of.tokens_per_second_per_process) if of else None,
+        "scaling_efficiency": finite(of.efficiency) if of else None,
+        "scaling_against": of.against if of else None,
+        "ranks": ranks,
+    }
+
+
+def details(group: Group, groups: Sequence[Group]) -> Details | None:
+    """The table of ``group``; None when none of its variants ran in several processes."""
+    found = [(variant.label, one) for variant in group.variants if variant.runs and (one := scaling(variant, group, groups)) is not None]
+    columns = {title.format(_unit(group)): [tell(one) for _, one in found] for title, tell in _COLUMNS.items()}
+    shown = {title: cells for title, cells in columns.items() if any(cells)}
+    rows = tuple(tuple(cells) for cells in zip([label for label, _ in found], *shown.values(), strict=True))
+    return Details(("variant", *shown), rows) if rows else None
+
+
+def lines(group: Group, groups: Sequence[Group]) -> list[str]:
+    """For a terminal: a line a variant in several processes."""
+    told = []
+    for variant in group.variants:
+        one = scaling(variant, group, groups) if variant.runs else None
+        if one is not None:
+            said = [f"{plain_rate(one.tokens_per_second_per_process)} tokens/s a {_unit(group)}", _efficiency(one), _slowest(one)]
+            told.append(f"  {variant.label}: {'; '.join(text for text in said if text)}")
+    return told
+
+
+def _unit(group: Group) -> str:
+    return "GPU" if group.machine.device == "cuda" else "process"
+
+
+def _one_process(variant: Variant, group: Group, groups: Sequence[Group]) -> tuple[Variant | None, str]:
+    """The same engine in one process on such a machine: on the same workload, or else on one with a process' share of the samples."""
+    spec = variant.engine
+    alone = spec.model_copy(update={"processes": 1})
+    work = group.workload
+    share = _share_of(work, spec.processes)
+    for wanted, how in ((work, "the same steps in one process"), (share, "a share of the samples in one process")):
+        for other in groups:
+            if wanted is None or not _same_but_count(other.machine, group.machine) or other.workload.key != wanted.key:
+                continue
+            for candidate in other.variants:
+                if candidate.engine == alone and candidate.tokens_per_second:
+                    return candidate, how
+    return None, ""
+
+
+def _share_of(work: Workload, processes: int) -> Workload | None:
+    """``work`` with one process' share of a step's samples; None where they cannot be divided."""
+    samples, rest = divmod(work.train.samples_per_step, processes)
+    return None if rest else work.model_copy(update={"train": work.train.model_copy(update={"samples_per_step": samples})})
+
+
+def _same_but_count(one: Machine, other: Machine) -> bool:
+    return one.model_copy(update={"count": 1}) == other.model_copy(update={"count": 1})
+
+
+def _ranks(variant: Variant) -> tuple[Rank, ...]:
+    if not variant.runs:
+        return ()
+    record = variant.runs[0].record
+    assert record.measurement is not None
+    measured, window = record.measurement, steady(record.measurement.steps).steps
+    return tuple(_rank(one, measured, window, record) for one in measured.ranks if len(one.seconds) >= window.stop)
+
+
+def _rank(of: RankSteps, measured: Measurement, window: range, record: Record) -> Rank:
+    name = "peak_allocated_bytes" if record.machine.device == "cuda" else "peak_rss_bytes"
+    sizes = [size for one in measured.memory if one.rank == of.rank and (size := getattr(one, name)) is not None]
+    waiting = of.waiting_seconds
+    busy = None if waiting is None else _median(of.seconds[i] - waiting[i] for i in window)
+    return Rank(of.rank, _median(of.seconds[i] for i in window), busy, max(sizes, default=None))
+
+
+def _median(values: Iterable[float]) -> float:
+    return median(list(values))
+
+
+def _efficiency(of: Scaling) -> str:
+    return "" if of.efficiency is None else f"{100 * of.efficiency:.1f}\u00a0% of {of.against}"
+
+
+def _slowest(of: Scaling) -> str:
+    """Who the others wait for, and by how much; where nobody waits in one place, ranks differ in their steps or not at all."""
+    busy = {one.rank: one.busy_seconds if one.busy_seconds is not None else one.step_seconds for one in of.ranks}
+    if not busy:
+        return ""
+    slowest, fastest = max(busy, key=busy.__getitem__), min(busy, key=busy.__getitem__)
+    return f"rank {slowest} is busy {number(busy[slowest], 3)} s a step, rank {fastest} {number(busy[fastest], 3)} s"
+
+
+def _memory(of: Scaling) -> str:
+    sizes = [f"{one.rank}: {gib(one.peak_bytes)}" for one in of.ranks if one.peak_bytes is not None]
+    return ", ".join(sizes)
+
+
+_COLUMNS: Mapping[str, Callable[[Scaling], str]] = {
+    "processes": lambda of: str(of.processes),
+    "tokens/s a {}": lambda of: plain_rate(of.tokens_per_second_per_process),
+    "scaling efficiency": _efficiency,
+    "slowest and fastest rank": _slowest,
+    "peak GiB by rank": _memory,
+}

@@ -1,0 +1,78 @@
+"""The sweeps of the peers' tables: on an 80 GB GPU every cell is accepted, the table is whole, and what is refused says why."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import plan as planner
+from harness.config import requests
+from harness.engine import Machine
+from harness.plan import Planned, plan
+
+H100 = Machine(device="cuda", name="Test H100", count=1, memory_gib=80, power_limit_watts=700)
+PEERS = {"fused", "hf/ckpt", "hf/liger", "unsloth/default"}
+ON_DENSE = {*PEERS, "unsloth/nockpt+padded", "unsloth/nockpt+graphs", "axolotl/kernels+liger"}
+TABLES = {
+    "peers": {*ON_DENSE, "hf/default", "hf/best+padded"},
+    "peers_qlora": ON_DENSE,
+    "peers_gsm8k": {
+        *PEERS, "hf/default", "hf/best", "unsloth/nockpt", "unsloth/nockpt+padded+grouped", "unsloth/nockpt+graphs+grouped+to-64",
+        "axolotl/kernels+liger+packed",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n')
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _an_h100_with_every_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+
+    def find_spec(name: str, *given: Any) -> Any:
+        return "found" if name in ("liger_kernel", "bitsandbytes") else found(name, *given)
+
+    monkeypatch.setattr(planner, "detect", lambda device, **kwargs: H100)
+    monkeypatch.setattr(planner, "lack", lambda python, required: None)
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+
+
+def planned(sweep: str, rows: Path, cache: Path, *overrides: str) -> list[Planned]:
+    data = [f"data.path={rows}"] if sweep == "peers_gsm8k" else []
+    return plan(requests([f"+sweep={sweep}", *data, "machine=cuda", *overrides, f"cache={cache}"], multirun=True)[1], [], "stale")
+
+
+@pytest.mark.parametrize("model", ["llama3_1b", "llama3_8b"])
+@pytest.mark.parametrize("sweep", TABLES)
+def test_every_cell_is_accepted_and_the_table_is_whole(sweep: str, model: str, rows: Path, cache: Path) -> None:
+    cells = planned(sweep, rows, cache, f"model={model}")
+    assert [(cell.request.cell.engine.title, cell.reason) for cell in cells if cell.action != "run"] == []
+    blocks = [[cell.request.cell.engine.title for cell in cells if cell.request.cell.repeat == repeat] for repeat in range(3)]
+    assert TABLES[sweep] <= set(blocks[0])
+    assert blocks[1] == blocks[0][::-1]
+    assert blocks[2] == blocks[0]
+
+
+def test_the_questions_are_64_a_step_in_micro_batches_that_every_engine_takes(rows: Path, cache: Path) -> None:
+    cells = planned("peers_gsm8k", rows, cache, "repeat=0")
+    assert {cell.request.cell.workload.train.samples_per_step for cell in cells} == {64}
+    assert {cell.request.cell.engine.knobs["micro_batch"] for cell in cells} == {16}
+
+
+def test_what_is_refused_says_why(rows: Path, cache: Path) -> None:
+    """All weights: padded batches only in Unsloth, the compute type and no LoRA kernels in Axolotl."""
+    cells = planned("peers", rows, cache, "repeat=0", "method=full", "method.dtype=bfloat16")
+    refused = {cell.request.cell.engine.title: cell.reason for cell in cells if cell.action == "unsupported"}
+    assert "use layout=padded" in (refused["unsloth/default"] or "")
+    assert refused["axolotl/kernels+liger"] == "lora_kernels are for method=lora; set lora_kernels=[]"
+    assert not {"unsloth/nockpt+padded", "hf/ckpt"} & set(refused)
+    (plain,) = planned("peers", rows, cache, "repeat=0", "method=full", "method.dtype=bfloat16", "engine=axolotl/plain")
+    assert plain.action == "run"
