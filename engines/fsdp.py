@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from engines.native.hf_reasons import attention_reasons, dropout_reasons, dtype_reasons, share_reasons
+from engines.native.lora_variants import variant_reasons
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
 from harness.spec import Lora, Positive, Spec, Workload
@@ -58,6 +59,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     reasons += attention_reasons(
         layout=knobs.layout, attention=knobs.attention, compute_dtype=knobs.compute_dtype, device=machine.device, config=config
     )
+    reasons += variant_reasons(workload, rank_stabilised=True, ratio=False)
     if knobs.offload == "cpu" and knobs.strategy == "replicate":
         reasons.append("offload=cpu moves shards, strategy=replicate has none; set strategy=full_shard or offload=none")
     if knobs.compile and knobs.strategy != "replicate":

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from engines.native.forecast import USABLE
 from engines.native.forecast import footprint as footprint
 from engines.native.fp8_reasons import check_device, size_reasons
 from engines.native.hf_reasons import share_reasons
+from engines.native.lora_variants import variant_reasons
 from harness.data.tokens import StepTokens
 from harness.engine import Chosen, Job, Machine, Probe
 from harness.errors import UnsupportedError
-from harness.spec import Lora, LoraFp8, Positive, Spec, Train, Workload
+from harness.spec import Lora, LoraFp8, Positive, Spec, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from engines.native.decoder import Decoder
-    from engines.native.footprint import MemoryModel
     from engines.native.lora import Adapter
     from engines.native.nf4 import Filling
     from engines.native.ops import Ops
-    from engines.native.optimizer import Optimizer
-    from engines.native.plan import Plan
-    from engines.native.planner import Choice
     from engines.native.replicas import Shares
-    from engines.native.shape import LlamaShape
     from engines.native.steps import ReplayedSteps, Steps
-    from engines.native.weights import DecoderWeights
+    from engines.native.store import Training
 
 _RANK_MULTIPLE = 64  # see Placement
 _FP8_RANK_MULTIPLE = 16  # see engines.native.fp8
-
 _TARGETS = frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
 
 
@@ -54,12 +46,14 @@ class Knobs(Spec):
     replay: bool
     loss_chunk: Positive
     fp8: Literal["forward", "forward_and_input_gradients"]
+    optimizer_state: Literal["fp32", "int8"]
 
 
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
     """Every reason that can be told before the weights are open, or None."""
     reasons = [*_method_reasons(workload, knobs), *_model_reasons(workload), *_fused_reasons(workload, knobs, machine)]
     reasons += share_reasons(workload, machine.count) if machine.device == "cuda" else []
+    reasons += [*_state_reasons(workload, knobs), *variant_reasons(workload, rank_stabilised=True, ratio=True)]
     return "; ".join(reasons) or None
 
 
@@ -101,6 +95,7 @@ class _Session:
 
         from engines.native import replicas
         from engines.native.buckets import FILLER
+        from engines.native.optimizers import optimizer_for
         from engines.native.packed import Angles
         from engines.native.steps import ReplayedSteps, Steps
 
@@ -108,7 +103,7 @@ class _Session:
         self._config, self._adapter, self._decoder, self._shares, self.chosen = _load(job, knobs, rank)
         num_positions = max(job.workload.data.sequence_length, FILLER)
         angles = Angles.of(self._decoder.shape, num_positions, torch.device(job.device))
-        optimizer = _optimizer(self._decoder, job.workload.train, knobs)
+        optimizer = optimizer_for(self._decoder.weights, job.workload, kernels=knobs.operations == "fused")
         exchange = replicas.exchange(probe) if job.processes > 1 else None
         steps = Steps(self._decoder, angles, optimizer, job.workload.train.max_grad_norm, exchange)
         self._steps: Steps | ReplayedSteps = ReplayedSteps(steps) if knobs.replay else steps
@@ -163,11 +158,24 @@ def _fused_reasons(workload: Workload, knobs: Knobs, machine: Machine) -> list[s
     if knobs.operations == "fused":
         if machine.device != "cuda" or knobs.compute_dtype != "bfloat16":
             reasons.append("operations=fused needs an NVIDIA GPU and compute_dtype=bfloat16; use operations=reference")
-        if not isinstance(workload.method, Lora) or workload.method.dtype != "float32":
-            reasons.append("operations=fused trains float32 adapters (method=lora, qlora or lora_fp8); use operations=reference")
+        if workload.method.dtype != "float32":
+            reasons.append(f"operations=fused trains float32 masters, method.dtype is {workload.method.dtype}; use operations=reference")
         if isinstance(workload.method, LoraFp8) and not _model_reasons(workload):
             reasons += size_reasons(workload)
     return reasons
+
+
+def _state_reasons(workload: Workload, knobs: Knobs) -> list[str]:
+    """Where 8-bit moments, and weights without masters, have no place."""
+    if knobs.optimizer_state == "fp32":
+        return []
+    if isinstance(workload.method, Lora):
+        return ["optimizer_state=int8 is for method=full: an adapter's moments are small beside the base; use optimizer_state=fp32"]
+    if knobs.compute_dtype != "bfloat16" or workload.method.dtype != "float32":
+        return [
+            "optimizer_state=int8 keeps the weights in bfloat16, rounded at random; it needs compute_dtype=bfloat16, method.dtype=float32"
+        ]
+    return []
 
 
 def _model_reasons(workload: Workload) -> list[str]:
@@ -186,6 +194,7 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
     """The model's config, its adapter, the decoder, the batches of this rank, and what was decided of its plans."""
     import torch
 
+    from engines.native.budget import plans_for
     from engines.native.checkpoint import Placement, load_weights, read_config
     from engines.native.decoder import Decoder
     from engines.native.lora import read_adapter
@@ -200,77 +209,36 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
     if fp8 and knobs.operations == "fused":
         check_device(shape)
     multiple = 1 if job.device == "cpu" else _RANK_MULTIPLE if fp8 is None else _FP8_RANK_MULTIPLE
-    placement = Placement(device, getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype), multiple, _filling(knobs), fp8)
+    types = getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype)
+    placement = Placement(device, *types, multiple, _filling(knobs), fp8, _training(job, knobs))
     weights = load_weights(job.base, shape, placement, adapter)
     if adapter is not None:
         adapter.check_nothing_is_left(weights)
     shares = Shares(job, shape, rank, micro_batch=knobs.micro_batch, shared=knobs.replay)
-    plans, loss_chunk, chosen = _plans(job, knobs, shape, weights, shares)
-    decoder = Decoder(shape=shape, weights=weights, ops=_operations(knobs, fp8), plans=plans, loss_chunk=loss_chunk)
+    plans, loss_chunk, chosen = plans_for(job, knobs, shape, weights, shares)
+    decoder = Decoder(shape=shape, weights=weights, ops=_operations(knobs, adapter, fp8), plans=plans, loss_chunk=loss_chunk)
     return config, adapter, decoder, shares, chosen
 
 
-def _plans(
-    job: Job, knobs: Knobs, shape: LlamaShape, weights: DecoderWeights, shares: Shares
-) -> tuple[tuple[Plan, ...], int, dict[str, Chosen]]:
-    """What each layer keeps, rows of logits, and both in words with what is predicted.
+def _training(job: Job, knobs: Knobs) -> Training:
+    """How everything is trained: updated inside backward, unless gradients are clipped, or of several micro-batches or ranks."""
+    from engines.native.store import Training
 
-    On a CPU without ``memory_gib`` all is kept: the host's memory is not ours alone.
-    """
-    from engines.native.footprint import MemoryModel, largest_load
-    from engines.native.plan import KEEP_ALL, KEEP_INPUT, described
-
-    if knobs.recompute != "fit" or (job.device == "cpu" and knobs.memory_gib is None):
-        plans = (KEEP_INPUT if knobs.recompute == "full" else KEEP_ALL,) * shape.num_layers
-        return plans, knobs.loss_chunk, {"plan": described(plans)}
-    load = largest_load(shares.every(), knobs.loss_chunk, shared=knobs.replay)
-    budget = knobs.memory_gib * 2**30 if knobs.memory_gib is not None else _free_bytes()
-    choice = _choice(MemoryModel.of(shape, weights, load), budget, offload=knobs.offload and job.device == "cuda", processes=job.processes)
-    return (
-        choice.plans,
-        choice.loss_chunk,
-        {
-            "plan": described(choice.plans),
-            "loss_chunk": choice.loss_chunk,
-            "predicted_peak_bytes": choice.peak_bytes,
-            "pinned_bytes": choice.host_bytes,
-        },
-    )
+    schedule = job.workload.train
+    alone = job.processes == 1 and schedule.samples_per_step <= knobs.micro_batch
+    return Training(knobs.optimizer_state, schedule.max_grad_norm is None and alone)
 
 
-def _choice(memory: MemoryModel, budget: float, *, offload: bool, processes: int) -> Choice:
-    """The planner's choice; says so where the host has too little memory for it."""
-    from engines.native.host import usable_bytes
-    from engines.native.planner import choose
-
-    host = usable_bytes() / processes if offload else 0.0
-    choice = choose(memory, budget, math.inf if offload else 0.0)
-    if choice.host_bytes <= host:
-        return choice
-    warnings.warn(
-        f"{choice.host_bytes / 2**30:.1f} GiB would be offloaded, but only {host / 2**30:.1f} GiB of host memory may be pinned, "
-        "half of what is free: more is made again instead",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return choose(memory, budget, host)
-
-
-def _free_bytes() -> float:
-    """What this process may have allocated at one time, some of the free memory left for contexts, workspaces and fragments."""
-    import torch
-
-    free, total = torch.cuda.mem_get_info()
-    allowed = torch.cuda.get_per_process_memory_fraction() * total
-    return min(USABLE * free + torch.cuda.memory_allocated(), USABLE * allowed)
-
-
-def _operations(knobs: Knobs, fp8: str | None) -> Ops:
+def _operations(knobs: Knobs, adapter: Adapter | None, fp8: str | None) -> Ops:
     if knobs.operations == "reference":
         from engines.native.fp8_reference import REFERENCE_FP8
         from engines.native.reference import REFERENCE
 
         return REFERENCE_FP8 if fp8 else REFERENCE
+    if adapter is None:
+        from engines.native.full_ops import FUSED_FULL
+
+        return FUSED_FULL
     from engines.native.fp8_ops import FUSED_FP8
     from engines.native.fused_ops import FUSED
 
@@ -285,17 +253,3 @@ def _filling(knobs: Knobs) -> Filling:
     from engines.native.fused_ops import FILLING
 
     return FILLING
-
-
-def _optimizer(decoder: Decoder, schedule: Train, knobs: Knobs) -> Optimizer:
-    from engines.native.optimizer import AdamW
-    from engines.native.weights import trained_weights
-
-    trained = trained_weights(decoder.weights)
-    if knobs.operations == "reference":
-        return AdamW(decoder.weights.arena, trained, schedule)
-    from engines.native.kernels.adamw import FlatAdamW
-
-    values = [weight.value for weight in trained]
-    betas = schedule.beta1, schedule.beta2
-    return FlatAdamW(decoder.weights.arena.masters, values, betas, schedule.epsilon, schedule.weight_decay)

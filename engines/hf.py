@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from engines.native.fp8_reasons import fp8_reasons
-from engines.native.hf_nf4 import bitsandbytes_reasons, load_model
+from engines.native.hf_nf4 import bitsandbytes_reasons, load_model, optimizer_reasons
 from engines.native.hf_reasons import class_reasons, dropout_reasons
+from engines.native.lora_variants import variant_reasons
 from harness.data.tokens import Batch, StepTokens, chunks, pack, pad
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
@@ -37,6 +38,7 @@ class Knobs(Spec):
     adapter_compute: Literal["autocast", "direct", "float32"]
     kernels: Literal["none", "liger"]
     compile: bool
+    optimizer: Literal["adamw", "adamw_8bit"]
 
 
 def variant(knobs: Knobs) -> str:
@@ -47,7 +49,8 @@ def variant(knobs: Knobs) -> str:
     else:
         said = (knobs.kernels, knobs.layout, knobs.attention, f"adapters-{knobs.adapter_compute}", "compile" if knobs.compile else "none")
         names = [name for name in said if name not in ("none", "padded", "sdpa", "adapters-autocast")]
-    return "+".join([*names, *(["ckpt"] if knobs.recompute == "full" else [])]) or "default"
+    states = ["adamw8bit"] if knobs.optimizer == "adamw_8bit" else []
+    return "+".join([*names, *(["ckpt"] if knobs.recompute == "full" else []), *states]) or "default"
 
 
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
@@ -55,6 +58,8 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     config = workload.model.config or {}
     reasons = [*_dtype_reasons(workload, knobs), *_liger_reasons(knobs, machine, config), *dropout_reasons(config)]
     reasons += fp8_reasons(workload, config)
+    reasons += variant_reasons(workload, rank_stabilised=True, ratio=True)
+    reasons += optimizer_reasons(knobs.optimizer, machine.device)
     reasons += bitsandbytes_reasons(workload, knobs.compute_dtype, config, machine.device) + _attention_reasons(workload, knobs, machine)
     return "; ".join(reasons) or None
 
@@ -78,7 +83,8 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     exact_float32()
     model = _load(job, knobs)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = plain_loop.adamw(parameters, schedule, job.device)
+    make = plain_loop.adamw if knobs.optimizer == "adamw" else plain_loop.adamw_8bit
+    optimizer = make(plain_loop.groups(model, job.workload.method), schedule, job.device)
     make_batch = pack if knobs.layout == "packed" else pad
     probe.ready()
     for index in range(schedule.num_steps):

@@ -160,6 +160,11 @@ def loss_norm(engine: object, processes: int = 1) -> LossNorm | None:
     return cast("LossNorm | None", said(processes) if callable(said) else said)
 
 
+def resumes(engine: object) -> bool:
+    """Whether ``engine`` saves its state and goes on from it."""
+    return bool(getattr(engine, "resumes", False))
+
+
 def footprint(
     engine: Engine[Any],
     workload: Workload,
@@ -177,11 +182,6 @@ def footprint(
         return None
     parsed = parse(engine.Knobs, knobs, at="engine.knobs")
     return cast("Footprint | None", tell(workload, config, parsed, capacity_bytes, tokens, longest))
-
-
-def resumes(engine: object) -> bool:
-    """Whether ``engine`` saves its state and goes on from it."""
-    return bool(getattr(engine, "resumes", False))
 
 
 def requires(engine: object) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ REFERENCE_KNOBS: Mapping[str, tuple[JsonValue, ...]] = {
     "layout": ("padded",),
     "attention": ("sdpa", "eager", "flash_attention_2"),
     "adapter_compute": ("autocast",),
+    "optimizer": ("adamw",),
 }
 # The base product and the adapter's in one sum, in plain torch: harmless around the truth, which bf16 hf is not (docs/method.md).
 AUGMENTED_KNOBS = {"operations": "reference", "compute_dtype": "bfloat16"}
@@ -288,4 +289,6 @@ def _computes_in(record: Record, dtype: str) -> bool:
 
 
 def _is_augmented(record: Record) -> bool:
-    return all(record.cell.engine.knobs.get(name) == value for name, value in AUGMENTED_KNOBS.items())
+    knobs = record.cell.engine.knobs
+    exact = knobs.get("optimizer_state", "fp32") == "fp32"  # absent in older records
+    return exact and all(knobs.get(name) == value for name, value in AUGMENTED_KNOBS.items())

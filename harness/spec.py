@@ -140,18 +140,27 @@ class Data(Spec):
 
 
 class Lora(Spec):
-    """Low-rank adapters on a frozen base (Hu et al. 2021, arXiv 2106.09685): W + alpha/rank * B A."""
+    """Low-rank adapters on a frozen base (Hu et al. 2021, arXiv 2106.09685): W + alpha/rank * B A.
+
+    ``rank_stabilised``: W + alpha/sqrt(rank) * B A (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732). ``b_learning_rate_ratio``: the learning
+    rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354); weight decay follows the rate. ``dropout`` of the adapters'
+    inputs and ``dora`` (Liu et al. 2024, arXiv 2402.09353) are asked for here and refused by engines, with their reasons.
+    """
 
     name: Literal["lora"]
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
     dtype: DType = "float32"
+    rank_stabilised: bool = False
+    b_learning_rate_ratio: Annotated[float, Field(gt=0)] = 1.0
+    dropout: Fraction = 0.0
+    dora: bool = False
 
     @property
     def scale(self) -> float:
-        """The factor alpha / rank of the adapter's output."""
-        return self.alpha / self.rank
+        """The factor of the adapter's output."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
 class QLora(Lora):

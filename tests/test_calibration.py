@@ -47,7 +47,7 @@ def test_an_fp32_run_is_judged_by_the_truth_alone() -> None:
 PLAIN = {"kernels": "none", "compile": False, "layout": "padded", "attention": "eager", "adapter_compute": "autocast"}
 CANDIDATES: tuple[dict[str, Any], ...] = (
     {"kernels": "liger"}, {"compile": True}, {"layout": "packed"}, {"attention": "cudnn"}, {"attention": "varlen"},
-    {"adapter_compute": "direct"}, {"adapter_compute": "float32"},
+    {"adapter_compute": "direct"}, {"adapter_compute": "float32"}, {"optimizer": "adamw_8bit"},
 )  # fmt: skip
 
 
@@ -81,8 +81,8 @@ def test_candidates_that_round_are_allowed_what_the_augmented_reference_strays_f
     around = [
         run("fused", off=off, operations="reference", micro_batch=micro_batch) for off, micro_batch in ((0.004, 1), (0.003, 2), (0.002, 8))
     ]
-    exact = run(dtype="float32")
-    (truth,) = anchors([exact, *around], exact.record.cell.workload.key, records.CPU.key)
+    exact, eight = run(dtype="float32"), run("fused", off=0.05, operations="reference", optimizer_state="int8")
+    (truth,) = anchors([exact, *around, eight], exact.record.cell.workload.key, records.CPU.key)
     assert [variant.record for variant in truth.rounding] == [variant.record for variant in around]
     fast = run("fused", off=0.007, operations="fused")
     assert verdict(fast, [truth]).label.startswith("same: fp32"), "twice 0.004 is allowed"

@@ -24,7 +24,7 @@ from tests.engines.tiny import FAMILIES, LLAMA, LONGEST, LORA, VOCABULARY, Recor
 MODELS = sorted((Path(__file__).parents[1] / "conf" / "model").glob("*.yaml"))
 HF = {
     "micro_batch": 4, "layout": "padded", "recompute": "none", "attention": "eager", "compute_dtype": "float32",
-    "adapter_compute": "autocast", "kernels": "none", "compile": False,
+    "adapter_compute": "autocast", "kernels": "none", "compile": False, "optimizer": "adamw",
 }  # fmt: skip
 SHAPE = {**LLAMA, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 12, "max_position_embeddings": 64}
 

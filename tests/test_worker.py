@@ -39,7 +39,7 @@ def test_an_engine_may_tell_what_it_recomputes() -> None:
     work = workloads.workload()
     knobs = {
         "micro_batch": 4, "layout": "padded", "attention": "sdpa", "compute_dtype": "float32", "adapter_compute": "autocast",
-        "kernels": "none", "compile": False,
+        "kernels": "none", "compile": False, "optimizer": "adamw",
     }  # fmt: skip
     told = [engines.hf.recomputed_fraction(work, engines.hf.Knobs(**knobs, recompute=plan)) for plan in ("none", "full")]
     assert told == [0.0, 1.0]

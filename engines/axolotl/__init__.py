@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from engines.native.fp8_reasons import not_taught
 from engines.native.hf_nf4 import decoder_reasons
+from engines.native.lora_variants import variant_reasons
 from harness.engine import Job, LossNorm, Machine, Probe
 from harness.errors import UnsupportedError
 from harness.spec import Lora, Positive, QLora, Spec, Workload
@@ -67,6 +68,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
         *_kernel_reasons(workload, knobs, machine),
         *_model_reasons(workload.model.config or {}, knobs),
         *decoder_reasons(workload, knobs.compute_dtype, workload.model.config or {}, machine.device),
+        *variant_reasons(workload, rank_stabilised=False, ratio=False),
     ]
     return "; ".join(reasons) or None
 

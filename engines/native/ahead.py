@@ -17,7 +17,22 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engines.native.kernels import adamw, cross_entropy, fp8, fp8_inputs, nf4, outer, parts, rms_norm, rotary, swiglu, swiglu_gradients
+from engines.native import eight_bit
+from engines.native.kernels import (
+    adamw,
+    adamw_full,
+    cross_entropy,
+    fp8,
+    fp8_inputs,
+    nf4,
+    norm_weight,
+    outer,
+    parts,
+    rms_norm,
+    rotary,
+    swiglu,
+    swiglu_gradients,
+)  # fmt: skip
 
 # Shared memory that one block may use, bytes (CUDA C++ Programming Guide, compute capabilities; CDNA 3 whitepaper).
 TARGETS: Mapping[str, tuple[GPUTarget, int]] = {
@@ -30,7 +45,7 @@ TARGETS: Mapping[str, tuple[GPUTarget, int]] = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-_DTYPES = {"h": "*bf16", "f": "*fp32", "i": "*i32", "l": "*i64", "b": "*u8", "e": "*fp8e4nv"}
+_DTYPES = {"h": "*bf16", "f": "*fp32", "i": "*i32", "l": "*i64", "b": "*u8", "c": "*i8", "s": "*i16", "e": "*fp8e4nv"}
 _WITHOUT_E4M3 = ("sm_75", "sm_80", "sm_86", "gfx942")  # gfx942 has another e4m3, with other bits
 
 
@@ -38,8 +53,8 @@ _WITHOUT_E4M3 = ("sm_75", "sm_80", "sm_86", "gfx942")  # gfx942 has another e4m3
 class Specimen:
     """A kernel as the Llama-3.1-8B shape launches it.
 
-    ``pointers``: argument name -> h (bf16), f (fp32), i (int32), l (int64), b (uint8) or e (e4m3); ``scalars`` are fp32, every other
-    an int32, a multiple of 16 unless ``odd``. ``has_dot``: it multiplies matrices, so it needs tensor cores (Triton has none on sm_75).
+    ``pointers``: argument name -> a letter of ``_DTYPES``, h bf16 and f fp32 among them; ``scalars`` are fp32, every other an int32,
+    a multiple of 16 unless ``odd``. ``has_dot``: it multiplies matrices, so it needs tensor cores (not on sm_75: Triton has none there).
     ``contracts``: products and sums may become one operation, rounded once.
     """
 
@@ -104,9 +119,29 @@ def specimens() -> tuple[Specimen, ...]:
         Specimen("outer", outer._outer, thin, {"SPLITS": 2, "NORMED": False, **tile}, 4, odd=("R", "rank_stride"), has_dot=True),
         Specimen("outer_normed", outer._outer, thin, {"SPLITS": 9, "NORMED": True, **tile}, 4, odd=("R", "rank_stride"), has_dot=True),
         Specimen(
-            "adamw", adamw._adamw, flat, {"CHUNK": 1024, "FIELDS": 5, "ALIGNED": True}, 4,
+            "adamw", adamw._adamw, flat, {"CHUNK": 1024, "FIELDS": adamw._FIELDS, "ALIGNED": True}, 4,
+            ("beta1", "beta2", "epsilon", "weight_decay", "ratio"),
+        ),
+        Specimen(
+            "adamw_float32", adamw_full._adamw_float32,
+            dict.fromkeys(("masters", "gradients", "first", "second", "scalars", "squares"), "f") | {"values": "h"}, {"CHUNK": 1024}, 4,
             ("beta1", "beta2", "epsilon", "weight_decay"),
         ),
+        Specimen(
+            "adamw_eight_bit", adamw_full._adamw_eight_bit,
+            dict.fromkeys(("gradients", "first_scale", "second_scale", "scalars", "squares"), "f")
+            | {"weights": "s", "first": "c", "second": "b"},
+            {
+                "BLOCKS": adamw_full._BLOCKS, "BLOCK": 256, "ROUNDS": eight_bit.ROUNDS, "SIGNED": eight_bit.SIGNED,
+                "UNSIGNED": eight_bit.UNSIGNED, "LOWEST": eight_bit.LEAST,
+            },
+            4, ("beta1", "beta2", "epsilon", "weight_decay"), odd=("seed", "first_block", "num_blocks"),
+        ),
+        Specimen(
+            "norm_weight", norm_weight._norm_weight, {"dy": "h", "x": "h", "inverse": "f", "partial": "f"},
+            {"BT": norm_weight.TILE.tokens, "BN": norm_weight.COLUMNS}, norm_weight.TILE.warps,
+        ),
+        Specimen("normed_again", norm_weight._normed_again, {"x": "h", "w": "h", "inverse": "f", "y": "h"}, {"BLOCK": 4096}, 8),
         Specimen(
             "decode_nf4", nf4._decode_nf4,
             {"packed": "b", "absmax": "b", "nested": "f", "code": "f", "levels": "f", "out": "h"},

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,22 +20,27 @@ import yaml
 from engines.native.checkpoint import Placement, build_weights
 from engines.native.decoder import Decoder
 from engines.native.footprint import Load, MemoryModel
-from engines.native.fp8 import RANK_MULTIPLE, Mode
+from engines.native.fp8 import RANK_MULTIPLE
 from engines.native.fp8_ops import FUSED_FP8
+from engines.native.fp8_reasons import Mode
+from engines.native.full import full_optimizer
+from engines.native.full_ops import FUSED_FULL
 from engines.native.fused_ops import FILLING, FUSED
 from engines.native.host import Host, usable_bytes
 from engines.native.kernels.adamw import FlatAdamW
 from engines.native.lora import Adapter
-from engines.native.optimizer import step_scalars
+from engines.native.optimizer import Optimizer, step_scalars
 from engines.native.packed import Angles
 from engines.native.plan import KEEP_ALL, described
 from engines.native.planner import choose
+from engines.native.random_files import RandomFile, RandomNf4File
 from engines.native.shape import LlamaShape, read_shape
 from engines.native.steps import ReplayedSteps, Steps
+from engines.native.store import Store, Training
 from engines.native.weights import DecoderWeights, trained_weights
 from harness.data.tokens import IGNORE, Batch
 from harness.errors import UnsupportedError
-from harness.nf4 import PARTS, STATE, quantise, to_tensors
+from harness.nf4 import PARTS, STATE
 from harness.spec import Train
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -54,34 +59,6 @@ _CATEGORIES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class RandomFile:
-    """Stands for an open safetensors file: every tensor drawn on the device when it is asked for."""
-
-    sizes: dict[str, tuple[int, ...]]
-    device: str = "cuda"
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        """Normal values, standard deviation 0.02; ones for norms."""
-        size = self.sizes[name]
-        return torch.ones(size, device=self.device) if len(size) == 1 else 0.02 * torch.randn(size, device=self.device)
-
-
-@dataclass(slots=True)
-class RandomNf4File:
-    """The same, quantised: the tensors of one weight, until another's are asked for."""
-
-    plain: RandomFile
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        """Of the weight that ``name`` belongs to."""
-        if name not in self.tensors:
-            weight = f"{name.partition('.weight')[0]}.weight"
-            self.tensors = to_tensors(weight, quantise(self.plain.get_tensor(weight).to(torch.bfloat16)))
-        return self.tensors[name]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a line for each combination of model and batch, and its breakdown."""
     parser = argparse.ArgumentParser(prog="python -m engines.native.bench", description=__doc__)
@@ -92,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-offload", action="store_true", help="keep or make again, send nothing to the host")
     parser.add_argument("--nf4", action="store_true", help="linear layers in NF4, as method=qlora has them")
     parser.add_argument("--fp8", choices=get_args(Mode), help="linear layers in e4m3 for these products, as method=lora_fp8 has them")
+    parser.add_argument("--full", choices=["fp32", "int8"], help="train every weight, with these moments, updated inside backward")
+    parser.add_argument("--clip", action="store_true", help="of --full: hold all gradients and clip them")
     parser.add_argument("--chunk", type=int, default=2048, help="rows of logits at one time, fewer where a budget asks for it")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--eager", action="store_true", help="launch every step instead of replaying a graph")
@@ -100,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
     for name in options.model:
         shape = model_shape(name, options.layers)
-        decoder = random_decoder(shape, options.chunk, nf4=options.nf4, fp8=options.fp8)
+        training = None if options.full is None else Training(options.full, in_backward=not options.clip)
+        decoder = random_decoder(shape, options.chunk, nf4=options.nf4, fp8=options.fp8, training=training)
         for batch in options.batch:
             documents, tokens = (int(part) for part in batch.split("x"))
             for budget in options.memory_gib:
@@ -116,10 +96,18 @@ def model_shape(name: str, num_layers: int | None) -> LlamaShape:
     return shape if num_layers is None else replace(shape, num_layers=num_layers)
 
 
-def random_decoder(shape: LlamaShape, loss_chunk: int, *, nf4: bool = False, fp8: Mode | None = None) -> Decoder:
-    """A decoder on the GPU that keeps everything."""
-    placement = Placement(torch.device("cuda"), torch.bfloat16, torch.float32, RANK_MULTIPLE if fp8 else 64, FILLING, fp8)
-    weights, ops = random_weights(shape, placement, nf4=nf4), FUSED_FP8 if fp8 else FUSED
+def random_decoder(
+    shape: LlamaShape, loss_chunk: int, *, nf4: bool = False, fp8: Mode | None = None, training: Training | None = None
+) -> Decoder:
+    """A decoder on the GPU that keeps everything; ``training``: of all weights instead of LoRA."""
+    multiple = RANK_MULTIPLE if fp8 else 64
+    place = Placement(torch.device("cuda"), torch.bfloat16, torch.float32, multiple, FILLING, fp8, training or Training())
+    if training is None:
+        weights = random_weights(shape, place, nf4=nf4)
+    else:
+        sizes = dict(tensor_sizes(shape))
+        weights = build_weights(dict.fromkeys(sizes, RandomFile(sizes)), shape, place, None)
+    ops = FUSED_FULL if training is not None else FUSED_FP8 if fp8 else FUSED
     return Decoder(shape=shape, weights=weights, ops=ops, plans=(KEEP_ALL,) * shape.num_layers, loss_chunk=loss_chunk)
 
 
@@ -177,9 +165,9 @@ def random_load(documents: int, tokens: int, loss_chunk: int) -> Load:
 
 def random_steps(decoder: Decoder, documents: int, tokens: int, *, replay: bool) -> Callable[[int], torch.Tensor]:
     """An optimizer step by its index, always over the same random tokens; it returns a copy of the loss."""
-    values = [weight.value for weight in trained_weights(decoder.weights)]
-    optimizer = FlatAdamW(decoder.weights.arena.masters, values, (0.9, 0.999), 1e-8, 0.01)
-    plain = Steps(decoder, Angles.of(decoder.shape, tokens, torch.device("cuda")), optimizer, 1.0)
+    arena = decoder.weights.arena
+    max_norm = None if isinstance(arena, Store) and arena.training.in_backward else 1.0
+    plain = Steps(decoder, Angles.of(decoder.shape, tokens, torch.device("cuda")), _optimizer(decoder), max_norm)
     steps = ReplayedSteps(plain) if replay else plain
     ids = np.random.default_rng(0).integers(0, decoder.shape.vocab_size, size=(1, documents * tokens))
     labels = ids.copy()
@@ -190,6 +178,14 @@ def random_steps(decoder: Decoder, documents: int, tokens: int, *, replay: bool)
         return steps.run(batches, step_scalars(SCHEDULE, index, documents * (tokens - 1))).outcome.loss.clone()
 
     return step
+
+
+def _optimizer(decoder: Decoder) -> Optimizer:
+    arena = decoder.weights.arena
+    if isinstance(arena, Store):
+        return full_optimizer(arena, SCHEDULE, kernels=True)
+    values = [weight.value for weight in trained_weights(decoder.weights)]
+    return FlatAdamW(arena.masters, values, (0.9, 0.999), 1e-8, 0.01)
 
 
 def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | None, options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engines.native.fp8 import Fp8Weight, Mode
+from engines.native.fp8 import Fp8Weight
+from engines.native.fp8_reasons import Mode
 from engines.native.lora import Adapter
 from engines.native.nf4 import REFERENCE, Filling, SharedBuffers, Turn, placed
 from engines.native.shape import LlamaShape
+from engines.native.store import Section, Store, Training
 from engines.native.weights import WHOLE, Arena, Block, DecoderWeights, LayerWeights, Linear, LowRank, Part, Weight, named_weights
 from harness.errors import UnsupportedError, WeightsError
 from harness.nf4 import PARTS, STATE, Quantised, from_tensors
@@ -36,7 +38,7 @@ class Placement:
     ``rank_multiple``: the ranks of a linear group are padded with zeros to whole multiples of it. cuBLAS likes 64 on a GPU
     (Llama-3.2-1B shape, 16,384 tokens, H100: 46.0 + 45.4 ms of products a step against 48.2 + 47.6 unpadded).
     ``filling``: how weights in NF4 and the adapters beside them come into the buffer that the products read. ``fp8``: linear layers in
-    e4m3, for which products.
+    e4m3, for which products. ``training``: how everything is trained, where there are no adapters.
     """
 
     device: torch.device
@@ -45,6 +47,7 @@ class Placement:
     rank_multiple: int = 1
     filling: Filling = REFERENCE
     fp8: Mode | None = None
+    training: Training = field(default_factory=Training)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -68,12 +71,16 @@ def load_weights(folder: Path, shape: LlamaShape, placement: Placement, adapter:
 def build_weights(tensors: Mapping[str, Any], shape: LlamaShape, placement: Placement, adapter: Adapter | None) -> DecoderWeights:
     """As ``load_weights``, from open files by tensor name: each has ``get_tensor(name)`` and ``get_slice(name)`` as safetensors has."""
     loader = _Loader(tensors, placement, adapter)
+    loader.begin("embedding")
     embedding = loader.weight("model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size))
     layers = tuple(_layer(loader, shape, index) for index in range(shape.num_layers))
-    norm = loader.weight("model.norm.weight", (shape.hidden_size,))
+    loader.begin("head")
     head = embedding if shape.tied_head else loader.weight("lm_head.weight", (shape.vocab_size, shape.hidden_size))
+    norm = loader.weight("model.norm.weight", (shape.hidden_size,))
     _check_nothing_is_left(tensors, loader.read_names, embedding if shape.tied_head else None)
-    return DecoderWeights(embedding, layers, norm, head, loader.arena, loader.shared)
+    if loader.store is not None:
+        loader.store.finish()
+    return DecoderWeights(embedding, layers, norm, head, loader.store or loader.arena, loader.shared)
 
 
 def save_weights(weights: DecoderWeights, config: dict[str, Any], dtype_name: str, out: Path) -> None:
@@ -96,7 +103,9 @@ class _Loader:
         self._tensors = tensors
         self._placement = placement
         self._adapter = adapter
-        self.arena = Arena(self._num_trained(), placement.train_dtype, placement.device)
+        self.arena = Arena(0 if adapter is None else adapter.num_elements, placement.train_dtype, placement.device)
+        types = placement.compute_dtype, placement.train_dtype, placement.device
+        self.store = Store(self._num_trained(), *types, placement.training) if adapter is None else None
         self.shared = SharedBuffers()
         self.read_names: set[str] = set()
 
@@ -161,10 +170,14 @@ class _Loader:
         self.read_names.update(f"{name}{part}" for part in ("", *PARTS, STATE))
         return placed(weight, self._placement.device)
 
+    def begin(self, section: Section) -> None:
+        """What is read from now on is trained as one section."""
+        if self.store is not None:
+            self.store.begin(section)
+
     def _num_trained(self) -> int:
-        if self._adapter is not None:
-            return self._adapter.num_elements
-        return sum(math.prod(file.get_slice(name).get_shape()) for name, file in self._tensors.items())
+        """At most: the tensors of a group are one weight."""
+        return sum(Store.room(math.prod(file.get_slice(name).get_shape())) for name, file in self._tensors.items())
 
     def _wide(self, num_outputs: int, num_inputs: int, num_adapted: int) -> tuple[Tensor | None, Tensor | None]:
         """The buffer of an adapted group and the place of its weight in it; nothing where nothing is adapted."""
@@ -207,23 +220,24 @@ class _Loader:
 
     def _group(self, rows_by_name: Sequence[tuple[str, slice]], size: tuple[int, ...], view: Tensor | None = None) -> Weight:
         """Read tensors into the rows of one weight: into ``view`` where it is given, else into a tensor of its own."""
-        place = self._placement
-        trains = self._adapter is None
         for name, _ in rows_by_name:
             if name not in self._tensors:
                 raise WeightsError(f"{name}: not in the checkpoint, though its config.json asks for it; get the weights again")
-        if view is None:
-            view = self.arena.take(*size) if trains else torch.empty(size, dtype=place.compute_dtype, device=place.device)
+        weight = self._new(size) if view is None else Weight(view)
         for name, rows in rows_by_name:
-            target = view[rows]
+            target = (weight.value if weight.master is None else weight.master)[rows]
             tensor = self._tensors[name].get_tensor(name)
             if tensor.shape != target.shape:
                 raise WeightsError(f"{name}: has shape {list(tensor.shape)}, config.json says {list(target.shape)}; get the weights again")
             target.copy_(tensor)
             self.read_names.add(name)
-        if not trains:
-            return Weight(view)
-        return Weight(view if view.dtype == place.compute_dtype else view.to(place.compute_dtype), view)
+        weight.publish()
+        return weight
+
+    def _new(self, size: tuple[int, ...]) -> Weight:
+        if self.store is not None:
+            return Weight(*self.store.take(*size))
+        return Weight(torch.empty(size, dtype=self._placement.compute_dtype, device=self._placement.device))
 
 
 def _thin(wide: Tensor, num_outputs: int, num_inputs: int) -> tuple[Tensor, Tensor]:
@@ -234,6 +248,7 @@ def _thin(wide: Tensor, num_outputs: int, num_inputs: int) -> tuple[Tensor, Tens
 def _layer(loader: _Loader, shape: LlamaShape, index: int) -> LayerWeights:
     hidden, wide = shape.hidden_size, shape.intermediate_size
     queries, keys, prefix = shape.query_size, shape.key_size, f"model.layers.{index}"
+    loader.begin(index)
 
     def head_norm(name: str) -> Weight | None:
         return loader.weight(f"{prefix}.self_attn.{name}.weight", (shape.head_dim,)) if shape.qk_norm else None

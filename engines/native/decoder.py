@@ -5,6 +5,7 @@ Legend: T tokens, H hidden, L supervised rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,12 @@ from engines.native.ops import Ops
 from engines.native.packed import Packed
 from engines.native.plan import Plan
 from engines.native.shape import LlamaShape
+from engines.native.store import Section
 from engines.native.weights import DecoderWeights
+
+
+def _nobody_waits(section: Section) -> None:
+    """Gradients stay where they are until the optimizer's step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +38,11 @@ class Decoder:
     host: Host = field(default_factory=Host)
 
     @torch.no_grad()
-    def accumulate(self, packed: Packed, scale: Tensor) -> Tensor:
-        """Add ``scale`` (a scalar) times the gradient of the summed losses to every trained weight; returns the losses [L], float32."""
+    def accumulate(self, packed: Packed, scale: Tensor, ready: Callable[[Section], None] = _nobody_waits) -> Tensor:
+        """Add ``scale`` (a scalar) times the gradient of the summed losses to every trained weight; returns the losses [L], float32.
+
+        ``ready`` is told of each section once its gradients are all there and nothing reads its weights any more.
+        """
         ops, weights, epsilon = self.ops, self.weights, self.shape.norm_epsilon
         stream = Stream(weights.embedding.value[packed.tokens], None)
         passes: list[LayerPass] = []
@@ -56,6 +65,7 @@ class Decoder:
         passes[-1].prefetch()
         d_last_LH = ops.plain_norm_backward(d_normed_LH, last_LH, weights.norm, epsilon)
         del d_normed_LH
+        ready("head")
 
         rooms = [layer.down.padded_rank for layer in weights.layers]
         d_x_TW: Tensor | None = last_LH.new_zeros(len(packed.tokens), self.shape.hidden_size + rooms[-1])
@@ -71,7 +81,8 @@ class Decoder:
                 passes[-1].prefetch()  # while the attention of this layer computes
             needed = bool(passes) or weights.embedding.master is not None
             d_x_TW = layer_pass.attention_backward(d_x_TW, (rooms[len(passes) - 1] if passes else 0) if needed else None)
-        if d_x_TW is not None and weights.embedding.gradient is not None:
-            gradient = weights.embedding.gradient
-            gradient.index_add_(0, packed.tokens, d_x_TW.to(gradient.dtype))
+            ready(len(passes))
+        if d_x_TW is not None:
+            weights.embedding.add_rows(packed.tokens, d_x_TW)
+            ready("embedding")
         return losses

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engines.native.buckets import shared_sizes
+from engines.native.fp8_reasons import Mode
 from engines.native.plan import Name, Plan
 from engines.native.shape import LlamaShape
 from harness.data.tokens import IGNORE, Batch
 
 if TYPE_CHECKING:
-    from engines.native.fp8 import Mode
     from engines.native.weights import DecoderWeights
 
 # cuBLAS keeps 32 MiB for the stream that launches and as much for the one that is captured (Hopper; less elsewhere).
@@ -47,12 +47,12 @@ def largest_load(batches: Iterable[Batch], loss_chunk: int, *, shared: bool) -> 
 
 def stored_bytes(weights: DecoderWeights) -> int:
     """Bytes of all weights, masters and gradients, what shares memory counted once."""
-    tensors = [weights.embedding.value, weights.norm.value, weights.head.value, weights.arena.masters, weights.arena.gradients]
+    tensors = [weights.embedding.value, weights.norm.value, weights.head.value, *weights.arena.tensors]
     for layer in weights.layers:
         tensors += [norm.value for _, norm in layer.norms]
         for group in layer.groups:
             tensors += group.stored
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class MemoryModel:
     def of(cls, shape: LlamaShape, weights: DecoderWeights, load: Load) -> MemoryModel:
         """For weights that are loaded: their own bytes, two moments of the trained values, angles and the packed row."""
         ranks = Ranks(*(group.padded_rank for group in weights.layers[0].groups))
-        moments = 2 * weights.arena.masters.nbytes
+        moments = weights.arena.state_bytes
         angles = 4 * shape.head_dim * (load.longest + load.num_tokens)
         workspaces = WORKSPACES if weights.norm.value.is_cuda else 0
         static = stored_bytes(weights) + moments + angles + 24 * load.num_tokens + workspaces

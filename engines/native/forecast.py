@@ -8,14 +8,13 @@ from typing import Any, Protocol
 
 from engines.native.durations import Durations
 from engines.native.footprint import WORKSPACES, Load, MemoryModel, Ranks
-from engines.native.plan import KEEP_ALL, KEEP_INPUT, Plan
+from engines.native.plan import KEEP_ALL, KEEP_INPUT, USABLE, Plan
 from engines.native.planner import SLACK, Choice, choose, least
 from engines.native.shape import LlamaShape, read_shape
 from harness.engine import Footprint
 from harness.errors import UnsupportedError
 from harness.spec import Lora, LoraFp8, QLora, Workload
 
-USABLE = 0.95  # of the free memory
 _ELEMENT = 2  # bytes of bfloat16
 _NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a value: its code, its share of an 8-bit scale and of that one's scale
 _TRAINED = 16  # bytes of a float32 master, its gradient and two moments

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from engines.native.fp8_reasons import Mode
 from engines.native.nf4 import Shared, SharedBuffers
 from harness.errors import UnsupportedError
 from harness.fp8 import CODE, LARGEST, WEIGHT_MOST, quantise_rows
 
-Mode = Literal["forward", "forward_and_input_gradients"]
 LOW_GAIN = 16.0  # what high leaves is at most a sixteenth of it
 SPLITS = 3
 RANK_MULTIPLE = 16  # columns of 8-bit products come in sixteens

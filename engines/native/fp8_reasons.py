@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from engines.native.shape import LlamaShape, read_shape
 from harness.errors import UnsupportedError
 from harness.spec import LoraFp8, Workload
+
+Mode = Literal["forward", "forward_and_input_gradients"]
 
 _COLUMNS = 16  # 8-bit products take whole sixteens of columns
 _LEAST_CAPABILITY = (8, 9)

@@ -46,6 +46,17 @@ def computing_in(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return {**config, "quantization_config": {**quantised, "bnb_4bit_compute_dtype": dtype}} if quantised else config
 
 
+def optimizer_reasons(optimizer: str, device: str) -> list[str]:
+    """Why the optimizer's moments cannot be in 8 bits here."""
+    if optimizer == "adamw":
+        return []
+    if device == "cpu":
+        return [f"optimizer={optimizer} is bitsandbytes' code for GPUs; use optimizer=adamw"]
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return [f"optimizer={optimizer} needs the package bitsandbytes: pip install bitsandbytes; optimizer=adamw does without"]
+    return []
+
+
 def load_model(folder: Path, config: Any, dtype: str, attention: str, device: str) -> Any:
     """The model in ``folder``, computing in ``dtype``; one in NF4 through bitsandbytes, or decoded where it is to be exact: in float32."""
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ _TENSORS = "adapter_model.safetensors"
 # Options of PEFT that change the function; only these values are implemented.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "use_rslora": (False,),
     "use_dora": (False,),
     "lora_dropout": (0, 0.0),
     "fan_in_fan_out": (False,),
@@ -81,7 +81,8 @@ def read_adapter(folder: Path) -> Adapter:
     odd = [f"{key}={config[key]!r}" for key, plain in _PLAIN.items() if key in config and config[key] not in plain]
     if config.get("peft_type") != "LORA" or odd:
         raise UnsupportedError(f"the adapter is not plain LoRA: {', '.join(odd) or config.get('peft_type')}")
-    return Adapter(config, tensors, config["r"], config["lora_alpha"] / config["r"])
+    over = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
+    return Adapter(config, tensors, config["r"], config["lora_alpha"] / over)
 
 
 def save_adapter(weights: DecoderWeights, config: dict[str, Any], model_name: str, out: Path) -> None:

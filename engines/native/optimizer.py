@@ -12,7 +12,7 @@ from engines.native.weights import Arena, Weight
 from harness.spec import Train
 
 # Places in the tensor of a step's values; it lies on the device, so that a captured step can be replayed with others.
-LEARNING_RATE, FIRST_CORRECTION, SECOND_CORRECTION, CLIP, LOSS_SCALE, NUM_SCALARS = range(6)
+LEARNING_RATE, FIRST_CORRECTION, SECOND_CORRECTION, CLIP, LOSS_SCALE, STEP, NUM_SCALARS = range(7)
 
 
 class Optimizer(Protocol):
@@ -25,10 +25,11 @@ class Optimizer(Protocol):
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019) as ``schedule`` says, on everything that is trained (norms and biases decay too)."""
 
-    def __init__(self, arena: Arena, trained: Sequence[Weight], schedule: Train) -> None:
-        """State of the masters' dtype, zeroed."""
+    def __init__(self, arena: Arena, trained: Sequence[Weight], schedule: Train, rates: Tensor | float = 1.0) -> None:
+        """State of the masters' dtype, zeroed. ``rates``: each master's learning rate over the schedule's."""
         self._arena, self._trained, self._schedule = arena, tuple(trained), schedule
         self._first, self._second = torch.zeros_like(arena.masters), torch.zeros_like(arena.masters)
+        self._rates = rates
 
     def step(self, scalars: Tensor) -> None:
         """p <- p (1 - lr wd) - lr (m / c1) / (sqrt(v / c2) + epsilon), with the clipped gradient in m and v."""
@@ -37,9 +38,10 @@ class AdamW:
         self._first.lerp_(gradients, 1 - schedule.beta1)
         self._second.mul_(schedule.beta2).addcmul_(gradients, gradients, value=1 - schedule.beta2)
         gradients.zero_()
-        masters.mul_(1 - scalars[LEARNING_RATE] * schedule.weight_decay)
+        rates = scalars[LEARNING_RATE] * self._rates
+        masters.mul_(1 - rates * schedule.weight_decay)
         denominator = self._second.sqrt().div_(scalars[SECOND_CORRECTION].sqrt()).add_(schedule.epsilon)
-        masters.sub_(self._first.div(denominator).mul_(scalars[LEARNING_RATE] / scalars[FIRST_CORRECTION]))
+        masters.sub_(self._first.div(denominator).mul_(rates / scalars[FIRST_CORRECTION]))
         for weight in self._trained:
             weight.publish()
 
@@ -47,7 +49,7 @@ class AdamW:
 def step_scalars(schedule: Train, index: int, num_labels: int) -> list[float]:
     """The values of optimizer step ``index`` (0-based) whose loss is a mean over ``num_labels``; the clip factor is set on the device."""
     corrections = 1 - schedule.beta1 ** (index + 1), 1 - schedule.beta2 ** (index + 1)
-    return [schedule.learning_rate_at(index), *corrections, 1.0, 1.0 / num_labels]
+    return [schedule.learning_rate_at(index), *corrections, 1.0, 1.0 / num_labels, float(index)]
 
 
 def clip_(gradients: Tensor, max_norm: float | None, scalars: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ Names = frozenset[Name]
 SLAB_BYTES = 256 * 2**20
 MOVABLE: Names = frozenset(("input", "qkv", "heads", "attended", "middle", "gate_up"))
 
+USABLE = 0.95  # of the free memory: contexts, workspaces and fragments want some
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

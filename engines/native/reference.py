@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engines.native.gradient import add_product_
 from engines.native.ops import Attended, Heads, Input, Normed, NormSource, Ops
 from engines.native.packed import Packed
-from engines.native.weights import Linear, Weight, add_product_
+from engines.native.weights import Linear, Weight
 
 
 def norm(x_TH: Tensor, delta_TH: Tensor | None, weight: Weight, epsilon: float, linear: Linear) -> Normed:
@@ -83,8 +84,7 @@ def weight_gradients(dy_TW: Tensor, source: Tensor | NormSource, linear: Linear)
     if not linear.is_trained:
         return
     x_TK = _scaled(source.x, source.inverse.unsqueeze(-1), source.weight) if isinstance(source, NormSource) else source
-    if linear.weight.gradient is not None:
-        add_product_(linear.weight.gradient, dy_TN, x_TK)
+    linear.weight.add_product(dy_TN, x_TK)
     if linear.lora is not None:
         down = linear.lora.down.gradient
         assert down is not None
@@ -188,8 +188,7 @@ def cross_entropy(hidden_LH: Tensor, head: Weight, targets_L: Tensor, scale: Ten
         d_logits = log_p.exp_().scatter_add_(1, targets, -torch.ones_like(targets, dtype=log_p.dtype))
         d_logits = d_logits.mul_(counts.unsqueeze(1) * scale).to(hidden.dtype)
         torch.mm(d_logits, head.value, out=d_hidden_LH[rows])
-        if head.gradient is not None:
-            add_product_(head.gradient, d_logits, hidden)
+        head.add_product(d_logits, hidden)
     return torch.cat(losses) if losses else _wide(hidden_LH.new_empty(0)), d_hidden_LH
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from engines.native.buckets import shared_sizes
 from engines.native.decoder import Decoder
+from engines.native.full import InBackward
 from engines.native.optimizer import LOSS_SCALE, Optimizer, clip_
 from engines.native.packed import Angles, Key, Packed, to_device
-from engines.native.weights import Arena
 from harness.data.tokens import Batch
 
 
@@ -47,10 +48,15 @@ class Steps:
         max_grad_norm: float | None,
         exchange: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
-        """Nothing runs yet. ``exchange``: sums the loss and the gradients over ranks, in place; None: there is one."""
+        """Nothing runs yet. ``exchange``: sums the loss and the gradients over ranks, in place; None: there is one.
+
+        Raises ValueError where an optimizer inside backward is asked to clip, or to wait for other ranks.
+        """
+        if isinstance(optimizer, InBackward) and (max_grad_norm is not None or exchange is not None):
+            raise ValueError(f"the norm is known when all has been updated; expected no max_grad_norm and one rank, got {max_grad_norm}")
         self.exchange = exchange
         self._decoder, self._angles, self._optimizer, self._max_grad_norm = decoder, angles, optimizer, max_grad_norm
-        self._arena: Arena = decoder.weights.arena
+        self._arena = decoder.weights.arena
 
     def run(self, batches: Sequence[Batch], scalars: Sequence[float]) -> Ran:
         """One optimizer step over ``batches``, their losses weighted by tokens."""
@@ -65,9 +71,18 @@ class Steps:
 
     def compute(self, micro_batches: Sequence[Packed], scalars: Tensor) -> Outcome:
         """Forward, backward and update; nothing in it waits for the device."""
+        if isinstance(self._optimizer, InBackward):
+            return self._inside(self._optimizer, micro_batches, scalars)
         loss = self.accumulate(micro_batches, scalars)
         self.meet(loss)
         return self.update(loss, scalars)
+
+    @torch.no_grad()
+    def _inside(self, optimizer: InBackward, micro_batches: Sequence[Packed], scalars: Tensor) -> Outcome:
+        """Every weight is updated as soon as its gradient is whole."""
+        (packed,) = micro_batches
+        losses = self._decoder.accumulate(packed, scalars[LOSS_SCALE], partial(optimizer.ready, scalars=scalars))
+        return Outcome(losses.sum() * scalars[LOSS_SCALE], optimizer.norm())
 
     @torch.no_grad()
     def accumulate(self, micro_batches: Sequence[Packed], scalars: Tensor) -> Tensor:

@@ -13,28 +13,49 @@ import torch
 from torch import Tensor
 
 from engines.native.fp8 import Fp8Weight
+from engines.native.gradient import Gradient, add_product_
 from engines.native.nf4 import SharedBuffers, Turn
+from engines.native.store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
     """``value`` is read by the products, in the compute dtype. ``master`` is what the optimizer updates, None when frozen.
 
-    Both may be one tensor. ``master.grad`` is allocated once and lives as long as the weight.
+    Both may be one tensor. ``master.grad`` is allocated once and lives as long as the weight; a weight of a store adds ``into`` its
+    own place instead.
     """
 
     value: Tensor
     master: Tensor | None = None
+    into: Gradient | None = None
 
     @property
     def gradient(self) -> Tensor | None:
         """The buffer that gradients are added to, None when frozen."""
+        if self.into is not None:
+            return self.into.buffer
         return None if self.master is None else self.master.grad
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Add ``gradient`` of this weight's shape; for a frozen weight do nothing."""
-        if self.gradient is not None:
+        if self.into is not None:
+            self.into.add(gradient)
+        elif self.gradient is not None:
             self.gradient.add_(gradient)
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """Add left[T, M]^T right[T, N]; for a frozen weight do nothing."""
+        if self.into is not None:
+            self.into.add_product(left, right)
+        elif self.gradient is not None:
+            add_product_(self.gradient, left, right)
+
+    def add_rows(self, rows: Tensor, gradients: Tensor) -> None:
+        """Add ``gradients`` [T, N] to the rows [T] of this weight's, which may come more than once; for a frozen weight do nothing."""
+        into = self.gradient if self.into is None else self.into.settled()
+        if into is not None:
+            into.index_add_(0, rows, gradients.to(into.dtype))
 
     def publish(self) -> None:
         """Hand an updated master to the products."""
@@ -68,13 +89,15 @@ class Arena:
         master.grad = self.gradients[start : self._taken].view(size)
         return master
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All buffers but the optimizer's."""
+        return self.masters, self.gradients
 
-def add_product_(gradient: Tensor, left: Tensor, right: Tensor) -> None:
-    """gradient[M, N] += left[T, M]^T right[T, N], in one pass where the dtypes allow."""
-    if gradient.dtype == left.dtype:
-        gradient.addmm_(left.t(), right)
-    else:
-        gradient.add_(left.t() @ right)
+    @property
+    def state_bytes(self) -> int:
+        """What the optimizer keeps beside them: two moments of the masters' type."""
+        return 2 * self.masters.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +230,7 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     norm: Weight
     head: Weight
-    arena: Arena
+    arena: Arena | Store
     shared: SharedBuffers = field(default_factory=SharedBuffers)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from engines.native.fp8_reasons import not_taught
 from engines.native.hf_nf4 import decoder_reasons
+from engines.native.lora_variants import variant_reasons
 from harness.data.tokens import Batch, Sample, StepTokens, chunks, pack, pad
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
@@ -63,6 +64,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     reasons = [*_knob_reasons(workload, knobs, machine), *(_model_reasons(config, workload) if config else [])]
     reasons += decoder_reasons(workload, knobs.compute_dtype, config or {}, machine.device)
     reasons += not_taught(workload, "Unsloth as it is driven here")
+    reasons += variant_reasons(workload, rank_stabilised=False, ratio=False)
     return "; ".join([*reasons, *_dtype_reasons(workload, knobs)]) or None
 
 

@@ -104,7 +104,9 @@ def _write_config(folder: Path, method: Lora, model_name: str) -> None:
     config = LoraConfig(
         r=method.rank,
         lora_alpha=alpha,
-        lora_dropout=0.0,
+        lora_dropout=method.dropout,
+        use_rslora=method.rank_stabilised,
+        use_dora=method.dora,
         bias="none",
         target_modules=list(method.targets),
         task_type=TaskType.CAUSAL_LM,

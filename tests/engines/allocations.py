@@ -19,13 +19,16 @@ from engines.native.bench import RANK, adapter_sizes, tensor_sizes
 from engines.native.checkpoint import Placement, build_weights
 from engines.native.decoder import Decoder
 from engines.native.footprint import Load
-from engines.native.fp8 import RANK_MULTIPLE, Mode
+from engines.native.fp8 import RANK_MULTIPLE
+from engines.native.fp8_reasons import Mode
 from engines.native.fused_ops import FUSED
 from engines.native.lora import Adapter
-from engines.native.ops import Attended, Heads, Input, Normed
+from engines.native.ops import Attended, Heads, Input, Normed, NormSource
 from engines.native.packed import Packed
 from engines.native.plan import Plan
+from engines.native.random_files import RandomSlice
 from engines.native.shape import LlamaShape
+from engines.native.store import Training
 from engines.native.weights import Linear, Weight
 
 META = torch.device("meta")
@@ -167,6 +170,22 @@ def _codes(wide_TW: Tensor, num_columns: int) -> Tensor:
 FP8_ALLOCATIONS = replace(ALLOCATIONS, norm=fp8_norm, swiglu=fp8_swiglu, linear=fp8_linear, input_gradient=fp8_input_gradient)
 
 
+def _plain_norm(x_TH: Tensor, delta_TH: Tensor | None, weight: Weight, epsilon: float, linear: Linear) -> Normed:
+    made = norm(x_TH, delta_TH, weight, epsilon, linear)
+    return Normed(Input(made.input.wide, None), made.x, made.inverse)
+
+
+def _plain_attention(heads: Heads, packed: Packed, linear: Linear) -> Attended:
+    """The output is the next group's input as it is."""
+    tokens, num_heads, head_dim = heads.queries.shape
+    output_TK = heads.queries.new_empty(tokens, num_heads * head_dim)
+    return Attended(Input(output_TK, None), (output_TK.new_empty(num_heads, tokens, dtype=torch.float32),))
+
+
+def _plain_swiglu(gate_up_TN: Tensor, linear: Linear) -> Input:
+    return Input(gate_up_TN.new_empty(len(gate_up_TN), linear.num_inputs), None)
+
+
 class _Shapes:
     """Stands for an open file: every tensor on the meta device."""
 
@@ -176,10 +195,26 @@ class _Shapes:
     def get_tensor(self, name: str) -> Tensor:
         return torch.empty(self._sizes[name], device=META)
 
+    def get_slice(self, name: str) -> RandomSlice:
+        return RandomSlice(self._sizes[name])
 
-def meta_decoder(shape: LlamaShape, fp8: Mode | None = None) -> Decoder:
-    """A decoder of bf16 weights with LoRA on all linears, as the bench makes it, that takes no memory."""
+
+def _full_weight_gradients(dy_TW: Tensor, source: Tensor | NormSource, linear: Linear) -> None:
+    """A normed input is made again."""
+    if isinstance(source, NormSource):
+        torch.empty_like(source.x)
+
+
+def meta_decoder(shape: LlamaShape, fp8: Mode | None = None, training: Training | None = None) -> Decoder:
+    """A decoder of bf16 weights with LoRA on all linears, or ``training`` all, as the bench makes it, that takes no memory."""
     sizes = dict(tensor_sizes(shape))
+    if training is not None:
+        place = Placement(META, torch.bfloat16, torch.float32, training=training)
+        everything = build_weights(dict.fromkeys(sizes, _Shapes(sizes)), shape, place, None)
+        ops = replace(
+            ALLOCATIONS, weight_gradients=_full_weight_gradients, norm=_plain_norm, attention=_plain_attention, swiglu=_plain_swiglu
+        )
+        return Decoder(shape=shape, weights=everything, ops=ops, plans=(), loss_chunk=1)
     adapters = {name: torch.empty(size, device=META) for name, size in adapter_sizes(sizes).items()}
     placement = Placement(META, torch.bfloat16, torch.float32, RANK_MULTIPLE if fp8 else 64, fp8=fp8)
     weights = build_weights(dict.fromkeys(sizes, _Shapes(sizes)), shape, placement, Adapter({}, adapters, RANK, 2.0))

@@ -24,8 +24,8 @@ from engines.native.bench import random_weights
 from engines.native.checkpoint import Placement, load_weights, read_config
 from engines.native.decoder import Decoder
 from engines.native.footprint import stored_bytes
-from engines.native.fp8 import Fp8Weight, Mode, check_not_outgrown, outgrown
-from engines.native.fp8_reasons import device_reasons
+from engines.native.fp8 import Fp8Weight, check_not_outgrown, outgrown
+from engines.native.fp8_reasons import Mode, device_reasons
 from engines.native.fp8_reference import REFERENCE_FP8
 from engines.native.lora import read_adapter
 from engines.native.nf4 import SharedBuffers

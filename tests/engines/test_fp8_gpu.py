@@ -13,7 +13,8 @@ import torch
 
 import engines.fused
 from engines.native import fp8_ops
-from engines.native.fp8 import Fp8Weight, Mode
+from engines.native.fp8 import Fp8Weight
+from engines.native.fp8_reasons import Mode
 from engines.native.fused_ops import FUSED
 from engines.native.nf4 import SharedBuffers
 from engines.native.ops import Input, Ops

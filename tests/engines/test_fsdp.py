@@ -75,7 +75,7 @@ class TestShardedOnTwo(OnTwoRanks):
 
 HF: dict[str, Any] = {
     "micro_batch": 2, "layout": "padded", "recompute": "none", "attention": "sdpa", "compute_dtype": "float32",
-    "adapter_compute": "autocast", "kernels": "none", "compile": False,
+    "adapter_compute": "autocast", "kernels": "none", "compile": False, "optimizer": "adamw",
 }  # fmt: skip
 FALCON = {"model_type": "falcon", "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MAMBA = {"model_type": "mamba", "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4}

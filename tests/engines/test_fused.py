@@ -45,7 +45,7 @@ from tests.engines.tiny import (
 
 KNOBS: dict[str, Any] = {
     "micro_batch": 2, "recompute": "none", "memory_gib": None, "offload": True,
-    "compute_dtype": "float32", "operations": "reference", "replay": False, "loss_chunk": 7, "fp8": "forward",
+    "compute_dtype": "float32", "operations": "reference", "replay": False, "loss_chunk": 7, "fp8": "forward", "optimizer_state": "fp32",
 }  # fmt: skip
 DEVICE = torch.device("cpu")
 

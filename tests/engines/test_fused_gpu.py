@@ -15,12 +15,12 @@ from harness.data.tokens import IGNORE, Sample, TokenFile
 from harness.data.write import write_token_file
 from harness.engine import Job
 from harness.spec import parse
-from tests.engines.tiny import FAMILIES, LORA, QLORA, VOCABULARY, RecordingProbe, decoded, make_job, with_train
+from tests.engines.tiny import FAMILIES, FULL, LORA, QLORA, VOCABULARY, RecordingProbe, decoded, make_job, with_train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
 KNOBS: dict[str, Any] = {
     "micro_batch": 4, "recompute": "fit", "memory_gib": None, "offload": True,
-    "compute_dtype": "bfloat16", "operations": "fused", "replay": True, "loss_chunk": 7, "fp8": "forward",
+    "compute_dtype": "bfloat16", "operations": "fused", "replay": True, "loss_chunk": 7, "fp8": "forward", "optimizer_state": "fp32",
 }  # fmt: skip
 EXACT = {"compute_dtype": "float32", "operations": "reference", "replay": False}
 # With o_proj, so that attention's output has the same strides in all these runs: see engines.native.attention on cuDNN's plans.
@@ -38,7 +38,7 @@ def distance(found: RecordingProbe, truth: RecordingProbe) -> float:
     return float(np.sqrt(np.mean((np.array(found.losses) - np.array(truth.losses)) ** 2)))
 
 
-@pytest.mark.parametrize("method", [LORA, SUBSET, QLORA], ids=["lora", "lora_subset", "qlora"])
+@pytest.mark.parametrize("method", [LORA, SUBSET, QLORA, FULL], ids=["lora", "lora_subset", "qlora", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_uneven_documents_of_every_family(tmp_path: Path, family: str, method: dict[str, Any]) -> None:
     """No further from float32 than twice the reference operations in bfloat16 are."""

@@ -23,7 +23,7 @@ from tests.engines.tiny import CPU, FULL, GPU, LLAMA, LONGEST, LORA, RecordingPr
 TREE = Path(__file__).resolve().parents[2]
 KNOBS: dict[str, Any] = {
     "micro_batch": 2, "layout": "padded", "recompute": "none", "attention": "sdpa", "compute_dtype": "float32",
-    "adapter_compute": "autocast", "kernels": "none", "compile": False,
+    "adapter_compute": "autocast", "kernels": "none", "compile": False, "optimizer": "adamw",
 }  # fmt: skip
 
 
@@ -193,13 +193,19 @@ def test_a_variant_is_called_what_its_file_is(option: str) -> None:
     assert said is None or "pip install liger-kernel" in said
 
 
+def test_moments_in_8_bits_need_a_gpu() -> None:
+    said = engines.hf.unsupported(make_workload(LLAMA, FULL), parse(engines.hf.Knobs, {**KNOBS, "optimizer": "adamw_8bit"}), CPU)
+    assert said == "optimizer=adamw_8bit is bitsandbytes' code for GPUs; use optimizer=adamw"
+
+
 def test_other_knobs_have_names_of_their_own() -> None:
     changed: list[dict[str, Any]] = [
         {}, {"kernels": "liger"}, {"compile": True}, {"layout": "packed"}, {"attention": "eager"}, {"adapter_compute": "direct"},
         {"adapter_compute": "float32"}, {"recompute": "full"}, {"kernels": "liger", "recompute": "full"},
+        {"optimizer": "adamw_8bit", "kernels": "liger"},
     ]  # fmt: skip
     assert [engines.hf.variant(parse(engines.hf.Knobs, {**KNOBS, **one})) for one in changed] == [
-        "default", "liger", "compile", "packed", "eager", "adapters-direct", "adapters-float32", "ckpt", "liger+ckpt",
+        "default", "liger", "compile", "packed", "eager", "adapters-direct", "adapters-float32", "ckpt", "liger+ckpt", "liger+adamw8bit",
     ]  # fmt: skip
 
 
@@ -221,6 +227,7 @@ def test_other_knobs_have_names_of_their_own() -> None:
         ({"kernels": "liger"}, {"model_type": "falcon"}, LORA, "Liger has no kernels for model_type 'falcon'"),
         ({"attention": "varlen", "compute_dtype": "float32"}, LLAMA, LORA, "attention=varlen computes in 16 bits only"),
         ({"attention": "flash_attention_3"}, LLAMA, LORA, "pip install flash-attn-3"),
+        *([] if importlib.util.find_spec("bitsandbytes") else [({"optimizer": "adamw_8bit"}, LLAMA, FULL, "pip install bitsandbytes")]),
     ],
 )
 def test_what_cannot_go_together_on_a_gpu(

@@ -116,6 +116,17 @@ def test_full_fine_tuning(tmp_path: Path, knobs: dict[str, Any]) -> None:
     assert found.grad_norms == pytest.approx(truth.grad_norms, rel=5e-2)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="pip install bitsandbytes")
+def test_moments_in_8_bits_follow_those_in_32(tmp_path: Path) -> None:
+    """In float32, so that nothing else rounds; embedding and head have more than 4,096 values, below which it keeps 32 bits."""
+    job = make_job(tmp_path, method=FULL, steps=12, learning_rate=1e-3)
+    exact = {"compute_dtype": "float32"}
+    plain, eight = run(job, "plain", **exact), run(job, "eight", **exact, optimizer="adamw_8bit")
+    assert eight.losses[0] == plain.losses[0]
+    assert eight.losses[-1] != plain.losses[-1]
+    assert eight.losses == pytest.approx(plain.losses, abs=0.02)
+
+
 @pytest.mark.parametrize(
     "knobs",
     [

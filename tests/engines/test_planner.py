@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 
 import engines.fused
 from engines.native.bench import model_shape
+from engines.native.budget import choice_within, plans_for
 from engines.native.durations import Durations
 from engines.native.footprint import Load, MemoryModel, Ranks
-from engines.native.fp8 import Mode
+from engines.native.fp8_reasons import Mode
 from engines.native.host import Host, usable_bytes
 from engines.native.plan import KEEP_ALL, KEEP_INPUT, MOVABLE, Names, Plan
 from engines.native.planner import Choice, choose
 from engines.native.shape import LlamaShape
+from engines.native.store import OptimizerState, Store, Training
 from harness.errors import UnsupportedError
 from harness.spec import parse
 from tests.engines.allocations import meta_decoder, transient_bytes
@@ -89,6 +91,38 @@ def test_predicts_the_live_bytes_of_the_fused_operations(monkeypatch: pytest.Mon
     model, decoder = MemoryModel(shape, Ranks(PADDED, PADDED, PADDED, PADDED), load, 0, 2), meta_decoder(shape)
     for plans in ([plan] * 5, [plan, plan, KEEP_ALL, plan, KEEP_INPUT]):
         assert model.peak(plans) == pytest.approx(transient_bytes(decoder, load, plans), rel=0.01)
+
+
+@pytest.mark.parametrize("state", ["fp32", "int8"])
+@pytest.mark.parametrize("plan", [KEEP_ALL, KEEP_INPUT, PLANS["again"]], ids=["all", "input", "again"])
+def test_predicts_the_live_bytes_of_a_full_fine_tune(plan: Plan, state: OptimizerState) -> None:
+    """All buffers of weights and gradients are there before; what is made besides has no thin parts."""
+    shape = model_shape("llama3_8b", 5)
+    load, decoder = Load(8192, 2048, 8188, 2048), meta_decoder(shape, training=Training(state, in_backward=True))
+    model = replace(MemoryModel.of(shape, decoder.weights, load), static=0)
+    assert model.ranks == Ranks(0, 0, 0, 0)
+    assert model.peak([plan] * 5) == pytest.approx(transient_bytes(decoder, load, [plan] * 5), rel=0.01)
+
+
+FULL_BYTES = {("fp32", True): 14, ("fp32", False): 18, ("int8", True): 4, ("int8", False): 8}  # a trained value, scales and scratch apart
+
+
+@pytest.mark.parametrize(("state", "in_backward"), FULL_BYTES)
+def test_an_8b_full_fine_tune_fits_one_80_gb_card_with_8_bit_moments_only(state: OptimizerState, in_backward: bool) -> None:
+    shape = model_shape("llama3_8b", None)
+    weights = meta_decoder(shape, training=Training(state, in_backward=in_backward)).weights
+    assert isinstance(weights.arena, Store)
+    model = MemoryModel.of(shape, weights, Load(8192, 2048, 8188, 2048))
+    values = len(weights.arena.values)
+    assert values == pytest.approx(8.03e9, rel=1e-3)
+    scratch = 4 * (128256 * 4096 + 218.2e6) if in_backward else 0
+    assert model.static == pytest.approx(FULL_BYTES[state, in_backward] * values + scratch, rel=0.02)
+    if state == "fp32":
+        with pytest.raises(UnsupportedError, match="needs at least"):
+            choose(model, 75 * GIB, 0)
+        return
+    choice = choose(model, 75 * GIB, 64 * GIB)
+    assert in_backward == (choice.plans == (KEEP_ALL,) * 32)
 
 
 def seconds_of(model: MemoryModel, choice: Choice) -> float:
@@ -179,11 +213,11 @@ def test_nothing_that_fits_is_said_with_what_would() -> None:
 
 def test_a_host_with_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama3_8b", 4, 2048)
-    monkeypatch.setattr("engines.native.host.usable_bytes", lambda: 3.0 * GIB)
+    monkeypatch.setattr("engines.native.budget.usable_bytes", lambda: 3.0 * GIB)
     with pytest.warns(RuntimeWarning, match=r"\d\.\d GiB would be offloaded, but only 3\.0 GiB"):
-        choice = engines.fused._choice(model, 24 * GIB, offload=True, processes=1)
+        choice = choice_within(model, 24 * GIB, offload=True, processes=1)
     assert 0 < choice.host_bytes <= 3 * GIB
-    assert engines.fused._choice(model, 24 * GIB, offload=False, processes=1).host_bytes == 0
+    assert choice_within(model, 24 * GIB, offload=False, processes=1).host_bytes == 0
 
 
 def test_the_host_has_memory() -> None:
@@ -208,7 +242,7 @@ def test_a_budget_changes_no_loss(tmp_path: Path, family: str) -> None:
     for _ in range(20):  # the smallest budget that fits
         middle = (low * high) ** 0.5
         try:
-            engines.fused._plans(replace(job, device="cpu"), *_loaded(job, middle))
+            plans_for(replace(job, device="cpu"), *_loaded(job, middle))
             high = middle
         except UnsupportedError:
             low = middle
@@ -220,8 +254,8 @@ def test_a_budget_changes_no_loss(tmp_path: Path, family: str) -> None:
 
 def _loaded(job: Any, memory_gib: float) -> tuple[Any, ...]:
     knobs = parse(engines.fused.Knobs, {**KNOBS, "recompute": "fit", "memory_gib": memory_gib})
-    _, _, native, _ = engines.fused._load(job, parse(engines.fused.Knobs, KNOBS))
-    return knobs, native.shape, native.weights
+    _, _, native, shares, _ = engines.fused._load(job, parse(engines.fused.Knobs, KNOBS), 0)
+    return knobs, native.shape, native.weights, shares
 
 
 def test_a_budget_needs_the_plan_that_reads_it() -> None:

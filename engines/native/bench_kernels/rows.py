@@ -16,6 +16,7 @@ from engines.native.bench import SCHEDULE
 from engines.native.bench_kernels import liger
 from engines.native.bench_kernels.attention import attention_rows
 from engines.native.bench_kernels.fp8 import fp8_rows
+from engines.native.bench_kernels.full import FULL_ROWS
 from engines.native.bench_kernels.setting import Call, Row, Setting, bare, by, restore
 from engines.native.kernels.adamw import FlatAdamW
 from engines.native.kernels.cross_entropy import cross_entropy_
@@ -254,6 +255,7 @@ ROWS: Mapping[str, Callable[[Setting], Row]] = {
     "outer_dB": _outer_up,
     "adamw": _adamw,
     "decode_nf4": _decode_nf4,
+    **FULL_ROWS,
     **attention_rows(),
     **fp8_rows(),
 }
