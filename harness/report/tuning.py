@@ -42,8 +42,8 @@ def tuning(found: Tuned) -> Tuning:
     ruled = ", ".join(f"{count} {kind}" for kind, count in sorted(found.ruled_out.items())) or "none"
     bound = "nothing was left" if found.bound_seconds is None else f"what was left cannot take less than {found.bound_seconds:,.0f} s"
     facts = (
-        f"best: {found.engine} {knobs}: {found.total_seconds:,.0f} s for {found.planned_steps} steps, start-up {found.startup_seconds:.1f} s, "
-        f"{found.step_seconds:.4g} s a step",
+        f"best: {found.engine} {knobs}: {found.total_seconds:,.0f} s for {found.planned_steps} steps, "
+        f"start-up {found.startup_seconds:.1f} s, {found.step_seconds:.4g} s a step",
         f"parity: {found.parity}",
         f"stopped after {len(found.trials)} runs, {found.spent_seconds / 60:.1f}{budget} minutes: {found.stopped}",
         f"of {found.num_candidates} candidates ruled out: {ruled}; {bound}, by its optimistic bound",
@@ -73,34 +73,22 @@ def _tried(found: Tuned) -> Table:
             _seconds(trial.predicted_seconds),
             "" if trial.step_seconds is None else f"{trial.step_seconds:.4g}",
             "" if trial.startup_seconds is None else f"{trial.startup_seconds:.1f}",
-            "" if trial.peak_bytes is None else f"{trial.peak_bytes / GIB:.2f}",
-            f"{trial.predicted_bytes / GIB:.2f}",
+            _gib(trial.peak_bytes),
+            _gib(trial.predicted_bytes),
             "yes" if trial in best else "",
             trial.reason or "",
         )
         for trial in found.trials
     )
-    head = (
-        "candidate",
-        "steps",
-        "planned run, s",
-        "predicted before",
-        "s a step",
-        "start-up s",
-        "peak GiB",
-        "predicted before",
-        "front",
-        "why not",
-    )
+    times, sizes = ("planned run, s", "predicted before", "s a step", "start-up s"), ("peak GiB", "predicted before")
+    head = ("candidate", "steps", *times, *sizes, "front", "why not")
     return Table("Tried, in this order", head, rows)
 
 
 def _untried(found: Tuned) -> Table:
-    rows = tuple(
-        (one.title, _seconds(one.total_seconds), _seconds(one.least_seconds), f"{one.peak_bytes / GIB:.2f}", one.why)
-        for one in found.predicted
-    )
-    return Table("Not measured, the most promising first", ("candidate", "predicted s", "at best", "predicted GiB", "why not tried"), rows)
+    rows = [(one.title, _seconds(one.total_seconds), _seconds(one.least_seconds), _gib(one.peak_bytes), one.why) for one in found.predicted]
+    head = ("candidate", "predicted s", "at best", "predicted GiB", "why not tried")
+    return Table("Not measured, the most promising first", head, tuple(rows))
 
 
 def _plots(found: Tuned) -> list[Plot]:
@@ -120,10 +108,10 @@ def _speed_and_memory(held: Sequence[Trial], found: Tuned) -> Plot:
     marks = [
         Mark(trial.total_seconds or 0.0, (trial.peak_bytes or 0.0) / GIB, _MEASURED, "circle", f"measured: {trial.title}") for trial in held
     ]
-    said = ", ".join(
-        f"{trial.title} {_seconds(trial.total_seconds)} s in {(trial.peak_bytes or 0.0) / GIB:.1f} GiB" for trial in front(held)
+    best = [f"{trial.title} {_seconds(trial.total_seconds)} s in {_gib(trial.peak_bytes)} GiB" for trial in front(held)]
+    svg = chart(
+        Axis("planned run, s"), Axis("peak GiB", zero=True), [*guesses, *marks], f"Time against memory; the front: {', '.join(best)}"
     )
-    svg = chart(Axis("planned run, s"), Axis("peak GiB", zero=True), [*guesses, *marks], f"Time against memory; the front: {said}")
     return Plot("The planned run against peak memory: measured (circles) and predicted only (diamonds)", Markup(svg))
 
 
@@ -132,12 +120,16 @@ def _foretold(ran: Sequence[Trial]) -> Plot:
     ends = (min(values), max(values))
     equal = Line([(ends[0], ends[0]), (ends[1], ends[1])], "currentColor", "as predicted", 1.0, dashed=True)
     marks = [Mark(trial.predicted_seconds, trial.total_seconds or 0.0, _MEASURED, "circle", trial.title) for trial in ran]
-    said = ", ".join(
-        f"{trial.title}: predicted {_seconds(trial.predicted_seconds)}, measured {_seconds(trial.total_seconds)}" for trial in ran
+    pairs = [f"{trial.title}: predicted {_seconds(trial.predicted_seconds)}, measured {_seconds(trial.total_seconds)}" for trial in ran]
+    svg = chart(
+        Axis("predicted before, s"), Axis("measured, s"), [equal, *marks], f"Predicted against measured seconds; {', '.join(pairs)}"
     )
-    svg = chart(Axis("predicted before, s"), Axis("measured, s"), [equal, *marks], f"Predicted against measured seconds; {said}")
     return Plot("The planned run: predicted before it was tried, and measured", Markup(svg))
 
 
 def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
+
+
+def _gib(size: float | None) -> str:
+    return "" if size is None else f"{size / GIB:.2f}"

@@ -25,7 +25,8 @@ def found() -> Tuned:
     return Tuned(
         machine=GPU.key, memory_cap_gib=None, workload=workload().label, planned_steps=200, samples_per_step=16, engine="fused",
         knobs={"micro_batch": 4, "recompute": "fit"}, total_seconds=88.0, step_seconds=0.34, startup_seconds=20.0, peak_bytes=9.0 * 2**30,
-        parity="same: fp32", bound_seconds=87.5, stopped="nothing left can take less than 87.5 s", spent_seconds=240.0, budget_seconds=1200.0,
+        parity="same: fp32", bound_seconds=87.5, stopped="nothing left can take less than 87.5 s",
+        spent_seconds=240.0, budget_seconds=1200.0,
         num_candidates=120, ruled_out={"may not fit": 31}, left_out=("unsloth: not installed",), tuned_utc="2026-11-27T02:00:00+00:00",
         commit="0123456789abcdef",
         trials=(trial("lean", 120.0, 5.0), trial("fast", 88.0, 9.0), trial("beaten", 130.0, 9.5), trial("large", None, None, status="oom")),
