@@ -33,10 +33,10 @@ _QUIET_NAN = 0x7FC0
 def encode(x: Tensor, top: int, noise: Tensor | float = 0.5) -> Tensor:
     """The number of a level near ``x`` in [0, 1], int32; ``noise`` in [0, 1): one half rounds to the nearest, random noise at random."""
     wide = x.double()
-    powers = torch.arange(1, top + 1, device=x.device, dtype=torch.float64)
-    segment = (wide.unsqueeze(-1) <= 8.0**-powers).sum(-1)
-    count = torch.exp2(top - segment.double())
-    y = wide * torch.exp2(3 * segment.double())
+    limits = 1.0 / _power_of_two(3 * torch.arange(1, top + 1, device=x.device))
+    segment = (wide.unsqueeze(-1) <= limits).sum(-1)
+    count = _power_of_two(top - segment)
+    y = wide * _power_of_two(3 * segment)
     steps = torch.where(segment == top, y, (y - 0.125) * (8 / 7) * count).clamp_min(0)
     return (count - 1 + torch.floor(steps + noise)).clamp_max(2.0 ** (top + 1) - 1).to(torch.int32)
 
@@ -44,10 +44,15 @@ def encode(x: Tensor, top: int, noise: Tensor | float = 0.5) -> Tensor:
 def decode(code: Tensor, top: int) -> Tensor:
     """The level of each number, float64."""
     wide = code.double()
-    exponent = torch.floor(torch.log2(wide.clamp_min(1)))
-    count = torch.exp2(exponent)
-    level = torch.exp2(-3 * (top - exponent)) * (0.125 + 0.875 * (wide - count + 1) / count)
+    exponent = torch.frexp(code.clamp_min(1).float()).exponent.long() - 1
+    count = _power_of_two(exponent)
+    level = (0.125 + 0.875 * (wide - count + 1) / count) / _power_of_two(3 * (top - exponent))
     return torch.where(code == 0, 0.0, level)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2 to whole numbers >= 0, exactly: a GPU's exp2 and log2 may be a rounding off, which another level begins with."""
+    return (torch.ones_like(exponent, dtype=torch.int64) << exponent).double()
 
 
 def random_words(group: Tensor, step: int, seed: int, rounds: int = ROUNDS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -114,7 +119,7 @@ def _scaled(values: Tensor) -> tuple[Tensor, Tensor]:
     largest = blocks.abs().amax(1)  # of torch: not a number if one of them is none
     largest = torch.where(largest < LEAST, 0.0, largest)
     scaled = blocks / torch.where(largest == 0, 1.0, largest).unsqueeze(1)
-    return torch.where((scaled.abs() <= 1) & (largest > 0).unsqueeze(1), scaled, 0.0), largest
+    return torch.where(scaled.isnan() | (largest == 0).unsqueeze(1), 0.0, scaled.clamp(-1, 1)), largest
 
 
 class PlainEightBit:

@@ -209,6 +209,20 @@ def test_nothing_comes_of_nothing_and_not_a_number_of_itself(rule: type) -> None
 
 
 @pytest.mark.parametrize("rule", EIGHT_BIT)
+def test_the_largest_of_a_block_is_kept_as_it_is(rule: type) -> None:
+    """Over itself it may come out as a little more than 1: it must not be lost for that."""
+    count = 64 * BLOCK
+    optimizer, gradient = rule(torch.zeros(count, device=DEVICE).bfloat16(), SCHEDULE), random(count)
+    optimizer.update(whole(count), gradient, scalars(0))
+    place = gradient.view(64, BLOCK).abs().argmax(1)
+    assert (optimizer.state.first.view(64, BLOCK)[range(64), place].abs() == 127).all()
+    assert (optimizer.state.second.view(64, BLOCK)[range(64), place] >= 254).all()
+    first, root = optimizer.state.moments(whole(count))
+    torch.testing.assert_close(first.view(64, BLOCK)[range(64), place], 0.1 * gradient.view(64, BLOCK)[range(64), place])
+    assert root.isfinite().all()
+
+
+@pytest.mark.parametrize("rule", EIGHT_BIT)
 def test_a_large_neighbour_leaves_no_update_divided_by_zero(rule: type) -> None:
     weights = torch.zeros(BLOCK, device=DEVICE).bfloat16()
     optimizer, gradient = rule(weights, SCHEDULE), torch.full((BLOCK,), 1e-9, device=DEVICE)

@@ -80,8 +80,9 @@ def _scaled(values, LOWEST: tl.constexpr):
     broken = tl.max((values != values).to(tl.int32), axis=1) > 0
     largest = tl.max(tl.where(values == values, tl.abs(values), 0.0), axis=1)
     largest = tl.where(largest < LOWEST, 0.0, largest)
-    scaled = values / tl.where(largest > 0.0, largest, 1.0)[:, None]
-    scaled = tl.where((tl.abs(scaled) <= 1.0) & (largest > 0.0)[:, None], scaled, 0.0)
+    scaled = values * tl.where(largest > 0.0, 1.0 / tl.where(largest > 0.0, largest, 1.0), 0.0)[:, None]
+    # Rounding may take the largest itself beyond 1: it is cut off there, and only what is no number becomes 0.
+    scaled = tl.where(scaled == scaled, tl.minimum(tl.maximum(scaled, -1.0), 1.0), 0.0)
     return scaled, tl.where(broken, float("nan"), largest)
 
 
@@ -120,7 +121,7 @@ def _adamw_eight_bit(
     r *= tl.load(second_scale + blocks, mask=there, other=0.0)[:, None]
     r = tl.sqrt(r * r * beta2 + g * g * (1.0 - beta2))
     p = (tl.load(weights + place, mask=inside, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    p = p * (1.0 - learning_rate * weight_decay) - learning_rate / c1 * m / (r / tl.sqrt(c2) + epsilon)
+    p = p * (1.0 - learning_rate * weight_decay) - (learning_rate / c1) * m / (r * (1.0 / tl.sqrt(c2)) + epsilon)
     bits = _random_bits(blocks, tl.load(scalars + 5), seed, BLOCKS, BLOCK, ROUNDS).to(tl.int32, bitcast=True)
     rounded = (p.to(tl.int32, bitcast=True) + (bits & 0xFFFF)) >> 16
     tl.store(weights + place, tl.where(p != p, 0x7FC0, rounded).to(tl.int16), mask=inside)
