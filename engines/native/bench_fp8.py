@@ -70,7 +70,7 @@ def _product(name: str, tokens: int, rows: int, columns: int, room: int) -> tupl
     write_tail(made, up)
     codes, scales = quantise_wide(wide, columns)
     right = torch.cat([weight, up], dim=1)
-    _check(name, lambda part: _scaled(codes[part], scales[part], made), wide, right)
+    _check(name, lambda part: _scaled(codes[part], scales[part].clone(), made), wide, right)
     bf16 = _time(lambda: wide[:, :columns] @ weight.t())
     inside = _time(lambda: _scaled(codes, scales, made))
     plain_codes, plain = codes[:, :columns].contiguous(), Fp8Rows.of(weight, 0)

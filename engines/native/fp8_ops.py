@@ -19,6 +19,8 @@ from engines.native.kernels.launching import MAX_ROW
 from engines.native.ops import Input, Normed
 from engines.native.weights import Linear, Weight
 
+_ALIGNMENT = 16
+
 
 def norm(x_TH: Tensor, delta_TH: Tensor | None, weight: Weight, epsilon: float, linear: Linear) -> Normed:
     """The sum, its RMSNorm and that rounded, in one kernel; the unrounded one lives until x A^T is made."""
@@ -70,7 +72,12 @@ def _with_low(x_TK: Tensor, codes: Tensor, scales_T: Tensor, linear: Linear) -> 
 
 
 def _product(codes: Tensor, scales_T: Tensor, rows: Fp8Rows, num_rows: int) -> Tensor:
-    """[T, M] in bf16; sums are kept in the tensor cores' own precision (fast accumulation)."""
+    """[T, M] in bf16; sums are kept in the tensor cores' own precision (fast accumulation).
+
+    cuBLAS takes no scales that begin between sixteens of bytes (CUBLAS_STATUS_NOT_SUPPORTED), as those of some of the rows may.
+    """
+    if scales_T.data_ptr() % _ALIGNMENT:
+        scales_T = scales_T.clone()
     made: Tensor = torch._scaled_mm(
         codes, rows.codes[:num_rows].t(), scales_T.unsqueeze(1), rows.scales[:num_rows].unsqueeze(0), out_dtype=torch.bfloat16,
         use_fast_accum=True,
