@@ -17,7 +17,7 @@ from tests.engines.oracle import DEVICE, EPSILON, GPU, INTERPRETED, random
 from tests.engines.test_fp8 import MODES
 
 pytestmark = [INTERPRETED, pytest.mark.skipif(GPU, reason="tests/engines/test_fp8_gpu.py has the real products")]
-TOKENS, RANKS = 5, 16
+TOKENS, RANKS = 19, 16
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +27,7 @@ def _product_of_codes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert b.stride(0) == 1
         assert scale_a.shape == (len(a), 1)
         assert scale_a.data_ptr() % 16 == 0
+        assert len(a) % 16 == 0
         assert scale_b.shape == (1, b.shape[1])
         assert not any(size % 16 for size in b.shape)
         return (a.float() @ b.float()) * scale_a * scale_b
