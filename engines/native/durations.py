@@ -14,8 +14,8 @@ from engines.native.plan import Name, Plan
 # What an H100 does a second: products, passes over memory, copies to the host and back (docs/engine.md).
 _FLOPS, _BYTES = 680e12, 2.8e12
 _OUTWARD, _INWARD = 51e9, 54e9
-# 8-bit products by their time in bf16 (8,192 tokens, fast accumulation: 1.8 to 2.0), and rounding their input first, read and written.
-_FP8_SPEED, _FP8_PASSES = 1.85, 1.5
+# 8-bit products beside their time in bf16 (H100, in whole steps of 8B; alone 1.8 to 2.0), and rounding their input first, read and written.
+_FP8_SPEED, _FP8_PASSES = 1.6, 1.5
 _CHAIN: tuple[Name, ...] = ("heads", "attended", "middle")  # each is made from the one before
 _ATTENTION_BACKWARD = 4.0  # times the forward pass (cuDNN, 0.26 and 0.98 ms at 4 x 2,048)
 # Guesses that stand for launches, tails of short products and joining: not measured.

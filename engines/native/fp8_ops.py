@@ -18,6 +18,9 @@ from engines.native.kernels.fp8_inputs import rms_norm_codes, swiglu_codes
 from engines.native.kernels.launching import MAX_ROW
 from engines.native.ops import Input, Normed
 from engines.native.weights import Linear, Weight
+from harness.fp8 import CODE
+
+_ALIGNMENT = 16
 
 
 def norm(x_TH: Tensor, delta_TH: Tensor | None, weight: Weight, epsilon: float, linear: Linear) -> Normed:
@@ -70,12 +73,26 @@ def _with_low(x_TK: Tensor, codes: Tensor, scales_T: Tensor, linear: Linear) -> 
 
 
 def _product(codes: Tensor, scales_T: Tensor, rows: Fp8Rows, num_rows: int) -> Tensor:
-    """[T, M] in bf16; sums are kept in the tensor cores' own precision (fast accumulation)."""
+    """[T, M] in bf16; sums are kept in the tensor cores' own precision (fast accumulation).
+
+    cuBLAS refused the last 37 of 8,192 rows (CUBLAS_STATUS_NOT_SUPPORTED, m 6,192, k 4,240), though it took 37 rows alone at smaller
+    sizes: so neither odd counts nor scales that begin between sixteens of bytes are given to it.
+    """
+    count = len(codes)
+    if count % _ALIGNMENT or scales_T.data_ptr() % _ALIGNMENT:
+        codes, scales_T = _filled_up(codes.view(torch.uint8)).view(CODE), _filled_up(scales_T)
     made: Tensor = torch._scaled_mm(
         codes, rows.codes[:num_rows].t(), scales_T.unsqueeze(1), rows.scales[:num_rows].unsqueeze(0), out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )  # fmt: skip
-    return made
+    return made[:count]
+
+
+def _filled_up(x: Tensor) -> Tensor:
+    """A copy with rows of zeros behind, so that there are whole sixteens."""
+    filled = x.new_zeros(-(-len(x) // _ALIGNMENT) * _ALIGNMENT, *x.shape[1:])
+    filled[: len(x)] = x
+    return filled
 
 
 FUSED_FP8 = replace(FUSED, norm=norm, swiglu=swiglu, linear=linear, fill=fill, input_gradient=input_gradient)

@@ -74,8 +74,9 @@ def test_weights_are_split_and_decoded(rows: int, columns: int, room: int, turne
 def test_the_split_keeps_an_adapter(size: float, dtype: torch.dtype) -> None:
     """One product of codes is s x A^T B^T within one part in a hundred, from the first steps' B to one as large as its weight."""
     tokens, outputs, columns, ranks = 6, 5, 32, 16
-    x, low = random(tokens, columns, dtype=dtype), 0.5 * random(tokens, ranks, dtype=dtype)
-    weight, up = 0.1 * random(outputs, columns), (size * random(outputs, ranks)).to(dtype)
+    sizes = ((tokens, columns), (tokens, ranks), (outputs, columns), (outputs, ranks))
+    x, low, weight, up = (torch.randn(each).to(DEVICE) for each in sizes)  # the same on every device
+    x, low, weight, up = x.to(dtype), (0.5 * low).to(dtype), 0.1 * weight, (size * up).to(dtype)
     made = Fp8Rows.of(weight, ranks)
     write_tail(made, up)
     codes, scales = quantise_wide(torch.cat([x, low], dim=1), columns)

@@ -191,6 +191,21 @@ def test_seconds_are_near_what_was_measured(name: str, rate: float, again: tuple
     assert durations.step([durations.layer(plan) for plan in plans], 2048) == pytest.approx(8192 / rate, rel=0.06)
 
 
+# docs/engine.md, an H100, everything kept.
+@pytest.mark.parametrize(
+    ("name", "mode", "milliseconds"),
+    [
+        ("llama3_8b", "forward", 422.3),
+        ("llama3_8b", "forward_and_input_gradients", 363.8),
+        ("llama3_1b", "forward_and_input_gradients", 80.9),
+    ],
+)
+def test_seconds_in_8_bits_are_near_what_was_measured(name: str, mode: Mode, milliseconds: float) -> None:
+    durations = Durations(replace(model_of(name, 4, 2048), fp8=mode))
+    layers = [durations.layer(KEEP_ALL)] * durations.memory.shape.num_layers
+    assert durations.step(layers, 2048) == pytest.approx(milliseconds / 1000, rel=0.06)
+
+
 def test_a_copy_costs_what_the_computation_does_not_hide() -> None:
     durations = Durations(model_of("llama3_8b", 4, 2048))
     away, kept = durations.layer(PLANS["attention_away"]), durations.layer(Plan(SMALL | {"input", "heads", "attended"}))
