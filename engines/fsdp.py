@@ -59,7 +59,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     reasons += attention_reasons(
         layout=knobs.layout, attention=knobs.attention, compute_dtype=knobs.compute_dtype, device=machine.device, config=config
     )
-    reasons += variant_reasons(workload, rank_stabilised=True, ratio=False)
+    reasons += variant_reasons(workload, rank_stabilised=True, ratio=True)
     if knobs.offload == "cpu" and knobs.strategy == "replicate":
         reasons.append("offload=cpu moves shards, strategy=replicate has none; set strategy=full_shard or offload=none")
     if knobs.compile and knobs.strategy != "replicate":
@@ -126,14 +126,14 @@ class _Trained:
     """``rank_loop.Trained`` by torch's own means."""
 
     def __init__(self, model: Any, job: Job, knobs: Knobs) -> None:
-        from engines.native.plain_loop import adamw
+        from engines.native.plain_loop import adamw, groups
         from engines.native.sharding import Bucket
 
         self._model, self._knobs, self._device, self._schedule = model, knobs, job.device, job.workload.train
         # Adapters are small: reduced once a step. All weights are not: only their shards' gradients are kept.
         self._reduced_last = knobs.strategy != "replicate" and isinstance(job.workload.method, Lora)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._optimizer = adamw(self._parameters, self._schedule, self._parameters[0].device.type)
+        self._optimizer = adamw(groups(model, job.workload.method), self._schedule, self._parameters[0].device.type)
         self._bucket = Bucket(self._parameters) if knobs.strategy == "replicate" else None
 
     def accumulate(self, given: dict[str, Any], *, last: bool) -> Tensor:

@@ -81,7 +81,7 @@ def update(optimizer: torch.optim.AdamW, parameters: list[nn.Parameter], schedul
     if schedule.max_grad_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, schedule.max_grad_norm, norm)
     for group in optimizer.param_groups:
-        group["lr"] = schedule.learning_rate_at(index)
+        group["lr"] = schedule.learning_rate_at(index) * group.get("ratio", 1.0)
     optimizer.step()
     assert isinstance(norm, Tensor)
     return norm
