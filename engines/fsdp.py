@@ -28,7 +28,8 @@ class Knobs(Spec):
 
     micro_batch: Positive
     layout: Literal["padded", "packed"]
-    strategy: Literal["replicate", "shard_grad", "full_shard"]
+    strategy: Literal["replicate", "shard_grad", "full_shard", "hybrid"]
+    shard_ranks: Positive | None
     offload: Literal["none", "cpu"]
     recompute: Literal["none", "full"]
     attention: Literal["sdpa", "eager", "varlen"]
@@ -40,7 +41,7 @@ class Knobs(Spec):
 def variant(knobs: Knobs) -> str:
     """The strategy, and what differs from transformers and PEFT as they come: ``replicate``, ``full_shard+offload+ckpt``."""
     names = [
-        knobs.strategy,
+        knobs.strategy if knobs.shard_ranks is None else f"{knobs.strategy}-{knobs.shard_ranks}",
         "offload" if knobs.offload == "cpu" else "",
         knobs.layout if knobs.layout == "packed" else "",
         knobs.attention if knobs.attention != "sdpa" else "",
@@ -66,8 +67,10 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
         reasons.append(
             f"compile=true has not been tried on sharded layers (strategy={knobs.strategy}); set compile=false or strategy=replicate"
         )
+    if (knobs.strategy == "hybrid") is not (knobs.shard_ranks is not None):
+        reasons.append("strategy=hybrid needs shard_ranks, the ranks that share one copy of the weights, and no other strategy has it")
     if machine.device == "cuda":
-        reasons += share_reasons(workload, machine.count)
+        reasons += share_reasons(workload, machine.count) + _copies_reasons(knobs, machine.count)
     return "; ".join(reasons) or None
 
 
@@ -85,7 +88,7 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     from engines.native.ranks import process_group
     from engines.native.sharding import gathered
 
-    if reasons := share_reasons(job.workload, job.processes):
+    if reasons := share_reasons(job.workload, job.processes) + _copies_reasons(knobs, job.processes):
         raise UnsupportedError("; ".join(reasons))
     with process_group(job.device, job.processes):
         torch.manual_seed(job.workload.train.seed)
@@ -94,6 +97,12 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
         _spread(model, job, knobs)
         rank_loop.train_steps(_Trained(model, job, knobs), cost, job, knobs, probe)
         rank_loop.save(model, job, lambda: gathered(model, trained_only=isinstance(job.workload.method, Lora)))
+
+
+def _copies_reasons(knobs: Knobs, processes: int) -> list[str]:
+    if knobs.shard_ranks is None or processes % knobs.shard_ranks == 0:
+        return []
+    return [f"shard_ranks={knobs.shard_ranks} does not divide {processes} processes into groups; use a divisor"]
 
 
 def _spread(model: Any, job: Job, knobs: Knobs) -> None:
@@ -109,7 +118,14 @@ def _spread(model: Any, job: Job, knobs: Knobs) -> None:
     if knobs.compile:
         compile_layers(model, with_loss=True, shapes_vary=len(np.unique(np.diff(job.tokens.train.offsets))) > 1)
     if knobs.strategy != "replicate":
-        shard(model, job.device, reshard=knobs.strategy == "full_shard", compute=_gathered_as(job, knobs), offload=knobs.offload == "cpu")
+        shard(
+            model,
+            job.device,
+            reshard=knobs.strategy != "shard_grad",
+            compute=_gathered_as(job, knobs),
+            offload=knobs.offload == "cpu",
+            over=knobs.shard_ranks,
+        )
     if knobs.layout == "packed":
         rank_loop.expect_documents_apart(model, knobs, job.device)
         give_back(model)
