@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from engines.native.forecast import footprint as footprint
 from engines.native.fp8_reasons import check_device, size_reasons
 from engines.native.hf_reasons import share_reasons
 from engines.native.lora_variants import variant_reasons
 from harness.data.tokens import StepTokens
-from harness.engine import Chosen, Footprint, Job, Machine, Probe
+from harness.engine import Chosen, Job, Machine, Probe
 from harness.errors import UnsupportedError
 from harness.spec import Lora, LoraFp8, Positive, Spec, Workload
 
@@ -62,23 +61,6 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
 def recomputed_fraction(workload: Workload, knobs: Knobs) -> float | None:
     """Of the layers' forward pass, what the backward pass does again; null where it is planned only once the weights are loaded."""
     return 0.0 if knobs.recompute == "none" else None
-
-
-def footprint(
-    workload: Workload, config: Mapping[str, Any], knobs: Knobs, capacity_bytes: float | None, tokens: int, longest: int
-) -> Footprint | None:
-    """What the planner expects of a pass on a GPU, every token supervised; None on a CPU, and where all weights are trained."""
-    if knobs.operations != "fused" or capacity_bytes is None or not isinstance(workload.method, Lora):
-        return None
-    from engines.native.footprint import Load  # free of torch, as all of these
-    from engines.native.forecast import forecast
-    from engines.native.plan import USABLE
-    from engines.native.shape import read_shape
-
-    budget = knobs.memory_gib * 2**30 if knobs.memory_gib else USABLE * capacity_bytes
-    load = Load(tokens, longest, tokens, knobs.loss_chunk)
-    shape, host = read_shape(config, workload.data.sequence_length), math.inf if knobs.offload else 0.0
-    return forecast(shape, workload.method, load, recompute=knobs.recompute, budget_bytes=budget, host_bytes=host)
 
 
 def train(job: Job, knobs: Knobs, probe: Probe) -> None:

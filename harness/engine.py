@@ -178,9 +178,11 @@ def footprint(
     tokens: int,
     longest: int,
 ) -> Footprint | None:
-    """What ``engine`` expects of itself; None when it does not plan its memory, or cannot tell before it has loaded the model."""
-    tell = getattr(engine, "footprint", None)
-    if tell is None:
+    """What ``engine`` expects of itself; None when it does not plan its memory, or cannot tell before it has loaded the model. ``knobs``
+    may be those of an old record: None too where the engine has others today.
+    """
+    tell, today = getattr(engine, "footprint", None), getattr(engine.Knobs, "model_fields", {})
+    if tell is None or set(knobs) != set(today):
         return None
     parsed = parse(engine.Knobs, knobs, at="engine.knobs")
     return cast("Footprint | None", tell(workload, config, parsed, capacity_bytes, tokens, longest))

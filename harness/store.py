@@ -16,13 +16,16 @@ from harness.errors import ConfigError, RecordError, StoreError
 from harness.floor import Floor, FloorKey, Floors
 from harness.record import Record, Score, dumps, loads, loads_score
 from harness.spec import Cell, parse
+from harness.tuned import FOLDER as TUNED
+from harness.tuned import Tuned
+from harness.tuned import read as read_tuned
 from harness.updates import PairKey, UpdatePair, Updates, pair_key
 
 SCORES = "scores"  # <root>/scores/<base>-<tokens>/<adapter or base>.json
 UPDATES = "updates"  # <root>/updates/<start>/<weights>-<weights>.json
 FLOORS = "limits"  # <root>/limits/<machine>/<workload>.json
 # Folders of a root that hold no records of its own; ``checks`` holds those of checks, a root for each tree.
-INTERNAL = ("work", "adapters", "checks", SCORES, UPDATES, FLOORS)
+INTERNAL = ("work", "adapters", "checks", SCORES, UPDATES, FLOORS, TUNED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +40,15 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All that could be read, oldest first, one message for every file that could not, the pairs of updates that were compared, and the
-    floors that were measured.
+    """All that could be read, oldest first, one message for every file that could not, the pairs of updates that were compared, the
+    floors that were measured, and what searches found.
     """
 
     stored: tuple[Stored, ...]
     problems: tuple[str, ...]
     updates: Updates = field(default_factory=dict)
     floors: Floors = field(default_factory=dict)
+    tuned: tuple[Tuned, ...] = ()
 
 
 def save(record: Record, root: Path) -> Path:
@@ -150,7 +154,8 @@ def load(*roots: Path) -> Results:
     stored.sort(key=lambda entry: (entry.record.provenance.started_utc, entry.path))
     updates, unread = _pairs(roots)
     floors, unread_floors = _floors(roots)
-    return Results(tuple(stored), (*problems, *unread, *unread_floors), updates, floors)
+    tuned, unread_tuned = _tuned(roots)
+    return Results(tuple(stored), (*problems, *unread, *unread_floors, *unread_tuned), updates, floors, tuned)
 
 
 def commit_of(tree: Path) -> tuple[str, bool]:
@@ -241,6 +246,16 @@ def _floors(roots: Iterable[Path]) -> tuple[dict[FloorKey, Floor], list[str]]:
             continue
         floors[floor.machine, floor.workload] = floor
     return floors, problems
+
+
+def _tuned(roots: Iterable[Path]) -> tuple[tuple[Tuned, ...], list[str]]:
+    found, problems = [], []
+    for path in (path for root in roots for path in _json_files(root / TUNED, "*/*.yaml")):
+        try:
+            found.append(read_tuned(path))
+        except ConfigError as error:
+            problems.append(f"{TUNED}/{path.parent.name}/{error}")
+    return tuple(found), problems
 
 
 def _join(record: Record, path: str, scores: dict[ScoreKey, Score]) -> Stored:

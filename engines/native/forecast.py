@@ -2,20 +2,61 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
 from engines.native.durations import Durations
 from engines.native.footprint import WORKSPACES, Load, MemoryModel, Ranks
-from engines.native.plan import KEEP_ALL, KEEP_INPUT, Plan
+from engines.native.plan import KEEP_ALL, KEEP_INPUT, USABLE, Plan
 from engines.native.planner import SLACK, Choice, choose, least
-from engines.native.shape import LlamaShape
+from engines.native.shape import LlamaShape, read_shape
 from harness.engine import Footprint
 from harness.errors import UnsupportedError
-from harness.spec import Lora, QLora
+from harness.spec import Lora, LoraFp8, QLora, Workload
 
 _ELEMENT = 2  # bytes of bfloat16
 _NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a value: its code, its share of an 8-bit scale and of that one's scale
 _TRAINED = 16  # bytes of a float32 master, its gradient and two moments
 _MULTIPLE = 64  # of padded ranks on a GPU
 _PARTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+class PlanningKnobs(Protocol):
+    """The knobs of an engine that plans with this shelf."""
+
+    @property
+    def recompute(self) -> str:
+        """fit: by the planner; none; full."""
+
+    @property
+    def memory_gib(self) -> float | None:
+        """The planner's budget; None: all there is."""
+
+    @property
+    def offload(self) -> bool:
+        """Whether tensors may wait in host memory."""
+
+    @property
+    def operations(self) -> str:
+        """fused: on a GPU."""
+
+    @property
+    def loss_chunk(self) -> int:
+        """Rows of logits at one time."""
+
+
+def footprint(
+    workload: Workload, config: Mapping[str, Any], knobs: PlanningKnobs, capacity_bytes: float | None, tokens: int, longest: int
+) -> Footprint | None:
+    """What the planner expects of a pass on a GPU, every token supervised; None on a CPU, for all weights trained and for an 8-bit base."""
+    method = workload.method
+    if knobs.operations != "fused" or capacity_bytes is None or not isinstance(method, Lora) or isinstance(method, LoraFp8):
+        return None
+    budget = knobs.memory_gib * 2**30 if knobs.memory_gib else USABLE * capacity_bytes
+    load = Load(tokens, longest, tokens, knobs.loss_chunk)
+    shape, host = read_shape(config, workload.data.sequence_length), math.inf if knobs.offload else 0.0
+    return forecast(shape, method, load, recompute=knobs.recompute, budget_bytes=budget, host_bytes=host)
 
 
 def forecast(shape: LlamaShape, method: Lora, load: Load, *, recompute: str, budget_bytes: float, host_bytes: float) -> Footprint:

@@ -17,6 +17,7 @@ from harness.report.history import history
 from harness.report.judged import judged
 from harness.report.plots import looks, plots
 from harness.report.reproduce import options
+from harness.report.tuning import tuning
 from harness.report.view import section
 from harness.store import Results
 
@@ -55,6 +56,7 @@ def _content(results: Results, groups: tuple[Group, ...] | None = None) -> dict[
         "sections": [section(group, groups, known, results.floors, plots(group, look), look) for group in groups],
         "problems": results.problems,
         "history": history(results).lines,
+        "tunings": [tuning(found) for found in results.tuned],
         "num_records": len(records),
         "num_machines": len({record.machine.key for record in records}),
         "newest": max((record.provenance.started_utc for record in records), default="none"),

@@ -186,7 +186,8 @@ def _learnt(configs: Mapping[str, Config], known: Known | None) -> list[tuple[Ca
             continue
         facts = replace(dense_facts(workload, int(str(knobs["micro_batch"]))), scale=sized(workload.model.config, workload))
         capacity = ((record.machine.memory_cap_gib or record.machine.memory_gib) - _CONTEXT_GIB) * 2**30
-        facts = with_footprint(facts, load(record.cell.engine), workload, workload.model.config, knobs, capacity)
+        today = {**config.engine.knobs, **knobs}  # a knob that is younger than the record is as it is by default
+        facts = with_footprint(facts, load(record.cell.engine), workload, workload.model.config, today, capacity)
         choices = tuple((knob, json.dumps(knobs[knob])) for knob in config.engine.search)
         found[Candidate(name, choices, facts, _MEASURED + work_of(workload))] = record
     return list(found.items())

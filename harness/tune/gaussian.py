@@ -1,4 +1,4 @@
-"""Parameters with Gaussian priors, corrected by observations of a smooth function of them (Gauss-Newton, Laplace's approximation)."""
+"""Parameters with Gaussian priors, corrected by observations of smooth functions of them (damped Gauss-Newton, Laplace approximation)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ Floats = npt.NDArray[np.floating]
 Function = Callable[[Floats], tuple[Floats, Floats]]
 """From parameters [P] to values [N] and their derivatives [N, P]."""
 
-_ROUNDS = 30
-_CLOSE = 1e-8
+_ROUNDS = 60
+_CLOSE = 1e-6
+_DAMPING = 1e-3  # of the first step (Levenberg-Marquardt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +41,27 @@ def corrected(prior: Gaussian, function: Function, observed: Floats, deviation: 
     if not len(observed):
         return prior
     precision: Floats = np.linalg.inv(prior.covariance)
-    mean: Floats = prior.mean
-    best, information, step = np.inf, precision, np.zeros_like(mean)
-    for _ in range(_ROUNDS):
+
+    def linearised(mean: Floats) -> tuple[float, Floats, Floats]:
+        """The cost, and the equations of the step from here."""
         values, slopes = function(mean)
-        off = observed - values
+        off, away = observed - values, mean - prior.mean
         weight = np.where(at_least & (off <= 0), 0.0, deviation**-2.0)
-        cost = float(off**2 @ weight + (mean - prior.mean) @ precision @ (mean - prior.mean))
-        if cost > best + _CLOSE:  # too far: half the way back
-            step = step / 2
-            mean = mean - step
+        cost = float(off**2 @ weight + away @ precision @ away)
+        return cost, precision + slopes.T @ (weight[:, None] * slopes), slopes.T @ (weight * off) - precision @ away
+
+    mean, damping = prior.mean, _DAMPING
+    cost, information, pull = linearised(mean)
+    for _ in range(_ROUNDS):
+        step = np.linalg.solve(information + damping * np.diag(np.diag(information)), pull)
+        trial = linearised(mean + step)
+        if trial[0] > cost:  # too far for a straight line: a shorter step
+            damping *= 10
             continue
-        best = cost
-        information = precision + slopes.T @ (weight[:, None] * slopes)
-        step = np.linalg.solve(information, slopes.T @ (weight * off) - precision @ (mean - prior.mean))
+        mean, damping = mean + step, damping / 10
+        cost, information, pull = trial
         if np.max(np.abs(step)) < _CLOSE:
             break
-        mean = mean + step
     return Gaussian(mean, np.linalg.inv(information))
 
 

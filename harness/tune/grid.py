@@ -86,6 +86,7 @@ def _grid(records: Sequence[Record], conf: Path) -> Grid:
         by_choice[_choice(record.cell.engine.name, record.cell.engine.knobs, expected)].append(record)
 
     config = workload.model.config or {}
+    defaults = {engine: _plain_knobs(engine, conf) for engine in by_engine}
 
     def facts(name: str, chosen: Mapping[str, Any]) -> Facts | None:
         mine = by_choice.get(_choice(name, chosen, expected))
@@ -93,11 +94,8 @@ def _grid(records: Sequence[Record], conf: Path) -> Grid:
             return None
         spec = mine[0].cell.engine
         plain = dense_facts(workload, int(chosen["micro_batch"]))
-        engine = load(spec)
-        knobs = {knob: value for knob, value in spec.knobs.items() if knob in engine.Knobs.model_fields}
-        if len(knobs) < len(engine.Knobs.model_fields):
-            return plain  # made before the engine had all of today's knobs: what it plans today is not what it planned
-        return with_footprint(plain, engine, workload, config, knobs, capacity_bytes(machine))
+        today = {**defaults[name], **spec.knobs}  # a knob that is younger than the record is as it is by default
+        return with_footprint(plain, load(spec), workload, config, today, capacity_bytes(machine))
 
     space = enumerate_space(expected, facts)
     mine = {one: by_choice[_choice(one.engine, one.values, expected)] for one in space.candidates}
@@ -117,6 +115,13 @@ def _expected(engine: str, records: Sequence[Record], conf: Path) -> dict[str, S
             every = list(values.values())
             found[knob] = known[knob].among(every) if knob in known else Searched(values=tuple(every))
     return found
+
+
+def _plain_knobs(engine: str, conf: Path) -> dict[str, JsonValue]:
+    """The knobs of the engine's YAML but for those that follow the machine; nothing where there is no such file."""
+    path = conf / "engine" / f"{engine}.yaml"
+    knobs = yaml.safe_load(path.read_text(encoding="utf-8"))["knobs"] if path.is_file() else {}
+    return {knob: value for knob, value in knobs.items() if not str(value).startswith("${")}
 
 
 def searched(engine: str, conf: Path = CONF) -> dict[str, Searched]:
