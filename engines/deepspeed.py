@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from engines.native.hf_reasons import attention_reasons, dropout_reasons, dtype_reasons, share_reasons
+from engines.native.lora_variants import variant_reasons
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
 from harness.spec import Lora, Positive, Spec, Workload
@@ -52,6 +53,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     """Every reason why this cannot run here, or None."""
     config = workload.model.config or {}
     reasons = dtype_reasons("deepspeed", workload, compute_dtype=knobs.compute_dtype, adapter_compute=knobs.adapter_compute)
+    reasons += variant_reasons(workload, rank_stabilised=True, ratio=True)
     reasons += dropout_reasons(config)
     reasons += attention_reasons(
         layout=knobs.layout, attention=knobs.attention, compute_dtype=knobs.compute_dtype, device=machine.device, config=config
@@ -120,7 +122,7 @@ class _Trained:
     """``rank_loop.Trained`` by DeepSpeed."""
 
     def __init__(self, model: Any, job: Job, knobs: Knobs) -> None:
-        from engines.native.plain_loop import adamw
+        from engines.native.plain_loop import adamw, groups
 
         deepspeed = _deepspeed(job.device)
         self._schedule, self._processes = job.workload.train, job.processes
@@ -131,9 +133,8 @@ class _Trained:
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
             for module in model.modules():  # but buffers stay where they are
                 module._buffers.update({name: value.to(job.device) for name, value in module._buffers.items() if value is not None})
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=adamw(parameters, self._schedule, job.device), config=config, dist_init_required=False
-        )
+        optimizer = adamw(groups(model, job.workload.method), self._schedule, job.device)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
         self._model, self._get = model, deepspeed.utils.safe_get_full_fp32_param
         for parameter, value in exact.items():
             deepspeed.utils.safe_set_full_fp32_param(parameter, value.to(job.device))
@@ -146,7 +147,7 @@ class _Trained:
 
     def update(self, index: int) -> Tensor | float:
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = self._schedule.learning_rate_at(index)
+            group["lr"] = self._schedule.learning_rate_at(index) * group.get("ratio", 1.0)
         self._engine.step()
         norm: Tensor | float = self._engine.get_global_grad_norm()
         return norm

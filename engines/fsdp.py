@@ -28,7 +28,8 @@ class Knobs(Spec):
 
     micro_batch: Positive
     layout: Literal["padded", "packed"]
-    strategy: Literal["replicate", "shard_grad", "full_shard"]
+    strategy: Literal["replicate", "shard_grad", "full_shard", "hybrid"]
+    shard_ranks: Positive | None
     offload: Literal["none", "cpu"]
     recompute: Literal["none", "full"]
     attention: Literal["sdpa", "eager", "varlen"]
@@ -40,7 +41,7 @@ class Knobs(Spec):
 def variant(knobs: Knobs) -> str:
     """The strategy, and what differs from transformers and PEFT as they come: ``replicate``, ``full_shard+offload+ckpt``."""
     names = [
-        knobs.strategy,
+        knobs.strategy if knobs.shard_ranks is None else f"{knobs.strategy}-{knobs.shard_ranks}",
         "offload" if knobs.offload == "cpu" else "",
         knobs.layout if knobs.layout == "packed" else "",
         knobs.attention if knobs.attention != "sdpa" else "",
@@ -59,15 +60,17 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     reasons += attention_reasons(
         layout=knobs.layout, attention=knobs.attention, compute_dtype=knobs.compute_dtype, device=machine.device, config=config
     )
-    reasons += variant_reasons(workload, rank_stabilised=True, ratio=False)
+    reasons += variant_reasons(workload, rank_stabilised=True, ratio=True)
     if knobs.offload == "cpu" and knobs.strategy == "replicate":
         reasons.append("offload=cpu moves shards, strategy=replicate has none; set strategy=full_shard or offload=none")
     if knobs.compile and knobs.strategy != "replicate":
         reasons.append(
             f"compile=true has not been tried on sharded layers (strategy={knobs.strategy}); set compile=false or strategy=replicate"
         )
+    if (knobs.strategy == "hybrid") is not (knobs.shard_ranks is not None):
+        reasons.append("strategy=hybrid needs shard_ranks, the ranks that share one copy of the weights, and no other strategy has it")
     if machine.device == "cuda":
-        reasons += share_reasons(workload, machine.count)
+        reasons += share_reasons(workload, machine.count) + _copies_reasons(knobs, machine.count)
     return "; ".join(reasons) or None
 
 
@@ -85,7 +88,7 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     from engines.native.ranks import process_group
     from engines.native.sharding import gathered
 
-    if reasons := share_reasons(job.workload, job.processes):
+    if reasons := share_reasons(job.workload, job.processes) + _copies_reasons(knobs, job.processes):
         raise UnsupportedError("; ".join(reasons))
     with process_group(job.device, job.processes):
         torch.manual_seed(job.workload.train.seed)
@@ -94,6 +97,12 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
         _spread(model, job, knobs)
         rank_loop.train_steps(_Trained(model, job, knobs), cost, job, knobs, probe)
         rank_loop.save(model, job, lambda: gathered(model, trained_only=isinstance(job.workload.method, Lora)))
+
+
+def _copies_reasons(knobs: Knobs, processes: int) -> list[str]:
+    if knobs.shard_ranks is None or processes % knobs.shard_ranks == 0:
+        return []
+    return [f"shard_ranks={knobs.shard_ranks} does not divide {processes} processes into groups; use a divisor"]
 
 
 def _spread(model: Any, job: Job, knobs: Knobs) -> None:
@@ -109,7 +118,14 @@ def _spread(model: Any, job: Job, knobs: Knobs) -> None:
     if knobs.compile:
         compile_layers(model, with_loss=True, shapes_vary=len(np.unique(np.diff(job.tokens.train.offsets))) > 1)
     if knobs.strategy != "replicate":
-        shard(model, job.device, reshard=knobs.strategy == "full_shard", compute=_gathered_as(job, knobs), offload=knobs.offload == "cpu")
+        shard(
+            model,
+            job.device,
+            reshard=knobs.strategy != "shard_grad",
+            compute=_gathered_as(job, knobs),
+            offload=knobs.offload == "cpu",
+            over=knobs.shard_ranks,
+        )
     if knobs.layout == "packed":
         rank_loop.expect_documents_apart(model, knobs, job.device)
         give_back(model)
@@ -126,14 +142,14 @@ class _Trained:
     """``rank_loop.Trained`` by torch's own means."""
 
     def __init__(self, model: Any, job: Job, knobs: Knobs) -> None:
-        from engines.native.plain_loop import adamw
+        from engines.native.plain_loop import adamw, groups
         from engines.native.sharding import Bucket
 
         self._model, self._knobs, self._device, self._schedule = model, knobs, job.device, job.workload.train
         # Adapters are small: reduced once a step. All weights are not: only their shards' gradients are kept.
         self._reduced_last = knobs.strategy != "replicate" and isinstance(job.workload.method, Lora)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._optimizer = adamw(self._parameters, self._schedule, self._parameters[0].device.type)
+        self._optimizer = adamw(groups(model, job.workload.method), self._schedule, self._parameters[0].device.type)
         self._bucket = Bucket(self._parameters) if knobs.strategy == "replicate" else None
 
     def accumulate(self, given: dict[str, Any], *, last: bool) -> Tensor:

@@ -32,6 +32,7 @@ _TARGETS = frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_p
 
 
 loss_norm = "token_global"
+resumes = True
 
 
 class Knobs(Spec):
@@ -80,10 +81,12 @@ def _train(job: Job, knobs: Knobs, probe: Probe, rank: int) -> None:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
     session = _Session(job, knobs, probe, rank)
+    begin = session.begin()
     probe.ready(session.chosen)
-    for index in range(schedule.num_steps):
+    for index in range(begin, schedule.num_steps):
         loss, grad_norm, tokens = session.step(index)
         probe.step(loss=loss, grad_norm=grad_norm, tokens=tokens)
+        session.step_made(index + 1)
     session.end()
 
 
@@ -93,7 +96,7 @@ class _Session:
     def __init__(self, job: Job, knobs: Knobs, probe: Probe, rank: int) -> None:
         import torch
 
-        from engines.native import replicas
+        from engines.native import replicas, states
         from engines.native.buckets import FILLER
         from engines.native.optimizers import optimizer_for
         from engines.native.packed import Angles
@@ -104,9 +107,23 @@ class _Session:
         num_positions = max(job.workload.data.sequence_length, FILLER)
         angles = Angles.of(self._decoder.shape, num_positions, torch.device(job.device))
         optimizer = optimizer_for(self._decoder.weights, job.workload, kernels=knobs.operations == "fused")
+        self._state = states.Flat(self._decoder.weights, optimizer) if job.checkpoints else None
         exchange = replicas.exchange(probe) if job.processes > 1 else None
         steps = Steps(self._decoder, angles, optimizer, job.workload.train.max_grad_norm, exchange)
         self._steps: Steps | ReplayedSteps = ReplayedSteps(steps) if knobs.replay else steps
+
+    def begin(self) -> int:
+        """The first step that is left to make."""
+        from engines.native import states
+
+        return states.restored(self._state, self._job.checkpoints) if self._state is not None else 0
+
+    def step_made(self, count: int) -> None:
+        """``count`` steps are made: save the state where it is due."""
+        from engines.native import states
+
+        if self._state is not None:
+            states.step_made(self._state, self._job.checkpoints, count, self._job.workload.train.num_steps)
 
     def step(self, index: int) -> tuple[Tensor, Tensor, StepTokens]:
         """Optimizer step ``index``: the loss (a mean over its supervised tokens), the gradient norm before clipping, the tokens."""

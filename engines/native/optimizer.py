@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,15 @@ class Optimizer(Protocol):
         """Update the masters from their gradients, zero these, and hand the new values to the products."""
 
 
+@runtime_checkable
+class Moments(Protocol):
+    """An optimizer whose state is two tensors beside the masters."""
+
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """The first and the second, in the order of the masters."""
+
+
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019) as ``schedule`` says, on everything that is trained (norms and biases decay too)."""
 
@@ -30,6 +39,11 @@ class AdamW:
         self._arena, self._trained, self._schedule = arena, tuple(trained), schedule
         self._first, self._second = torch.zeros_like(arena.masters), torch.zeros_like(arena.masters)
         self._rates = rates
+
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """What is kept from step to step."""
+        return self._first, self._second
 
     def step(self, scalars: Tensor) -> None:
         """p <- p (1 - lr wd) - lr (m / c1) / (sqrt(v / c2) + epsilon), with the clipped gradient in m and v."""

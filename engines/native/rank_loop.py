@@ -114,14 +114,11 @@ def train_steps(trained: Trained, cost: Cost, job: Job, knobs: Shared, probe: Pr
     """Train on this rank's share of every step, and report the whole step; go on from a checkpoint, and save more, where the job says so.
     Raises RuntimeError when ranks trained on other samples than the others thought.
     """
-    schedule, rank, checkpoints = job.workload.train, distributed.get_rank(), job.checkpoints
-    begin = checkpoints.made if checkpoints else 0
-    if checkpoints and begin:
-        trained.load_state(checkpoints.at(begin))
+    schedule, rank = job.workload.train, distributed.get_rank()
     make_batch = pack if knobs.layout == "packed" else pad
     seen = hashlib.sha256()
     probe.ready()
-    for index in range(begin, schedule.num_steps):
+    for index in range(states.restored(trained, job.checkpoints), schedule.num_steps):
         step = split(job.tokens.step(schedule, index), job.processes, cost, micro_batch=knobs.micro_batch, make_batch=make_batch)
         seen.update(fingerprint(step))
         loss = torch.zeros((), device=job.device)
@@ -132,8 +129,7 @@ def train_steps(trained: Trained, cost: Cost, job: Job, knobs: Shared, probe: Pr
         with probe.waits():
             distributed.all_reduce(loss)
         probe.step(loss=loss, grad_norm=trained.update(index), tokens=step.tokens)
-        if checkpoints and (index + 1) % checkpoints.every == 0 and index + 1 < schedule.num_steps:
-            states.save(trained, checkpoints, index + 1)
+        states.step_made(trained, job.checkpoints, index + 1, schedule.num_steps)
     expect_agreement(seen.digest(), "the samples of every step and who trains on them")
 
 

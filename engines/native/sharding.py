@@ -26,13 +26,16 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=lambda one: sum(parameter.numel() for parameter in one.parameters()))
 
 
-def shard(model: Any, device: str, *, reshard: bool, compute: torch.dtype | None, offload: bool) -> None:
-    """Shard every block of ``model``, then the rest, over all ranks, in place; gradients are sums over ranks.
+def shard(model: Any, device: str, *, reshard: bool, compute: torch.dtype | None, offload: bool, over: int | None = None) -> None:
+    """Shard every block of ``model``, then the rest, over all ranks, in place; gradients are sums over ranks. ``over``: over so many ranks
+    that follow each other instead, and each such group has a copy of the whole.
 
     ``reshard``: give a block's weights back after its forward pass and gather them again for backward. ``compute``: what weights are
     gathered as (None: as stored). ``offload``: shards live in host memory. The rest holds embedding and head, which may be one tensor.
     """
-    mesh = init_device_mesh(device, (distributed.get_world_size(),))
+    ranks = distributed.get_world_size()
+    copies = () if over is None else (ranks // over,)
+    mesh = init_device_mesh(device, (*copies, over or ranks), mesh_dim_names=("copy", "shard")[-1 - len(copies) :])
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
@@ -81,7 +84,7 @@ def update(optimizer: torch.optim.AdamW, parameters: list[nn.Parameter], schedul
     if schedule.max_grad_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, schedule.max_grad_norm, norm)
     for group in optimizer.param_groups:
-        group["lr"] = schedule.learning_rate_at(index)
+        group["lr"] = schedule.learning_rate_at(index) * group.get("ratio", 1.0)
     optimizer.step()
     assert isinstance(norm, Tensor)
     return norm

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from engines.native.optimizer import Moments, Optimizer
+from engines.native.weights import Arena, DecoderWeights, trained_weights
 from harness.engine import Checkpoints
+from harness.errors import UnsupportedError
 
 _KEPT = 2  # the last step of the newest may be missing in the log of a killed run; the one before it is then what counts
 
@@ -27,18 +31,32 @@ class State(Protocol):
         """What ``save_state`` left."""
 
 
-def save(state: State, checkpoints: Checkpoints, steps: int) -> None:
-    """Save the state after ``steps`` steps, and drop all but the last two."""
+def restored(state: State, checkpoints: Checkpoints | None) -> int:
+    """How many steps are made already; the state after them is loaded."""
+    if checkpoints is None or checkpoints.made == 0:
+        return 0
+    state.load_state(checkpoints.at(checkpoints.made))
+    return checkpoints.made
+
+
+def step_made(state: State, checkpoints: Checkpoints | None, steps: int, num_steps: int) -> None:
+    """``steps`` of ``num_steps`` are made: save the state where it is due. After the last step the weights are saved, and nothing else."""
+    if checkpoints is not None and steps % checkpoints.every == 0 and steps < num_steps:
+        _save(state, checkpoints, steps)
+
+
+def _save(state: State, checkpoints: Checkpoints, steps: int) -> None:
+    """All but the last two are dropped."""
     place = checkpoints.at(steps)
     partial = place.with_name(f"{place.name}.partial")
-    if distributed.get_rank() == 0:
+    if _rank() == 0:
         for old in (partial, place):
             shutil.rmtree(old, ignore_errors=True)
         partial.mkdir(parents=True)
     _meet()
     state.save_state(partial)
     _meet()
-    if distributed.get_rank() == 0:
+    if _rank() == 0:
         partial.rename(place)
         found = sorted(path for path in place.parent.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path <= place)
         for old in found[:-_KEPT]:
@@ -72,6 +90,35 @@ class Shards:
         return found
 
 
+class Flat:
+    """Masters and moments of adapters in one arena: the same on every rank, so that rank 0 writes them and all read."""
+
+    def __init__(self, weights: DecoderWeights, optimizer: Optimizer) -> None:
+        """Raises UnsupportedError for weights that are trained elsewhere."""
+        if not isinstance(weights.arena, Arena) or not isinstance(optimizer, Moments):
+            raise UnsupportedError("save_every: fused saves the state of adapters; for method=full set save_every=null or engine=fsdp")
+        self._weights = weights
+        first, second = optimizer.moments
+        self._tensors = {"masters": weights.arena.masters, "first": first, "second": second}
+
+    def save_state(self, folder: Path) -> None:
+        """One file."""
+        if _rank() == 0:
+            save_file({name: tensor.detach().cpu() for name, tensor in self._tensors.items()}, folder / "state.safetensors")
+
+    def load_state(self, folder: Path) -> None:
+        """In place, and to the products."""
+        for name, tensor in load_file(folder / "state.safetensors").items():
+            self._tensors[name].copy_(tensor)
+        for weight in trained_weights(self._weights):
+            weight.publish()
+
+
+def _rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
 def _meet() -> None:
     """All ranks get here before any goes on."""
-    distributed.all_reduce(torch.zeros(1))  # on the host: over gloo, also beside NCCL
+    if distributed.is_initialized():
+        distributed.all_reduce(torch.zeros(1))  # on the host: over gloo, also beside NCCL

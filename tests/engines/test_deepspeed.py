@@ -83,7 +83,7 @@ class TestOnTwo(OnItsGpus, OnTwoRanks):
 ON_TWO = [
     *((family, method, {"stage": stage}) for family, method in (("qwen3", LORA), ("tied", FULL)) for stage in (1, 2, 3)),
     ("llama", LORA, {"stage": 1, "layout": "packed", "micro_batch": 1}),
-    ("llama", LORA, {"stage": 2, "offload_optimizer": "cpu"}),
+    ("llama", {**LORA, "b_learning_rate_ratio": 8.0}, {"stage": 2, "offload_optimizer": "cpu"}),
     ("llama", LORA, {"stage": 3, "layout": "packed", "offload_parameters": "cpu"}),
     ("tied", FULL, {"stage": 3, "recompute": "full", **ALL}),
     ("falcon", {**LORA, "targets": FALCON_TARGETS}, {"stage": 2, "recompute": "full"}),

@@ -26,7 +26,8 @@ from tests.engines.tiny import CPU, FAMILIES, FULL, GPU, LLAMA, LORA, VOCABULARY
 
 TREE = Path(__file__).resolve().parents[2]
 KNOBS: dict[str, Any] = {
-    "micro_batch": 2, "layout": "padded", "strategy": "replicate", "offload": "none", "recompute": "none", "attention": "sdpa",
+    "micro_batch": 2, "layout": "padded", "strategy": "replicate", "shard_ranks": None, "offload": "none", "recompute": "none",
+    "attention": "sdpa",
     "compute_dtype": "float32", "adapter_compute": "autocast", "compile": False,
 }  # fmt: skip
 
@@ -85,7 +86,7 @@ ON_TWO = [
     *(("qwen3", LORA, {"strategy": strategy}) for strategy in ("replicate", "shard_grad", "full_shard")),
     *(("tied", FULL, {"strategy": strategy}) for strategy in ("replicate", "shard_grad", "full_shard")),
     ("llama", LORA, {"strategy": "shard_grad", "layout": "packed", "micro_batch": 1}),
-    ("llama", LORA, {"strategy": "full_shard", "offload": "cpu"}),
+    ("llama", {**LORA, "b_learning_rate_ratio": 8.0}, {"strategy": "full_shard", "offload": "cpu"}),
     ("tied", FULL, {"strategy": "full_shard", "offload": "cpu", "recompute": "full"}),
     *(("falcon", {**LORA, "targets": FALCON_TARGETS}, {"strategy": strategy}) for strategy in ("replicate", "full_shard")),
     ("falcon", {**LORA, "targets": FALCON_TARGETS}, {"strategy": "shard_grad", "recompute": "full"}),
@@ -127,6 +128,22 @@ def test_two_ranks_make_the_steps_of_the_yardstick(
     assert {path.name for path in (tmp_path / "ours").iterdir()} == {path.name for path in job.out.iterdir()}
     for path in job.out.glob("*.json"):
         assert described(tmp_path / "ours" / path.name) == described(path)
+
+
+def test_shards_in_copies(tmp_path: Path) -> None:
+    """Two groups of two ranks: weights sharded within, gradients summed over all."""
+    hybrid = {**KNOBS, "strategy": "hybrid", "shard_ranks": 2}
+    (tmp_path / "full").mkdir()
+    with started(engines.fsdp, 4) as four:
+        for job in (make_job(tmp_path, epsilon=1e-3), make_job(tmp_path / "full", "tied", FULL, epsilon=1e-3)):
+            usual, ours = trained(engines.hf, HF, job), trained(four, hybrid, with_train(job, "ours"))
+            assert ours.losses == pytest.approx(usual.losses, rel=SAME)
+            assert ours.grad_norms == pytest.approx(usual.grad_norms, rel=2e-5)
+            saved, expected = (load_file(next(folder.glob("*.safetensors"))) for folder in (job.out.parent / "ours", job.out))
+            for name, value in saved.items():
+                torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=2e-6)
+        with pytest.raises(UnsupportedError, match="shard_ranks=3 does not divide 4 processes"):
+            trained(four, {**hybrid, "shard_ranks": 3}, job)
 
 
 def test_both_ranks_refuse_packed_documents_that_see_each_other(two: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,10 +188,11 @@ def test_a_variant_is_called_what_its_file_is(option: str) -> None:
 def test_other_knobs_have_names_of_their_own() -> None:
     changed: list[dict[str, Any]] = [
         {}, {"strategy": "shard_grad"}, {"strategy": "full_shard", "offload": "cpu"}, {"layout": "packed", "attention": "varlen"},
-        {"adapter_compute": "direct"}, {"recompute": "full", "compile": True},
+        {"adapter_compute": "direct"}, {"recompute": "full", "compile": True}, {"strategy": "hybrid", "shard_ranks": 8},
     ]  # fmt: skip
     assert [engines.fsdp.variant(parse(engines.fsdp.Knobs, {**KNOBS, **one})) for one in changed] == [
         "replicate", "shard_grad", "full_shard+offload", "replicate+packed+varlen", "replicate+adapters-direct", "replicate+compile+ckpt",
+        "hybrid-8",
     ]  # fmt: skip
 
 
@@ -183,6 +201,9 @@ def test_other_knobs_have_names_of_their_own() -> None:
     [
         ({"offload": "cpu"}, LLAMA, CPU, "offload=cpu moves shards, strategy=replicate has none"),
         ({"compile": True, "strategy": "full_shard"}, LLAMA, CPU, "compile=true has not been tried on sharded layers"),
+        ({"strategy": "hybrid"}, LLAMA, CPU, "strategy=hybrid needs shard_ranks"),
+        ({"shard_ranks": 2}, LLAMA, CPU, "no other strategy has it"),
+        ({"strategy": "hybrid", "shard_ranks": 3}, LLAMA, GPU.model_copy(update={"count": 4}), "does not divide 4 processes into groups"),
         ({"attention": "varlen"}, LLAMA, CPU, "attention=varlen needs a GPU"),
         ({"attention": "varlen"}, LLAMA, GPU, "attention=varlen computes in 16 bits only"),
         ({"layout": "packed"}, MAMBA, CPU, "'mamba' has no attention to keep documents apart"),

@@ -68,6 +68,11 @@ class FlatAdamW:
         self._plan = torch.tensor(_chunks(values, apart or [False] * len(values)), dtype=torch.int64, device=masters.device)
         self._aligned = bool((self._plan[:, :2] % 4 == 0).all())  # then four values are loaded at once
 
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """What is kept from step to step."""
+        return self._first, self._second
+
     def step(self, scalars: Tensor) -> None:
         """Update from ``scalars`` on the device, float32: learning rate, c1, c2, clip factor; gradients are zero afterwards."""
         _adamw[(len(self._plan),)](
