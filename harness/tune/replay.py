@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from harness.errors import ConfigError, HarnessError
-from harness.store import load
 from harness.tune.baselines import POLICIES, has_optuna
 from harness.tune.grid import Grid, grids
 from harness.tune.judge import Judged, MemoryJudged, judged, memory_judged, near_best, over
+from harness.tune.pack import records_of
 from harness.tune.search import Rules, Search, search
 
 MOST_RUNS = 8
@@ -21,11 +21,12 @@ PLANNED_STEPS = (500, 5000)
 RUNGS = (6, 10)  # a grid's cells are short
 SEEDS = 50
 
-USAGE = """python -m harness.tune.replay FOLDER [--seeds N] [--runs N] [--json]
+USAGE = """python -m harness.tune.replay PLACE [--seeds N] [--runs N] [--json]
 
-FOLDER holds the records of a grid (python -m harness -m +sweep=grid_hf …): one workload, one machine, every combination. Each question is
-a choice of engines and the steps of a planned run; each policy gets the same answers from the records and at most 8 runs, probes and
-partial races counted. Exit code 0 when the search keeps to 3 % regret on every question, 3 when it does not, 6 when there is no grid."""
+PLACE: a folder with the records of a grid (python -m harness -m +sweep=grid_hf …), or a file that python -m harness.tune.pack made of it:
+one workload, one machine, every combination. Each question is a choice of engines and the steps of a planned run; each policy gets the same
+answers from the records and at most 8 runs, probes and partial races counted. Exit code 0 when the search keeps to 3 % regret on every
+question, 3 when it does not, 6 when there is no grid."""
 MOST_REGRET = 0.03
 
 
@@ -59,10 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     try:
-        results = load(options.folder)
-        found = grids([stored.record for stored in results.stored])
+        records, problems = records_of(options.folder)
+        found = grids(records)
         if not found:
-            unread = "".join(f"\n{problem}" for problem in results.problems)
+            unread = "".join(f"\n{problem}" for problem in problems)
             raise ConfigError(
                 f"{options.folder}: no records of a grid; python -m harness +sweep=grid_hf and its other parts make one{unread}"
             )
