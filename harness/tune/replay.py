@@ -12,7 +12,7 @@ from pathlib import Path
 from harness.errors import ConfigError, HarnessError
 from harness.tune.baselines import POLICIES, has_optuna
 from harness.tune.grid import Grid, grids
-from harness.tune.judge import Judged, MemoryJudged, judged, memory_judged, near_best, over
+from harness.tune.judge import Judged, MemoryJudged, calibrated, judged, memory_judged, near_best, over
 from harness.tune.pack import records_of
 from harness.tune.search import Rules, Search, search
 
@@ -42,12 +42,15 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One policy on one question; of those that depend on chance, one entry for each seed."""
+    """One policy on one question; of those that depend on chance, one entry for each seed. ``memory``: predictions after the search;
+    ``lines``: of the memory model alone, from two passes of each line.
+    """
 
     question: Question
     policy: str
     judged: tuple[Judged, ...]
     memory: MemoryJudged | None = None
+    lines: MemoryJudged | None = None
     log: tuple[str, ...] = ()
 
 
@@ -109,6 +112,7 @@ def _answers(grid: Grid, planned_steps: int, seeds: int, most_runs: int) -> list
         policy="tune",
         judged=(judged(told, grid, planned_steps, grid.seconds, view.incumbent),),
         memory=memory_judged(policy, told, grid),
+        lines=calibrated(policy, grid),
         log=(*(f"{ask.candidate.title} {ask.steps} steps: {result.outcome}" for ask, result in told), f"stopped: {view.stopped}"),
     )
     others = [
@@ -150,13 +154,18 @@ def _row(answer: Answer) -> list[str]:
     ooms, _ = over(answer.judged, lambda one: one.num_ooms)
     spread = f"{regret:.1f} (worst {worst:.1f})" if len(answer.judged) > 1 else f"{regret:.1f}"
     lines = [f"  {answer.policy:<32}{spread:>18}{runs:>6.0f}{share:>8.1f}{ooms:>16.0f}"]
-    if (memory := answer.memory) is not None and memory.error is not None and memory.beyond_weights is not None:
-        lines.append(
-            f"    memory of {memory.num} not measured: {100 * memory.error:.1f} % off on average, {100 * memory.beyond_weights:.1f} % "
-            f"beyond the weights; {memory.num_false_fits} false fits; out of memory once its engine was known: "
-            f"{answer.judged[0].num_late_ooms}"
-        )
+    if answer.memory is not None and answer.lines is not None:
+        lines.append(f"    memory of what was not measured: {_memory(answer.memory)}")
+        lines.append(f"    … from two passes of each line of micro-batches: {_memory(answer.lines)}")
+        lines.append(f"    out of memory once its engine was known: {answer.judged[0].num_late_ooms}")
     return [*lines, *(f"      {line}" for line in answer.log)]
+
+
+def _memory(told: MemoryJudged) -> str:
+    if told.error is None or told.beyond_weights is None:
+        return "nothing to compare"
+    off = f"{100 * told.error:.1f} % off on average, {100 * told.beyond_weights:.1f} % beyond the weights"
+    return f"{off} ({told.num} candidates), {told.num_false_fits} false fits"
 
 
 if __name__ == "__main__":
