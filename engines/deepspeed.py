@@ -129,6 +129,8 @@ class _Trained:
         exact = _rounded(model, parameters, job) if config["bf16"]["enabled"] else {}
         if knobs.stage == 3:  # each weight goes to the device as a shard; without this the whole model would go there first
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
+            for module in model.modules():  # but buffers stay where they are
+                module._buffers.update({name: value.to(job.device) for name, value in module._buffers.items() if value is not None})
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=adamw(parameters, self._schedule, job.device), config=config, dist_init_required=False
         )
@@ -181,6 +183,7 @@ def _rounded(model: Any, parameters: list[Any], job: Job) -> dict[Any, Tensor]:
 def _deepspeed(device: str) -> Any:
     """The package, told which device to use: by itself it takes a GPU where there is one."""
     os.environ["DS_ACCELERATOR"] = device
+    os.environ.setdefault("LOCAL_RANK", "0")  # torchrun's, which one process goes without; DeepSpeed insists
     import deepspeed
     import deepspeed.ops
 

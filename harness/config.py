@@ -15,7 +15,7 @@ from harness.data.files import find_files
 from harness.engine import load, variant
 from harness.errors import ConfigError, HarnessError
 from harness.interpreter import located
-from harness.places import Sources
+from harness.places import Nodes, Sources
 from harness.record import Price
 from harness.searched import Searched
 from harness.spec import Cell, Data, DataFile, DType, EngineSpec, Method, Model, Name, Positive, Spec, Train, Workload, parse
@@ -52,6 +52,7 @@ class MachineConfig(Spec):
     replay: bool
     memory_cap_gib: Positive | None
     price: Price | None = None
+    nodes: Nodes = Nodes()
 
 
 class Limits(Spec):

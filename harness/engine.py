@@ -26,7 +26,8 @@ then over these."""
 class Machine(Spec):
     """The hardware key: only what makes figures incomparable. Drivers, clocks and versions are recorded beside it.
 
-    ``memory_gib`` is that of one accelerator (of the host on a CPU); ``memory_cap_gib`` an emulated smaller one.
+    ``memory_gib`` is that of one accelerator (of the host on a CPU); ``memory_cap_gib`` an emulated smaller one. ``count``: of all
+    ``nodes`` together.
     """
 
     device: Literal["cpu", "cuda"]
@@ -36,6 +37,7 @@ class Machine(Spec):
     memory_cap_gib: int | None = None
     interconnect: str | None = None
     power_limit_watts: int | None = None
+    nodes: int = 1
 
     @functools.cached_property
     def key(self) -> str:
@@ -46,6 +48,8 @@ class Machine(Spec):
             parts.append(self.interconnect)
         if self.power_limit_watts:
             parts.append(f"{self.power_limit_watts}w")
+        if self.nodes > 1:
+            parts.append(f"{self.nodes}nodes")
         if self.memory_cap_gib:
             parts.append(f"cap{self.memory_cap_gib}gib")
         return "-".join(parts)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness import resume
+from harness.adapters import has_its_adapter, keep_adapter
 from harness.config import Request
 from harness.endings import Ending, classify, doubted, last_lines
 from harness.engine import Machine, declared_loss_norm
@@ -20,14 +21,13 @@ from harness.events import Event, EventReader, ending, measurement
 from harness.guard import guarded
 from harness.interpreter import environment
 from harness.monitor import Monitor, monitoring
-from harness.places import Prepared, WorkerJob
+from harness.places import Prepared, Saving, WorkerJob
 from harness.provenance import dated, provenance
 from harness.ranks import logs_of_the_others, threads, worker_command
-from harness.record import Artifacts, Record, Status
+from harness.record import Artifacts, Provenance, Record, Status
 from harness.spec import Spec, parse
 from harness.store import write_at_once, writing
 from harness.watch import OnEvent, watch
-from harness.weights import adapter_sha256
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 _WORKER = {"TOKENIZERS_PARALLELISM": "false"}  # nothing is tokenised there, and a pool of threads is lost in a fork
@@ -59,20 +59,13 @@ def run_cell(
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         _check_room(work, prepared)
-    job = WorkerJob(
-        cell=request.cell,
-        machine=machine,
-        prepared=prepared.model_copy(update={"notes": (*prepared.notes, *notes)}),
-        provenance=came_from,
-        out=str(work / "adapter"),
-        events=str(work / "events.jsonl"),
-        launched_monotonic=time.monotonic(),
-        counts=None if counts is None else str(counts),
-        saving=saving,
-    )
+    noted = prepared.model_copy(update={"notes": (*prepared.notes, *notes)})
+    job = _job(request, machine, noted, came_from, work, counts=None if counts is None else str(counts), saving=saving)
     try:
         with contextlib.ExitStack() as stack:
-            monitor = stack.enter_context(monitoring(_environment(request), machine.count)) if machine.device == "cuda" else None
+            monitor = (
+                stack.enter_context(monitoring(_environment(request), machine.count // machine.nodes)) if machine.device == "cuda" else None
+            )
             if monitor and (holder := monitor.busy()):
                 return _record(job, "contended", f"{holder}; end it or wait for it, then run the same command again", 0.0, [])
             job = job.model_copy(update={"launched_monotonic": time.monotonic()})
@@ -82,7 +75,7 @@ def run_cell(
     wall = time.monotonic() - job.launched_monotonic
     status, reason = classify(how, events, work)
     record = _record(job, status, reason, wall, events, monitor)
-    _keep_adapter(work, root, record)
+    keep_adapter(work, root, record)
     resume.end(saving, record.status)
     return record
 
@@ -102,14 +95,31 @@ def recovered(request: Request, machine: Machine, root: Path, known: Sequence[Re
     with writing(work), EventReader(work / "events.jsonl") as reader:
         events = reader.new()
     last = ending(events)
-    if last is None or reader.garbage is not None or not _has_its_adapter(last, work, root):
+    if last is None or reader.garbage is not None or not has_its_adapter(last, work, root):
         return None
     status, reason = classify(Ending(None, 0), events, work)
     record = _record(job, status, reason, last["wall_seconds"], events)
     note = "recovered from the event log: the sweep was stopped before it could write this record"
-    _keep_adapter(work, root, record)
+    keep_adapter(work, root, record)
     resume.end(job.saving, record.status)
     return record.model_copy(update={"notes": (*record.notes, note)})
+
+
+def follow(request: Request, machine: Machine, prepared: Prepared, root: Path, *, held: int | None) -> tuple[int, str]:
+    """Run this node's ranks of ``request``, whose record another node makes; returns the exit code and the last that they printed."""
+    work = _work(root, machine, request)
+    with writing(work):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        log = (work / "log.txt").open("wb")
+    job = _job(request, machine, prepared, provenance(request), work)
+    write_at_once(work / "job.json", job.model_dump_json(indent=1).encode())
+    settings = {"cwd": work, "env": _environment(request), "stdout": log, "stderr": subprocess.STDOUT}
+    with log, guarded(_command(request, work), held=held, **settings) as process:
+        try:
+            return process.wait(timeout=request.limits.wall_seconds), last_lines(work / "log.txt")
+        except subprocess.TimeoutExpired:
+            return -1, f"stopped after limits.wall_seconds={request.limits.wall_seconds:g}"
 
 
 def unsupported(request: Request, machine: Machine, reason: str) -> Record:
@@ -134,21 +144,6 @@ def run_door(module: str, job: Spec, job_path: Path, *, held: int | None, networ
         raise HarnessError(errors.read_text(errors="replace").strip())
     if code:
         raise HarnessError(f"{module} failed with exit code {code}:\n{said}")
-
-
-def adapter_folder(root: Path, adapter_sha256: str) -> Path:
-    """Where the weights with this hash are kept until they are scored, or for good with ``keep=adapters``."""
-    return root / "adapters" / adapter_sha256[:16]
-
-
-def drop_adapter(root: Path, adapter_sha256: str) -> None:
-    """Delete these weights; killed halfway, nothing is left that looks like weights."""
-    folder, away = adapter_folder(root, adapter_sha256), root / "work" / "dropped"
-    with writing(folder):
-        away.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(away / folder.name, ignore_errors=True)
-        folder.rename(away / folder.name)
-    shutil.rmtree(away, ignore_errors=True)
 
 
 def _work(root: Path, machine: Machine, request: Request) -> Path:
@@ -180,7 +175,7 @@ def _run_worker(
 
     kills_before = _kernel_oom_kills()
     write_at_once(work / "job.json", job.model_dump_json(indent=1).encode())
-    command = worker_command(request.python or sys.executable, work / "job.json", request.cell.engine.processes)
+    command = _command(request, work)
     with writing(work):
         log, reader = (work / "log.txt").open("wb"), EventReader(work / "events.jsonl")
     with log, reader:
@@ -191,9 +186,38 @@ def _run_worker(
     return Ending(stopped, code, reader.garbage, _kernel_oom_kills() - kills_before), events
 
 
+def _job(
+    request: Request,
+    machine: Machine,
+    prepared: Prepared,
+    came_from: Provenance,
+    work: Path,
+    counts: str | None = None,
+    saving: Saving | None = None,
+) -> WorkerJob:
+    return WorkerJob(
+        cell=request.cell,
+        machine=machine,
+        prepared=prepared,
+        provenance=came_from,
+        out=str(work / "adapter"),
+        events=str(work / "events.jsonl"),
+        launched_monotonic=time.monotonic(),
+        counts=counts,
+        saving=saving,
+    )
+
+
+def _command(request: Request, work: Path) -> list[str]:
+    return worker_command(request.python or sys.executable, work / "job.json", request.cell.engine.processes, request.machine.nodes)
+
+
 def _environment(request: Request) -> dict[str, str]:
     engine = request.cell.engine
-    return _with_tree({**_OFFLINE, **_WORKER, **threads(request.machine.device, engine.processes), **engine.environment}, request.python)
+    return _with_tree(
+        {**_OFFLINE, **_WORKER, **threads(request.machine.device, engine.processes // request.machine.nodes.count), **engine.environment},
+        request.python,
+    )
 
 
 def _with_tree(extra: dict[str, str], python: str | None = None) -> dict[str, str]:
@@ -232,32 +256,6 @@ def _record(
 def _emulated(machine: Machine) -> tuple[str, ...]:
     cap = machine.memory_cap_gib
     return (f"memory of {cap} GiB was emulated: the allocator was capped on a GPU of {machine.memory_gib} GiB",) if cap else ()
-
-
-def _has_its_adapter(last: Event, work: Path, root: Path) -> bool:
-    """Whether the weights of a finished worker are there and whole."""
-    if last["event"] == "failed":
-        return True
-    made = work / "adapter"
-    if not made.is_dir():
-        return adapter_folder(root, last["adapter_sha256"]).is_dir()
-    try:
-        return adapter_sha256(made) == str(last["adapter_sha256"])
-    except HarnessError:
-        return False
-
-
-def _keep_adapter(work: Path, root: Path, record: Record) -> None:
-    """Adapters are kept by content: repeats that end in the same weights share one. What a failed cell left is of no use."""
-    if record.status == "ok":
-        assert record.measurement is not None
-        assert record.measurement.artifacts.adapter_sha256 is not None
-        target = adapter_folder(root, record.measurement.artifacts.adapter_sha256)
-        if (work / "adapter").exists() and not target.exists():
-            with writing(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                (work / "adapter").rename(target)
-    shutil.rmtree(work / "adapter", ignore_errors=True)
 
 
 def _kernel_oom_kills() -> int:

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
 from harness.data.counts import DataCounts
 from harness.engine import Machine
 from harness.record import Provenance
-from harness.spec import Cell, Spec, Workload
+from harness.spec import Cell, Positive, Spec, Workload
+
+
+class Nodes(Spec):
+    """Hosts that run a cell together, the same command on each: how many, which of them this is (the record is made on the one with
+    rank 0), and ``endpoint``, a host and free port of that one which all can reach.
+    """
+
+    count: Positive = 1
+    rank: Annotated[int, Field(ge=0)] = 0
+    endpoint: Annotated[str, Field(pattern=r"^[^\s:/]+:[1-9]\d*$")] | None = None
+
+    @model_validator(mode="after")
+    def _its_values_agree(self) -> Nodes:
+        if self.rank >= self.count:
+            raise ValueError(f"rank={self.rank} is not one of {self.count} nodes: they are numbered from 0")
+        if self.count > 1 and self.endpoint is None:
+            raise ValueError(f"count={self.count} needs an endpoint: HOST:PORT of the node with rank 0, the same on all nodes")
+        return self
 
 
 class Sources(Spec):

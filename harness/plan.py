@@ -87,14 +87,17 @@ def _machine(device: Literal["cpu", "cuda"], count: int, memory_cap_gib: int | N
     try:
         return detect(device, count=count, memory_cap_gib=memory_cap_gib), None
     except LookupError as error:
-        return detect("cpu"), f"{error}; choose machine=cpu or another machine"
+        fewer = "set engine.processes to what is there, or " if count > 1 else ""
+        return detect("cpu"), f"{error}; {fewer}choose machine=cpu or another machine"
 
 
 def _decide(request: Request, known: _Known, rerun: Rerun) -> Planned:
-    cell = request.cell
-    machine, absent = known.machine(request.machine.device, cell.engine.processes, request.machine.memory_cap_gib)
-    if absent:
-        return Planned(request, machine, "unsupported", absent, None)
+    cell, nodes = request.cell, request.machine.nodes.count
+    machine, absent = known.machine(request.machine.device, -(-cell.engine.processes // nodes), request.machine.memory_cap_gib)
+    if nodes > 1:
+        machine = machine.model_copy(update={"nodes": nodes, "count": machine.count * nodes})
+    if refused := absent or _nodes_reason(request, rerun):
+        return Planned(request, machine, "unsupported", refused, None)
     engine = load(cell.engine)
     knobs = parse(engine.Knobs, cell.engine.knobs, at="engine.knobs")
     if reason := engine.unsupported(cell.workload, knobs, machine):
@@ -108,6 +111,18 @@ def _decide(request: Request, known: _Known, rerun: Rerun) -> Planned:
     if record is not None and not _needs_rerun(record, request, known, rerun):
         return Planned(request, machine, "done", record.status if record.status != "ok" else None, seconds)
     return Planned(request, machine, "run", None, seconds)
+
+
+def _nodes_reason(request: Request, rerun: Rerun) -> str | None:
+    """Why these hosts cannot run ``request`` together."""
+    nodes, processes = request.machine.nodes.count, request.cell.engine.processes
+    if nodes == 1:
+        return None
+    if processes % nodes:
+        return f"engine.processes={processes} cannot be shared evenly by {nodes} nodes; use a multiple of {nodes}"
+    if rerun != "all":
+        return f"{nodes} nodes must run the same cells, whatever each has recorded; set rerun=all"
+    return "save_every needs one folder that all nodes see, which has not been tried; set save_every=null" if request.save_every else None
 
 
 def _needs_rerun(record: Record, request: Request, known: _Known, rerun: Rerun) -> bool:

@@ -9,18 +9,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.events import LOST_LOG, Event, EventReader, ending
+from harness.places import Nodes
 
+ONE_NODE = Nodes()
 FAILED = os.EX_SOFTWARE  # the exit code of a rank whose engine failed: torchrun ends the others, which may be waiting for it
 _REPORT = "ChildFailedError"  # torchrun's own last words: a table of the ranks that ended in any other way than well
 _REPORTED = re.compile(r"^ *rank *: (\d+) .*\n *exitcode *: (-?\d+) ", re.MULTILINE)
 
 
-def worker_command(python: str, job: Path, processes: int) -> list[str]:
-    """What runs ``job``, a file, in ``python``: the worker itself, or torchrun over one worker a rank of this host."""
+def worker_command(python: str, job: Path, processes: int, nodes: Nodes = ONE_NODE) -> list[str]:
+    """What runs ``job``, a file, in ``python``: the worker itself, or torchrun over one worker a rank of this host, which is one of
+    ``nodes``. Ranks are numbered node by node, so that rank 0 is where the record is made.
+    """
     worker = ["-m", "harness.worker", str(job)]
     if processes == 1:
         return [python, *worker]
-    return [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *worker]
+    place = ["--standalone"]
+    if nodes.count > 1:
+        assert nodes.endpoint is not None
+        host, _, port = nodes.endpoint.partition(":")
+        place = ["--nnodes", str(nodes.count), "--node-rank", str(nodes.rank), "--master-addr", host, "--master-port", port]
+    return [python, "-m", "torch.distributed.run", *place, "--nproc-per-node", str(processes // nodes.count), *worker]
 
 
 def threads(device: str, processes: int) -> dict[str, str]:

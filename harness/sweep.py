@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from harness import preparing, report
+from harness import nodes, preparing, report
 from harness.config import Request, Settings
 from harness.errors import HarnessError, StoreError
 from harness.launch import recovered, run_cell, unsupported
@@ -45,6 +45,10 @@ def run(settings: Settings, requests: Sequence[Request], console: Console) -> Ex
     Raises KeyboardInterrupt on SIGINT and SIGTERM, StoreError when results cannot be written: either way every cell that ended is
     recorded, or will be when the same requests run again.
     """
+    if nodes.node(requests) > 0 and settings.plan == "run":
+        with _terminated_is_interrupted(console):
+            well = nodes.take_part(settings, requests, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+        return Exit.OK if well else Exit.CELLS_FAILED
     root = Path(settings.runs).expanduser().resolve()
     earlier = [stored.record for stored in load(root).stored]
     planned = plan(requests, earlier, settings.rerun)

@@ -87,7 +87,7 @@ def page(figures: Sequence[Figure], load_average: float) -> str:
         f"- measured: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {commit[:8]}{' with local changes' if dirty else ''}",
         f"- machine: {cpu_name()}, {len(os.sched_getaffinity(0))} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB; "
         f"load average at the start {load_average:.2f}",
-        f"- versions: Python {platform.python_version()}, {versions}",
+        f"- versions: Python {platform.python_version()}{_bytecode()}, {versions}",
     ]
     head = ["| figure | measured | target | verdict |", "|---|---|---|---|"]
     rows = [
@@ -96,6 +96,11 @@ def page(figures: Sequence[Figure], load_average: float) -> str:
     ]
     how = [f"- {figure.name}: {figure.how}." for figure in figures]
     return "\n".join([INTRODUCTION, *facts, "", *head, *rows, "", "How each was measured:", "", *how, ""])
+
+
+def _bytecode() -> str:
+    """Said where it is so: every start then compiles the harness from its sources."""
+    return " without cached bytecode (PYTHONDONTWRITEBYTECODE)" if sys.dont_write_bytecode else ""
 
 
 def _measured(measures: Iterable[Callable[[Sizes, Path], Iterable[Figure]]], sizes: Sizes) -> Iterator[Figure]:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from harness.adapters import adapter_folder
 from harness.config import Settings
 from harness.errors import HarnessError, StoreError
-from harness.launch import adapter_folder
 from harness.places import PrepareRequest, ScoreRequest
 from harness.record import Record, Score, dumps
 from harness.store import load, save

@@ -45,6 +45,7 @@ def test_the_page_holds_figures_targets_verdicts_and_how(measured: list[Figure],
     assert "| share | 81 % | at least 80 % | pass |" in page
     assert "- share: two clocks." in page
     assert "load average at the start" in page
+    assert ("without cached bytecode" in page) is sys.dont_write_bytecode
     measured.remove(SLOW)
     assert bench_harness.main(["--write", str(path)]) == 0
 

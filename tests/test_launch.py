@@ -9,8 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from harness.adapters import adapter_folder
 from harness.config import Limits
-from harness.launch import adapter_folder, run_cell
+from harness.launch import run_cell
 from harness.record import Price, Record, dumps, loads
 from harness.store import load, recorded, save
 from tests import workloads

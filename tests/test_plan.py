@@ -95,6 +95,7 @@ def test_a_gpu_that_is_not_there_is_a_reason() -> None:
     (cell,) = plan([absent], [], "stale")
     assert cell.action == "unsupported"
     assert "99 NVIDIA GPU(s)" in str(cell.reason)
+    assert "set engine.processes to what is there, or choose machine=cpu" in str(cell.reason)
 
 
 def test_time_is_predicted_from_an_earlier_record(prepared: Made, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from harness.fp8 import CODE, LARGEST, WEIGHT_MOST, quantise_rows
 
 LOW_GAIN = 16.0  # what high leaves is at most a sixteenth of it
 SPLITS = 3
+# What a gradient row's largest magnitude becomes; less where its thin part needs room. Gradients have longer tails than activations.
+GRADIENT_MOST = 256.0
 RANK_MULTIPLE = 16  # columns of 8-bit products come in sixteens
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engines.native.fp8 import Fp8Rows
+from engines.native.fp8 import GRADIENT_MOST, Fp8Rows
 from engines.native.fp8_reference import of
 from engines.native.fused_ops import FUSED
 from engines.native.kernels.fp8 import decode_rows, quantise_wide, write_low, write_tail
@@ -55,7 +55,7 @@ def input_gradient(dy_TW: Tensor, linear: Linear) -> Tensor:
     fp8 = of(linear)
     if fp8.turned is None:
         return dy_TW @ fp8.wide(decode_rows)
-    return _product(*quantise_wide(dy_TW, linear.num_outputs), fp8.turned_codes(write_tail), linear.num_inputs)
+    return _product(*quantise_wide(dy_TW, linear.num_outputs, GRADIENT_MOST), fp8.turned_codes(write_tail), linear.num_inputs)
 
 
 def _with_low(x_TK: Tensor, codes: Tensor, scales_T: Tensor, linear: Linear) -> Input:

@@ -13,11 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engines.native.fp8 import Fp8Rows, Fp8Weight
+from engines.native.fp8 import GRADIENT_MOST, Fp8Rows, Fp8Weight
 from engines.native.ops import Input
 from engines.native.reference import REFERENCE
 from engines.native.weights import Linear
-from harness.fp8 import decode_rows, rounded
+from harness.fp8 import decode_rows, quantise_rows, rounded
 
 
 def decode_into(rows: Fp8Rows, out: Tensor) -> None:
@@ -42,7 +42,8 @@ def input_gradient(dy_TW: Tensor, linear: Linear) -> Tensor:
     if fp8.turned is None:
         return dy_TW @ fp8.wide(decode_into)
     dy_TN, d_low_TP = dy_TW.tensor_split([linear.num_outputs], dim=1)
-    dx_TK = rounded(dy_TN) @ decode_rows(fp8.turned.plain, fp8.turned.scales).t().to(dy_TN.dtype)
+    rounded_TN = decode_rows(*quantise_rows(dy_TN, GRADIENT_MOST)).to(dy_TN.dtype)
+    dx_TK = rounded_TN @ decode_rows(fp8.turned.plain, fp8.turned.scales).t().to(dy_TN.dtype)
     return dx_TK.addmm_(d_low_TP, fp8.down) if d_low_TP.shape[1] else dx_TK
 
 

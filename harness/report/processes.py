@@ -119,7 +119,7 @@ def _share_of(work: Workload, processes: int) -> Workload | None:
 
 
 def _same_but_count(one: Machine, other: Machine) -> bool:
-    return one.model_copy(update={"count": 1}) == other.model_copy(update={"count": 1})
+    return one.model_copy(update={"count": 1, "nodes": 1}) == other.model_copy(update={"count": 1, "nodes": 1})
 
 
 def _ranks(variant: Variant) -> tuple[Rank, ...]:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from harness.adapters import adapter_folder, drop_adapter
 from harness.config import Settings, request
 from harness.data.tokens import TokenFile
 from harness.endings import TREE
 from harness.engine import Machine
 from harness.errors import ConfigError
-from harness.launch import adapter_folder, drop_adapter
 from harness.machine import detect
 from harness.parity import REFERENCE_ENGINE, REFERENCE_KNOBS
 from harness.places import Prepared

@@ -36,6 +36,36 @@ def test_every_kernel_for_every_target(tmp_path: Path) -> None:
         assert all(f"{file}.{kernel}," in compiled for kernel in launched), (file, launched)
 
 
+# Converted to e4m3 and back: what an H200 ran before ptxas was understood.
+THERE_AND_BACK = """
+import triton, triton.language as tl
+from engines.native import ahead
+
+@triton.jit
+def kernel(thin, codes, scales, M, row_stride):
+    rows = tl.arange(0, 64)
+    ranks = tl.arange(0, 16)[None, :]
+    inside = (rows < M)[:, None] & (ranks < 16)
+    places = rows[:, None] * row_stride + ranks
+    scale = tl.load(scales + rows, mask=rows < M, other=1.0)[:, None]
+    value = tl.load(thin + places, mask=inside, other=0.0).to(tl.float32) / scale
+    high = tl.minimum(tl.maximum(value, -448.0), 448.0).to(tl.float8e4nv)
+    exact = high.to(tl.float32)
+    tl.store(codes + places, high, mask=inside)
+    tl.store(codes + 1024 + places, ((value - exact) * 16.0).to(tl.float8e4nv), mask=inside)
+    tl.store(codes + 2048 + places, (exact / 16.0).to(tl.float8e4nv), mask=inside)
+
+made = ahead.Specimen("kernel", kernel, {"thin": "h", "codes": "e", "scales": "f"}, {}, 4)
+print(ahead.compile_for(made, "sm_90").problem)
+"""
+
+
+def test_what_ptxas_gets_wrong_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "there_and_back.py").write_text(THERE_AND_BACK)
+    done = python(tmp_path, str(tmp_path / "there_and_back.py"))
+    assert "unpacks e4m3 from R1" in done.stdout, done.stdout + done.stderr
+
+
 def test_a_kernel_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
     done = python(tmp_path, "-c", TOO_LITTLE)
     assert done.returncode == 1

@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from harness.adapters import adapter_folder
 from harness.compose import compose_one, plain
 from harness.config import Limits, MachineConfig, Request
 from harness.data.tokens import Sample, StepTokens
 from harness.engine import Job, Machine
 from harness.interpreter import located
-from harness.launch import adapter_folder, run_cell
+from harness.launch import run_cell
 from harness.places import Prepared, Sources
 from harness.record import Record
 from harness.spec import Cell, EngineSpec

@@ -102,7 +102,8 @@ def test_a_group_is_its_definition_and_its_gradient_that_of_autograd(mode: Mode)
     if mode == "forward":
         torch.testing.assert_close(found, x.grad)
         return
-    torch.testing.assert_close(found, rounded(dy) @ decode_rows(*quantise_rows(weight.t(), WEIGHT_MOST)).t())
+    rough = decode_rows(*quantise_rows(dy, fp8_reference.GRADIENT_MOST))
+    torch.testing.assert_close(found, rough @ decode_rows(*quantise_rows(weight.t(), WEIGHT_MOST)).t())
     assert 0.001 < (found - x.grad).norm() / x.grad.norm() < 0.1
 
 

@@ -92,7 +92,7 @@ def test_inputs_are_near_their_definition(room: int) -> None:
             assert (read.low.double() - low).norm() < 0.01 * low.norm()
         y = fp8_ops.linear(read, linear, 0)
         truth = rounded(bare).double() @ decode_rows(codes, fp8.forward.scales[:64]).double().t() + low @ fp8.up.double().t()
-        assert (y.double() - truth).norm() < 0.01 * truth.norm()
+        assert (y.double() - truth).norm() < 0.015 * truth.norm()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.native.fp8 import Fp8Rows, split_thin
+from engines.native.fp8 import GRADIENT_MOST, LOW_GAIN, Fp8Rows, split_thin
 from engines.native.kernels.fp8 import decode_rows, quantise_wide, write_low, write_tail
 from engines.native.kernels.fp8_inputs import rms_norm_codes, swiglu_codes
 from engines.native.kernels.rms_norm import rms_norm
@@ -29,17 +29,18 @@ def values(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize(("rows", "columns", "room"), [(1, 48, 0), (3, 100, 16), (2, 40, 3)])
-@pytest.mark.parametrize("most", [32768, 32])
-def test_activations(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, room: int, most: int, dtype: torch.dtype) -> None:
-    monkeypatch.setattr("engines.native.kernels.fp8.MAX_ROW", most)
-    x, thin = values(rows, columns, dtype), 0.05 * random(rows, room, dtype=dtype)
+@pytest.mark.parametrize(("widest", "most"), [(32768, ACTIVATION_MOST), (32, ACTIVATION_MOST), (32, GRADIENT_MOST)])
+def test_rows_with_thin_parts(
+    monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, room: int, widest: int, most: float, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr("engines.native.kernels.fp8.MAX_ROW", widest)
+    x, thin = values(rows, columns, dtype), 0.02 * random(rows, room, dtype=dtype)
     thin[1:2] = 0  # as x is there
-    codes, scales = quantise_wide(torch.cat([x, thin], dim=1), columns)
-    right, right_scales = quantise_rows(x, ACTIVATION_MOST)
+    codes, scales = quantise_wide(torch.cat([x, thin], dim=1), columns, most)
+    right, right_scales = quantise_rows(x, most)
     assert scales.equal(right_scales)
     assert codes[:, :columns].float().equal(right.float())
-    expected = split_thin(thin.float() / scales.unsqueeze(1), weight=False)
-    torch.testing.assert_close(codes[:, columns:].float(), expected.float(), rtol=0.07, atol=2**-9)
+    split_rightly(codes[:, columns:], thin.float() / scales.unsqueeze(1), weight=False)
 
 
 def test_a_large_thin_part_is_not_cut_off() -> None:
@@ -59,8 +60,7 @@ def test_weights_are_split_and_decoded(rows: int, columns: int, room: int, turne
     thin = random(room, rows, dtype=dtype).t() if turned else random(rows, room, dtype=dtype)
     thin[0] = 1e4
     write_tail(made, thin)
-    expected = split_thin(thin.float() / made.scales[:rows].unsqueeze(1), weight=True)
-    torch.testing.assert_close(made.codes[:rows, columns:].float(), expected.float(), rtol=0.07, atol=2**-9)
+    split_rightly(made.codes[:rows, columns:], thin.float() / made.scales[:rows].unsqueeze(1), weight=True)
     assert (made.codes[0, columns : columns + room].float() == LARGEST).all()
     assert not made.codes[rows:].float().any()
     found = torch.empty(rows, columns + 4, dtype=dtype, device=DEVICE)[:, :columns]
@@ -70,7 +70,7 @@ def test_weights_are_split_and_decoded(rows: int, columns: int, room: int, turne
         write_tail(made, thin[:, 1:])
 
 
-@pytest.mark.parametrize("size", [1e-4, 1e-2, 0.3])
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 0.1])
 def test_the_split_keeps_an_adapter(size: float, dtype: torch.dtype) -> None:
     """One product of codes is s x A^T B^T within one part in a hundred, from the first steps' B to one as large as its weight."""
     tokens, outputs, columns, ranks = 6, 5, 32, 16
@@ -98,6 +98,17 @@ def test_producers_round_what_they_make(rows: int, columns: int, dtype: torch.dt
     h, codes, scales = swiglu_codes(gate_up, 16)
     assert h.equal(swiglu(gate_up, 0))
     rounded_alike(h, codes, scales)
+
+
+def split_rightly(codes: Tensor, values: Tensor, *, weight: bool) -> None:
+    """As the reference splits, but that another rounding before it may fall to the next code: so by what the codes stand for."""
+    values = values.clamp(-LARGEST, LARGEST)
+    for found in (codes, split_thin(values, weight=weight)):
+        first, second, third = found.float().chunk(3, dim=1)
+        high, low, less = (first, third, second) if weight else (first, second, third)
+        assert ((high - values).abs() <= values.abs() / 15 + 2**-10).all()
+        assert ((high + low / LOW_GAIN - values).abs() <= values.abs() / 240 + 2**-14).all()
+        assert ((less - high / LOW_GAIN).abs() <= high.abs() / 240 + 2**-10).all()
 
 
 def rounded_alike(x: Tensor, codes: Tensor, scales: Tensor) -> None:

@@ -160,9 +160,7 @@ def test_the_layers_are_the_largest_list_of_one_class() -> None:
         blocks_of(mixed)
 
 
-@pytest.mark.parametrize(
-    "option", sorted(path.stem for path in (TREE / "conf" / "engine" / "fsdp").glob("*.yaml") if path.stem != "two_processes")
-)
+@pytest.mark.parametrize("option", sorted(path.stem for path in (TREE / "conf" / "engine" / "fsdp").glob("*.yaml")))
 def test_a_variant_is_called_what_its_file_is(option: str) -> None:
     raw = plain(compose_all([f"engine=fsdp/{option}", "machine=cuda"], multirun=False)[0][1])
     knobs = parse(engines.fsdp.Knobs, raw["engine"]["knobs"])

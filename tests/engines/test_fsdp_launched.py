@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,11 +16,13 @@ from harness.config import Limits, MachineConfig, Request
 from harness.data.tokens import StepTokens
 from harness.engine import Job, Machine
 from harness.events import Event
+from harness.interpreter import lack
 from harness.launch import run_cell
 from harness.places import Prepared, Sources
 from harness.record import Record
 from harness.spec import Cell, EngineSpec, parse
 from harness.watch import OnEvent
+from tests.engines.test_fsdp import KNOBS
 from tests.engines.tiny import RecordingProbe, make_job, plain_training, with_train
 
 TWO = Machine(device="cpu", name="Test CPU", count=2, memory_gib=8)
@@ -53,8 +56,13 @@ def test_a_rank_that_is_killed_ends_the_cell_at_once_and_is_named(tmp_path: Path
     assert workers(tmp_path) == []
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_losses(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "knobs"), [("fsdp", {"strategy": "full_shard"}), ("deepspeed", {"stage": 2})], ids=["fsdp", "deepspeed"]
+)
+def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_losses(tmp_path: Path, engine: str, knobs: dict[str, Any]) -> None:
     """The record has the steps of both processes, says where the second began, and has no rate."""
+    if engine == "deepspeed" and lack(None, ["deepspeed"]):
+        pytest.skip("deepspeed is not installed: pip install deepspeed")
     job = make_job(tmp_path, steps=100)
     seen: list[bool] = []
 
@@ -64,8 +72,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_losses(tmp_
             (worker,) = [process for process in workers(tmp_path) if process.environ().get("RANK") == "1"]
             worker.send_signal(signal.SIGKILL)
 
-    cut = run(job, tmp_path / "runs", on_event=kill_rank_1, save_every=10, strategy="full_shard")
-    rest = run(job, tmp_path / "runs", save_every=10, strategy="full_shard")
+    cut = run(job, tmp_path / "runs", on_event=kill_rank_1, save_every=10, engine=engine, **knobs)
+    rest = run(job, tmp_path / "runs", save_every=10, engine=engine, **knobs)
     assert (cut.status, rest.status, rest.reason) == ("crash", "ok", None)
     assert cut.measurement is not None
     assert rest.measurement is not None
@@ -75,7 +83,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_losses(tmp_
     assert began % 10 == 0
     assert (after.losses[:began], after.seconds[:began]) == (before.losses[:began], before.seconds[:began])
     whole = RecordingProbe()
-    engines.fsdp.train(with_train(job, "whole"), parse(engines.fsdp.Knobs, rest.cell.engine.knobs), whole)
+    engines.fsdp.train(with_train(job, "whole"), parse(engines.fsdp.Knobs, KNOBS), whole)
     assert after.losses == pytest.approx(whole.losses, rel=2e-5)
     assert after.losses[began:] != pytest.approx(whole.losses[: 100 - began], rel=2e-5), "steps could be told apart"
     assert after.stream_sha256 == tuple(one.sha256 for one in whole.tokens)
@@ -88,14 +96,21 @@ def workers(folder: Path) -> list[psutil.Process]:
     return [process for process, said in every if "harness.worker" in said and "torch.distributed.run" not in said and str(folder) in said]
 
 
-def run(job: Job, root: Path, *, on_event: OnEvent = lambda event: None, save_every: int | None = None, **changed: str) -> Record:
+def run(
+    job: Job,
+    root: Path,
+    *,
+    on_event: OnEvent = lambda event: None,
+    save_every: int | None = None,
+    engine: str = "fsdp",
+    **changed: str | int,
+) -> Record:
     """The record of ``job`` on two ranks."""
-    option = plain(compose_one(["engine=fsdp", "machine=cpu"]))["engine"]
-    engine = EngineSpec(
-        name="fsdp", module=option["module"], processes=2, environment={}, knobs={**option["knobs"], "micro_batch": 1, **changed}
-    )
+    option = plain(compose_one([f"engine={engine}", "machine=cpu"]))["engine"]
+    knobs = {**option["knobs"], "micro_batch": 1, **changed}
+    spec = EngineSpec(name=engine, module=option["module"], processes=2, environment={}, knobs=knobs)
     request = Request(
-        cell=Cell(workload=job.workload, engine=engine, repeat=0),
+        cell=Cell(workload=job.workload, engine=spec, repeat=0),
         sources=Sources(),
         machine=MachineConfig(device="cpu", compute_dtype="float32", operations="reference", replay=False, memory_cap_gib=None),
         limits=Limits(wall_seconds=300.0, no_progress_seconds=120.0),

@@ -1,9 +1,9 @@
 """Rows rounded to e4m3 for 8-bit products: activations with their thin parts split behind them, thin parts alone, and weights decoded.
 
-q = e4m3(x 16 / max |x|) row by row, the scale max |x| / 16. A thin value v, in that scale, becomes high = e4m3(v), low = e4m3(16 (v -
-high)), less = e4m3(high / 16): three columns of an activation high, low, less, of a weight high, less, low. Where v would exceed 448
-the scale grows with it; a thin part that comes later, when the scale is fixed, is cut off there.
-References: ``harness.fp8`` and ``split_thin`` of engines.native.fp8.
+q = e4m3(x m / max |x|) row by row, the scale max |x| / m; m is 16 for activations, 256 for gradients. A thin value v, in that scale,
+becomes high = e4m3(v), low = e4m3(16 (v - high)), less = e4m3(high / 16): three columns of an activation high, low, less, of a weight
+high, less, low. Where v would exceed 448 the scale grows with it; a thin part that comes later, when the scale is fixed, is cut off
+there. References: ``harness.fp8`` and ``split_thin`` of engines.native.fp8.
 
 Legend: T rows, L columns, P columns of a thin part. Kept for backward: nothing.
 """
@@ -112,8 +112,11 @@ def _decode_rows(codes, scales, out, L, codes_stride, out_stride, BLOCK: tl.cons
     tl.store(out + row * out_stride + columns, value.to(out.dtype.element_ty), mask=inside)
 
 
-def quantise_wide(wide_TW: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-    """(codes [T, L + 3P], scales [T]) of [x | thin part]: L = ``num_columns`` columns and P behind them."""
+def quantise_wide(wide_TW: Tensor, num_columns: int, most: float = ACTIVATION_MOST) -> tuple[Tensor, Tensor]:
+    """(codes [T, L + 3P], scales [T]) of [x | thin part]: L = ``num_columns`` columns and P behind them.
+
+    A row's largest magnitude becomes ``most``, a power of two, less where the thin part would exceed 448 in that scale.
+    """
     rows, room = len(wide_TW), wide_TW.shape[1] - num_columns
     check_rows("wide", wide_TW, rows, num_columns)
     codes = torch.empty(rows, num_columns + SPLITS * room, dtype=CODE, device=wide_TW.device)
@@ -121,7 +124,7 @@ def quantise_wide(wide_TW: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
     block = min(MAX_ROW, triton.next_power_of_2(num_columns))
     _quantise_wide[(rows,)](
         wide_TW, codes, scales_T, num_columns, wide_TW.stride(0), codes.stride(0),
-        BLOCK=block, P=room, PAD=triton.next_power_of_2(max(1, room)), SINGLE=block >= num_columns, MOST=ACTIVATION_MOST,
+        BLOCK=block, P=room, PAD=triton.next_power_of_2(max(1, room)), SINGLE=block >= num_columns, MOST=most,
         LIMIT=LARGEST, GAIN=LOW_GAIN, BY_HAND=triton.knobs.runtime.interpret, num_warps=max(1, block // _EACH),
     )  # fmt: skip
     return codes, scales_T

@@ -1,0 +1,105 @@
+"""Convergence over seeds: what differs no more than harmless variants is the same; too little learnt says nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.comparable import Run
+from harness.converge import Convergence, judge, main
+from harness.store import save, save_score
+from tests import records
+
+HF = records.engine("hf")
+FP32 = records.engine("fused", optimizer_state="fp32")
+INT8 = records.engine("fused", optimizer_state="int8")
+NAMES = ("hf,compute_dtype=float32", "fused,optimizer_state=int8")
+
+
+def run(spec: Any, seed: int, off: float = 0.0, *, late: float = 0.0, **changed: Any) -> Run:
+    work = records.workload(seed=seed)
+    losses = tuple(loss + (late if step >= 15 else 0.0) for step, loss in enumerate(records.losses()))
+    made = records.record(spec, work=work, **{"losses": losses, **changed})
+    return Run(made, records.score(made, held_out_loss=records.TRAINED_LOSS + 0.02 * seed + off), records.score(made, base=True))
+
+
+def three(spec: Any, offs: tuple[float, ...], **changed: Any) -> list[Run]:
+    return [run(spec, seed, off, **changed) for seed, off in enumerate(offs)]
+
+
+REFERENCE = three(HF, (0.0, 0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("offs", "kind"), [((0.0009, -0.0009, 0.0), "same"), ((0.0002, 0.0, 0.0012), "different"), ((-0.002,) * 3, "different")]
+)
+def test_a_thousandth_is_allowed_either_way(offs: tuple[float, ...], kind: str) -> None:
+    assert judge([*REFERENCE, *three(INT8, offs)], *NAMES, ()).kind == kind
+
+
+def test_twice_what_a_harmless_variant_strays_is_allowed() -> None:
+    known = [*REFERENCE, *three(FP32, (0.0004, 0.0015, 0.001)), *three(INT8, (0.0029, -0.0029, 0.002))]
+    assert judge(known, *NAMES, ()).kind == "different"
+    found = judge(known, *NAMES, ("fused,optimizer_state=fp32",))
+    assert found.kind == "same"
+    assert found.compared[0].allowed == pytest.approx(0.003)
+    assert judge([*REFERENCE, *known[3:6], *three(INT8, (0.0031, 0.0, 0.0))], *NAMES, ("fused,optimizer_state=fp32",)).kind == "different"
+
+
+def test_the_end_of_the_training_loss_counts_too() -> None:
+    found = judge([*REFERENCE, *three(INT8, (0.0,) * 3, late=0.004)], *NAMES, ())
+    assert found.kind == "different"
+    assert [each.worst > each.allowed for each in found.compared] == [False, True]
+
+
+def test_what_proves_nothing_is_not_comparable() -> None:
+    few = judge([*REFERENCE, *three(INT8, (0.0, 0.0))], *NAMES, ())
+    assert (few.kind, few.reason) == ("not comparable", "2 seeds were scored for both, at least 3 are needed")
+    loose = judge([*REFERENCE, *three(FP32, (0.03,) * 3), *three(INT8, (0.05,) * 3)], *NAMES, ("fused,optimizer_state=fp32",))
+    assert loose.kind == "not comparable"
+    assert loose.reason is not None
+    assert "anything would look the same" in loose.reason
+
+
+def test_a_loss_that_is_no_number_is_different() -> None:
+    broken = run(INT8, 1, losses=(*records.losses()[:-1], float("nan")))
+    found: Convergence = judge([*REFERENCE, broken], *NAMES, ())
+    assert found.kind == "different"
+    assert found.reason == "loss is nan at step 20"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for each in (*REFERENCE, *three(INT8, (0.0004, -0.0003, 0.0))):
+        assert each.score is not None
+        assert each.base_score is not None
+        save(each.record, tmp_path)
+        save_score(each.score, tmp_path)
+        save_score(each.base_score, tmp_path)
+    return tmp_path
+
+
+def test_the_door_reads_records_and_says_what_it_found(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(root), *NAMES]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("convergence: same\n")
+    assert "+0.00040, -0.00030, +0.00000" in said
+    assert main([str(root), *NAMES, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == "same"
+
+
+def test_mistakes_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(records.record(INT8, work=records.workload(steps=30)), root)
+    for arguments, reason in (
+        ([str(root / "none"), *NAMES], "no folder"),
+        ([str(root), *NAMES], "name one with --workload LABEL"),
+        ([str(root), *NAMES, "--workload", "other"], "found: none"),
+        ([str(root), "axolotl", "hf", "--workload", records.workload().label], "'axolotl': no run of it"),
+        ([str(root), "hf,float32", "hf", "--workload", records.workload().label], "expected ENGINE[,KNOB=VALUE…]"),
+    ):
+        assert main(arguments) == 2
+        assert reason in capsys.readouterr().err
+    assert main([str(root), *NAMES, "--workload", records.workload(seed=1).label]) == 0
