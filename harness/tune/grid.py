@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 from collections import defaultdict
@@ -77,6 +78,7 @@ def _grid(records: Sequence[Record], conf: Path) -> Grid:
     workload, machine = records[0].cell.workload, records[0].machine
     if workload.data.source != "dense":
         raise ConfigError(f"{workload.label}: a grid can be replayed where all samples have one length (data=dense)")
+    records = [_with_todays_knobs(record, conf) for record in records]
     by_engine: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_engine[record.cell.engine.name].append(record)
@@ -86,7 +88,6 @@ def _grid(records: Sequence[Record], conf: Path) -> Grid:
         by_choice[_choice(record.cell.engine.name, record.cell.engine.knobs, expected)].append(record)
 
     config = workload.model.config or {}
-    defaults = {engine: _plain_knobs(engine, conf) for engine in by_engine}
 
     def facts(name: str, chosen: Mapping[str, Any]) -> Facts | None:
         mine = by_choice.get(_choice(name, chosen, expected))
@@ -94,8 +95,7 @@ def _grid(records: Sequence[Record], conf: Path) -> Grid:
             return None
         spec = mine[0].cell.engine
         plain = dense_facts(workload, int(chosen["micro_batch"]))
-        today = {**defaults[name], **spec.knobs}  # a knob that is younger than the record is as it is by default
-        return with_footprint(plain, load(spec), workload, config, today, capacity_bytes(machine))
+        return with_footprint(plain, load(spec), workload, config, spec.knobs, capacity_bytes(machine))
 
     space = enumerate_space(expected, facts)
     mine = {one: by_choice[_choice(one.engine, one.values, expected)] for one in space.candidates}
@@ -117,11 +117,17 @@ def _expected(engine: str, records: Sequence[Record], conf: Path) -> dict[str, S
     return found
 
 
-def _plain_knobs(engine: str, conf: Path) -> dict[str, JsonValue]:
-    """The knobs of the engine's YAML but for those that follow the machine; nothing where there is no such file."""
-    path = conf / "engine" / f"{engine}.yaml"
-    knobs = yaml.safe_load(path.read_text(encoding="utf-8"))["knobs"] if path.is_file() else {}
+@functools.cache
+def _yaml_knobs(path: Path) -> dict[str, JsonValue]:
+    knobs: dict[str, JsonValue] = yaml.safe_load(path.read_text(encoding="utf-8"))["knobs"] if path.is_file() else {}
     return {knob: value for knob, value in knobs.items() if not str(value).startswith("${")}
+
+
+def _with_todays_knobs(record: Record, conf: Path) -> Record:
+    """A knob that is younger than the record is as its engine's YAML has it, but for knobs that follow the machine."""
+    spec = record.cell.engine
+    filled = spec.model_copy(update={"knobs": {**_yaml_knobs(conf / "engine" / f"{spec.name}.yaml"), **spec.knobs}})
+    return record.model_copy(update={"cell": record.cell.model_copy(update={"engine": filled})})
 
 
 def searched(engine: str, conf: Path = CONF) -> dict[str, Searched]:

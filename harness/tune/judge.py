@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from harness.tune.memory_model import SURE
+from harness.tune.gaussian import Prediction
+from harness.tune.memory_model import SURE, Peak
 from harness.tune.search import Ask, Result, Search, Told
 from harness.tune.space import Candidate, Space
 
@@ -81,19 +82,39 @@ def _best(told: Sequence[Told], planned_steps: int) -> Candidate | None:
 
 
 def memory_judged(policy: Search, told: Sequence[Told], truth: Truth) -> MemoryJudged:
-    """Hold the last predictions against every candidate that was not measured. What fills memory there is has no peak to predict."""
+    """Hold a search's last predictions against every candidate that it did not measure."""
     measured = {ask.candidate for ask, _ in told}
-    forecasts, capacity = policy.view(told).forecasts, policy.capacity_bytes
-    errors, beyond, false_fits = [], [], 0
+    forecasts = policy.view(told).forecasts
+    return _held_against(policy, truth, {one: forecasts[one].memory for one in truth.space.candidates if one not in measured})
+
+
+def calibrated(policy: Search, truth: Truth) -> MemoryJudged:
+    """The memory model alone: of every line (knobs equal but the micro-batch) the two smallest passes are known, the others foretold."""
+    steps = policy.rules.rungs[0]
+    lines: dict[object, list[Candidate]] = {}
     for one in truth.space.candidates:
-        if one in measured:
-            continue
-        result, predicted = truth.measure(Ask(candidate=one, steps=policy.rules.rungs[0])), forecasts[one].memory
-        false_fits += result.outcome == "oom" and capacity is not None and predicted.high(SURE) <= capacity
+        lines.setdefault((one.engine, tuple(choice for choice in one.choices if choice[0] != "micro_batch")), []).append(one)
+    peaks, rest = [], []
+    for line in lines.values():
+        ordered = sorted(line, key=lambda one: one.facts.largest)
+        known = [Peak(one, size) for one in ordered[:2] if (size := truth.measure(Ask(candidate=one, steps=steps)).peak_bytes)]
+        if len(known) == 2:
+            peaks += known
+            rest += ordered[2:]
+    predicted = policy.memory.predict(peaks)
+    return _held_against(policy, truth, {one: predicted[one] for one in rest})
+
+
+def _held_against(policy: Search, truth: Truth, predicted: Mapping[Candidate, Prediction]) -> MemoryJudged:
+    """What fills memory there is, by a plan that it does not tell, has no peak to predict."""
+    capacity, weights = policy.capacity_bytes, policy.scale.weights
+    errors, beyond, false_fits = [], [], 0
+    for one, guess in predicted.items():
+        result = truth.measure(Ask(candidate=one, steps=policy.rules.rungs[0]))
+        false_fits += result.outcome == "oom" and capacity is not None and guess.high(SURE) <= capacity
         if result.peak_bytes and not (truth.space.fills_memory(one) and not one.facts.own_bytes):
-            errors.append(abs(predicted.middle / result.peak_bytes - 1))
-            weights = policy.scale.weights
-            beyond.append(abs((predicted.middle - weights) / (result.peak_bytes - weights) - 1))
+            errors.append(abs(guess.middle / result.peak_bytes - 1))
+            beyond.append(abs((guess.middle - weights) / (result.peak_bytes - weights) - 1))
     return MemoryJudged(
         num=len(errors),
         error=statistics.fmean(errors) if errors else None,

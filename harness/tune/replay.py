@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from harness.errors import ConfigError, HarnessError
-from harness.store import load
 from harness.tune.baselines import POLICIES, has_optuna
 from harness.tune.grid import Grid, grids
-from harness.tune.judge import Judged, MemoryJudged, judged, memory_judged, near_best, over
+from harness.tune.judge import Judged, MemoryJudged, calibrated, judged, memory_judged, near_best, over
+from harness.tune.pack import records_of
 from harness.tune.search import Rules, Search, search
 
 MOST_RUNS = 8
@@ -21,11 +21,12 @@ PLANNED_STEPS = (500, 5000)
 RUNGS = (6, 10)  # a grid's cells are short
 SEEDS = 50
 
-USAGE = """python -m harness.tune.replay FOLDER [--seeds N] [--runs N] [--json]
+USAGE = """python -m harness.tune.replay PLACE [--seeds N] [--runs N] [--json]
 
-FOLDER holds the records of a grid (python -m harness -m +sweep=grid_hf …): one workload, one machine, every combination. Each question is
-a choice of engines and the steps of a planned run; each policy gets the same answers from the records and at most 8 runs, probes and
-partial races counted. Exit code 0 when the search keeps to 3 % regret on every question, 3 when it does not, 6 when there is no grid."""
+PLACE: a folder with the records of a grid (python -m harness -m +sweep=grid_hf …), or a file that python -m harness.tune.pack made of it:
+one workload, one machine, every combination. Each question is a choice of engines and the steps of a planned run; each policy gets the same
+answers from the records and at most 8 runs, probes and partial races counted. Exit code 0 when the search keeps to 3 % regret on every
+question, 3 when it does not, 6 when there is no grid."""
 MOST_REGRET = 0.03
 
 
@@ -41,12 +42,15 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One policy on one question; of those that depend on chance, one entry for each seed."""
+    """One policy on one question; of those that depend on chance, one entry for each seed. ``memory``: predictions after the search;
+    ``lines``: of the memory model alone, from two passes of each line.
+    """
 
     question: Question
     policy: str
     judged: tuple[Judged, ...]
     memory: MemoryJudged | None = None
+    lines: MemoryJudged | None = None
     log: tuple[str, ...] = ()
 
 
@@ -59,10 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     try:
-        results = load(options.folder)
-        found = grids([stored.record for stored in results.stored])
+        records, problems = records_of(options.folder)
+        found = grids(records)
         if not found:
-            unread = "".join(f"\n{problem}" for problem in results.problems)
+            unread = "".join(f"\n{problem}" for problem in problems)
             raise ConfigError(
                 f"{options.folder}: no records of a grid; python -m harness +sweep=grid_hf and its other parts make one{unread}"
             )
@@ -108,6 +112,7 @@ def _answers(grid: Grid, planned_steps: int, seeds: int, most_runs: int) -> list
         policy="tune",
         judged=(judged(told, grid, planned_steps, grid.seconds, view.incumbent),),
         memory=memory_judged(policy, told, grid),
+        lines=calibrated(policy, grid),
         log=(*(f"{ask.candidate.title} {ask.steps} steps: {result.outcome}" for ask, result in told), f"stopped: {view.stopped}"),
     )
     others = [
@@ -149,13 +154,18 @@ def _row(answer: Answer) -> list[str]:
     ooms, _ = over(answer.judged, lambda one: one.num_ooms)
     spread = f"{regret:.1f} (worst {worst:.1f})" if len(answer.judged) > 1 else f"{regret:.1f}"
     lines = [f"  {answer.policy:<32}{spread:>18}{runs:>6.0f}{share:>8.1f}{ooms:>16.0f}"]
-    if (memory := answer.memory) is not None and memory.error is not None and memory.beyond_weights is not None:
-        lines.append(
-            f"    memory of {memory.num} not measured: {100 * memory.error:.1f} % off on average, {100 * memory.beyond_weights:.1f} % "
-            f"beyond the weights; {memory.num_false_fits} false fits; out of memory once its engine was known: "
-            f"{answer.judged[0].num_late_ooms}"
-        )
+    if answer.memory is not None and answer.lines is not None:
+        lines.append(f"    memory of what was not measured: {_memory(answer.memory)}")
+        lines.append(f"    … from two passes of each line of micro-batches: {_memory(answer.lines)}")
+        lines.append(f"    out of memory once its engine was known: {answer.judged[0].num_late_ooms}")
     return [*lines, *(f"      {line}" for line in answer.log)]
+
+
+def _memory(told: MemoryJudged) -> str:
+    if told.error is None or told.beyond_weights is None:
+        return "nothing to compare"
+    off = f"{100 * told.error:.1f} % off on average, {100 * told.beyond_weights:.1f} % beyond the weights"
+    return f"{off} ({told.num} candidates), {told.num_false_fits} false fits"
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def runs() -> list[Record]:
         and record.cell.engine.name == "fused"
         and record.cell.engine.knobs.get("operations") == "fused"
         and record.cell.workload.data.source == "dense"
+        and record.cell.workload.method.name in ("lora", "qlora")  # what the forecast knows
     ]
 
 
