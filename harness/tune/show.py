@@ -19,7 +19,12 @@ def state(view: View, looked: Sequence[Looked], spent: float, budget: float | No
     lines = [f"[{len(looked)} runs, {spent / 60:.1f}{of} min]"]
     if view.incumbent is not None:
         lines[0] += f" best: {view.incumbent.title}, {view.incumbent_seconds:,.0f} s for {planned_steps} steps"
-    bound = "nothing is left" if view.bound is None else f"nothing left can take less than {view.bound:,.0f} s, by its optimistic bound"
+    if view.incumbent is None:
+        bound = "nothing is known of this machine yet"
+    elif view.bound is None:
+        bound = "nothing is left"
+    else:
+        bound = f"nothing left can take less than {view.bound:,.0f} s, by its optimistic bound"
     kinds = Counter(map(kind_of, view.ruled_out.values()))
     ruled = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
     lines.append(f"  {bound}; ruled out of {len(view.forecasts)}: {ruled}")
