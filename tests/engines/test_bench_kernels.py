@@ -109,6 +109,7 @@ def test_the_reference_of_cross_entropy_is_its_loss_and_gradient() -> None:
         ("rotate_back", 4 * 16 * (2 * 256 + 64) + 4 * 16 * 32),
         ("cross_entropy", 2 * 4 * 16 * 64 + 12 * 16),
         ("decode_nf4", 32 * 64 // 2 + 32 + 4 + 4 * 32 * 64),
+        ("copy_parts", 2 * 4 * (2 * 64 * 16 + 2 * 16 * 32)),
         ("quantise_wide", 16 * (4 * (128 + 64) + 128 + 3 * 64 + 4)),
         ("write_tail", 128 * (4 * 64 + 3 * 64 + 4)),
         ("write_low", 16 * (4 * 64 + 3 * 64 + 4)),

@@ -23,7 +23,7 @@ from engines.native.bench_kernels.timing import Clock
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ImportError, OSError, TritonError)
 _LONGEST_REASON = 300
 # At most 2,048 rows of logits, all adapters, a weight, a layer's weights: whatever the tokens.
-_ONCE = ("cross_entropy", "adamw", "decode_nf4", "write_tail", "decode_rows", "adamw_float32", "adamw_eight_bit")
+_ONCE = ("cross_entropy", "adamw", "decode_nf4", "copy_parts", "write_tail", "decode_rows", "adamw_float32", "adamw_eight_bit")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

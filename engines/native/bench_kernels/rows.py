@@ -22,11 +22,12 @@ from engines.native.kernels.adamw import FlatAdamW
 from engines.native.kernels.cross_entropy import cross_entropy_
 from engines.native.kernels.nf4 import decode_nf4
 from engines.native.kernels.outer import add_outer_
+from engines.native.kernels.parts import copy_parts
 from engines.native.kernels.rms_norm import rms_norm, rms_norm_backward
 from engines.native.kernels.rotary import rotate_, rotate_back
 from engines.native.kernels.swiglu import swiglu, swiglu_backward_
 from engines.native.kernels.swiglu_gradients import swiglu_gradients_
-from engines.native.nf4 import decode_reference, placed
+from engines.native.nf4 import copy_reference, decode_reference, placed
 from engines.native.ops import NormSource
 from engines.native.weights import Arena, Linear, Weight
 from harness.nf4 import quantise
@@ -218,6 +219,25 @@ def _decode_nf4(s: Setting) -> Row:
     )
 
 
+def _copy_parts(s: Setting) -> Row:
+    group = s.layer.gate_up
+    lora, outputs, inputs = group.lora, group.num_outputs, group.num_inputs
+    assert lora is not None
+    buffer = s.random(outputs + group.padded_rank, inputs, room=group.padded_rank)
+    wide = buffer.as_strided((len(buffer), inputs + group.padded_rank), (buffer.stride(0), 1))
+    places = [wide[block.output, inputs + block.rank.start : inputs + block.rank.stop] for block in lora.blocks]
+    places.append(wide[outputs : outputs + len(lora.down.value), :inputs])
+    values = [s.random(*place.shape) for place in places]
+    count = sum(value.numel() for value in values)
+    return Row(
+        kernel=copy_parts,
+        size=" + ".join(by(*value.shape) for value in values),
+        ours=Call(lambda: copy_parts(values, places)),
+        reference=Call(lambda: copy_reference(values, places)),
+        num_bytes=2 * s.item * count,
+    )
+
+
 def _adapters(s: Setting) -> tuple[Arena, list[Weight]]:
     """As many values as all layers' adapters, those of a kind below each other; rows of B lie a padded rank apart, not a weight's row."""
     sizes = []
@@ -255,6 +275,7 @@ ROWS: Mapping[str, Callable[[Setting], Row]] = {
     "outer_dB": _outer_up,
     "adamw": _adamw,
     "decode_nf4": _decode_nf4,
+    "copy_parts": _copy_parts,
     **FULL_ROWS,
     **attention_rows(),
     **fp8_rows(),
