@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Protocol
 
 import torch
 
 from engines.native.footprint import MemoryModel, largest_load
 from engines.native.host import usable_bytes
-from engines.native.plan import KEEP_ALL, KEEP_INPUT, USABLE, Plan, described
+from engines.native.plan import KEEP_ALL, KEEP_INPUT, USABLE, Plan, PlanningKnobs, described
 from engines.native.planner import Choice, choose
 from engines.native.replicas import Shares
 from engines.native.shape import LlamaShape
@@ -18,37 +17,8 @@ from engines.native.weights import DecoderWeights
 from harness.engine import Chosen, Job
 
 
-class Wishes(Protocol):
-    """The knobs that decide; conf/engine/fused.yaml says what each means."""
-
-    @property
-    def recompute(self) -> str:
-        """``fit``, ``none`` or ``full``."""
-        ...
-
-    @property
-    def memory_gib(self) -> float | None:
-        """A budget; None: what is free."""
-        ...
-
-    @property
-    def offload(self) -> bool:
-        """Whether tensors may wait in host memory."""
-        ...
-
-    @property
-    def replay(self) -> bool:
-        """Whether uneven documents are filled up to sizes that steps share."""
-        ...
-
-    @property
-    def loss_chunk(self) -> int:
-        """Rows of logits at one time, at most."""
-        ...
-
-
 def plans_for(
-    job: Job, knobs: Wishes, shape: LlamaShape, weights: DecoderWeights, shares: Shares
+    job: Job, knobs: PlanningKnobs, shape: LlamaShape, weights: DecoderWeights, shares: Shares
 ) -> tuple[tuple[Plan, ...], int, dict[str, Chosen]]:
     """What each layer keeps, rows of logits, and both in words with what is predicted.
 

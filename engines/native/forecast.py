@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from engines.native.durations import Durations
 from engines.native.footprint import WORKSPACES, Load, MemoryModel, Ranks
-from engines.native.plan import KEEP_ALL, KEEP_INPUT, USABLE, Plan
+from engines.native.plan import KEEP_ALL, KEEP_INPUT, USABLE, Plan, PlanningKnobs
 from engines.native.planner import SLACK, Choice, choose, least
 from engines.native.shape import LlamaShape, read_shape
 from harness.engine import Footprint
@@ -20,30 +20,6 @@ _NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a value: its code, its share 
 _TRAINED = 16  # bytes of a float32 master, its gradient and two moments
 _MULTIPLE = 64  # of padded ranks on a GPU
 _PARTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-
-
-class PlanningKnobs(Protocol):
-    """The knobs of an engine that plans with this shelf."""
-
-    @property
-    def recompute(self) -> str:
-        """fit: by the planner; none; full."""
-
-    @property
-    def memory_gib(self) -> float | None:
-        """The planner's budget; None: all there is."""
-
-    @property
-    def offload(self) -> bool:
-        """Whether tensors may wait in host memory."""
-
-    @property
-    def operations(self) -> str:
-        """fused: on a GPU."""
-
-    @property
-    def loss_chunk(self) -> int:
-        """Rows of logits at one time."""
 
 
 def footprint(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from engines.native import fused_ops, reference
 from engines.native.fused_ops import FUSED
-from engines.native.kernels.cross_entropy import cross_entropy_
 from engines.native.kernels.norm_weight import norm_weight_gradient, normed_again
 from engines.native.kernels.rms_norm import rms_norm, rms_norm_backward
 from engines.native.kernels.swiglu import swiglu_backward_
@@ -50,26 +49,10 @@ def swiglu_backward(d_h_TK: Tensor, gate_up_TN: Tensor, dy_TW: Tensor, low_TP: T
     return gradient_TN
 
 
-def cross_entropy(hidden_LH: Tensor, head: Weight, targets_L: Tensor, scale: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """As the fused one, and a third product for the head."""
-    d_hidden_LH = torch.empty_like(hidden_LH)
-    losses_L = torch.empty(len(hidden_LH), dtype=torch.float32, device=hidden_LH.device)
-    buffer = hidden_LH.new_empty(min(chunk, len(hidden_LH)), len(head.value))
-    for start in range(0, len(hidden_LH), chunk):
-        rows = slice(start, min(start + chunk, len(hidden_LH)))
-        logits = buffer[: rows.stop - rows.start]
-        torch.mm(hidden_LH[rows], head.value.t(), out=logits)
-        cross_entropy_(logits, targets_L[rows], losses_L[rows], scale)
-        torch.mm(logits, head.value, out=d_hidden_LH[rows])
-        head.add_product(logits, hidden_LH[rows])
-    return losses_L, d_hidden_LH
-
-
 FUSED_FULL = replace(
     FUSED,
     norm_backward=norm_backward,
     plain_norm_backward=plain_norm_backward,
     weight_gradients=weight_gradients,
     swiglu_backward=swiglu_backward,
-    cross_entropy=cross_entropy,
 )

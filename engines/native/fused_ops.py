@@ -136,7 +136,9 @@ def swiglu_backward(d_h_TK: Tensor, gate_up_TN: Tensor, dy_TW: Tensor, low_TP: T
 
 
 def cross_entropy(hidden_LH: Tensor, head: Weight, targets_L: Tensor, scale: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Logits of ``chunk`` rows at a time in one buffer: a product, one kernel that makes them their gradient, a product."""
+    """Logits of ``chunk`` rows at a time in one buffer: a product, one kernel that makes them their gradient, a product; a third for a head
+    that is trained.
+    """
     d_hidden_LH = torch.empty_like(hidden_LH)
     losses_L = torch.empty(len(hidden_LH), dtype=torch.float32, device=hidden_LH.device)
     buffer = hidden_LH.new_empty(min(chunk, len(hidden_LH)), len(head.value))
@@ -146,6 +148,7 @@ def cross_entropy(hidden_LH: Tensor, head: Weight, targets_L: Tensor, scale: Ten
         torch.mm(hidden_LH[rows], head.value.t(), out=logits)
         cross_entropy_(logits, targets_L[rows], losses_L[rows], scale)
         torch.mm(logits, head.value, out=d_hidden_LH[rows])
+        head.add_product(logits, hidden_LH[rows])
     return losses_L, d_hidden_LH
 
 

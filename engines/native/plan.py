@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 # What a layer makes in its forward pass and reads in its backward pass. Norm outputs and h are not among them: what needs them makes them
 # again in one cheap pass, or does without. ``input`` is the sum of the residual stream, which nothing in the layer can make again.
@@ -17,6 +17,34 @@ SLAB_BYTES = 256 * 2**20
 MOVABLE: Names = frozenset(("input", "qkv", "heads", "attended", "middle", "gate_up"))
 
 USABLE = 0.95  # of the free memory: contexts, workspaces and fragments want some
+
+
+class PlanningKnobs(Protocol):
+    """The knobs of an engine that plans with this shelf."""
+
+    @property
+    def recompute(self) -> str:
+        """fit: by the planner; none; full."""
+
+    @property
+    def memory_gib(self) -> float | None:
+        """The planner's budget; None: all there is."""
+
+    @property
+    def offload(self) -> bool:
+        """Whether tensors may wait in host memory."""
+
+    @property
+    def operations(self) -> str:
+        """fused: on a GPU."""
+
+    @property
+    def loss_chunk(self) -> int:
+        """Rows of logits at one time."""
+
+    @property
+    def replay(self) -> bool:
+        """Whether uneven documents are filled up to sizes that steps share."""
 
 
 @dataclass(frozen=True, slots=True)
