@@ -1,6 +1,8 @@
-"""Who is on the front of speed against memory, and how the page tells it."""
+"""Who is on the front of speed against memory, what an engine chose, and how the page tells it."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from harness.rank import Group
 from harness.report.front import front, stairs, told
@@ -44,3 +46,16 @@ def test_the_page_says_and_draws_it() -> None:
     assert said in html(three())
     assert "Where memory is short: hf" in markdown(three())
     assert "the line is the best speed of every budget" in html(three())
+
+
+def test_what_an_engine_chose_stands_behind_its_rate() -> None:
+    chosen = {"plan": "again gate_up x3", "loss_chunk": 512, "predicted_peak_bytes": 3 * 2**29}
+    found = []
+    for stored in three().stored:
+        assert stored.record.measurement is not None
+        mine = chosen if stored.record.cell.engine.name == "fused" else None
+        measurement = stored.record.measurement.model_copy(update={"chosen": mine})
+        found.append(replace(stored, record=stored.record.model_copy(update={"measurement": measurement})))
+    page = html(results(found))
+    assert "plan: again gate_up x3; loss chunk: 512; predicted peak: 1.50 GiB" in page
+    assert "chosen by the engine" not in html(three()), "a column in which nobody says anything is not there"
