@@ -90,12 +90,14 @@ class Steps:
         total = torch.zeros((), dtype=torch.float32, device=scalars.device)
         for packed in micro_batches:
             total += self._decoder.accumulate(packed, scalars[LOSS_SCALE]).sum()
+        if self.exchange is not None:  # settled here, where it may be captured: later, beside a replay, it would zero what was replayed
+            self._summed = self._arena.gradients
         return total * scalars[LOSS_SCALE]
 
     def meet(self, loss: Tensor) -> None:
-        """What ranks exchange between backward and update."""
+        """What ranks exchange between backward and update, where gradients lie since ``accumulate``."""
         if self.exchange is not None:
-            self.exchange(loss, self._arena.gradients)
+            self.exchange(loss, self._summed)
 
     @torch.no_grad()
     def update(self, loss: Tensor, scalars: Tensor) -> Outcome:

@@ -13,7 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 import engines.fused
-from harness.data.tokens import IGNORE, Sample, TokenFile
+from engines.native import reference
+from engines.native.checkpoint import read_config
+from engines.native.decoder import Decoder
+from engines.native.full import full_optimizer
+from engines.native.optimizer import step_scalars
+from engines.native.packed import Angles
+from engines.native.plan import KEEP_ALL
+from engines.native.shape import read_shape
+from engines.native.steps import Steps
+from engines.native.store import Store, Training
+from harness.data.tokens import IGNORE, Sample, TokenFile, pack
 from harness.data.write import write_token_file
 from harness.engine import Checkpoints, Job
 from harness.errors import UnsupportedError
@@ -21,8 +31,9 @@ from harness.spec import parse
 from tests.engines.conformance import SAME
 from tests.engines.ranks import Ranks, started
 from tests.engines.test_fsdp import OnTwoRanks, trained
+from tests.engines.test_full import loaded
 from tests.engines.test_fused import KNOBS
-from tests.engines.tiny import FULL, GPU, LLAMA, LORA, QLORA, VOCABULARY, make_job, make_workload, with_train
+from tests.engines.tiny import FULL, GPU, LLAMA, LONGEST, LORA, QLORA, VOCABULARY, make_job, make_workload, with_train
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +103,24 @@ def test_replayed_steps_meet_launched_ones(two: Ranks, tmp_path: Path) -> None:
     replayed = trained(two, {**knobs, "replay": True}, replace(with_train(job, "replayed"), tokens=tokens))
     assert replayed.losses == pytest.approx(launched.losses, rel=2e-3)
     assert replayed.tokens == launched.tokens
+
+
+def test_ranks_sum_the_gradients_that_lie_there(tmp_path: Path) -> None:
+    """A replayed backward pass fills the buffer without a word to Python, whose last news is that an update has used it."""
+    job = make_job(tmp_path, "llama", FULL)
+    weights, shape, schedule = loaded(job, Training("fp32")), read_shape(read_config(job.base), LONGEST), job.workload.train
+    assert isinstance(weights.arena, Store)
+    native = Decoder(shape=shape, weights=weights, ops=reference.REFERENCE, plans=(KEEP_ALL,) * shape.num_layers, loss_chunk=7)
+    angles = Angles.of(shape, LONGEST, torch.device("cpu"))
+    summed: list[torch.Tensor] = []
+    optimizer = full_optimizer(weights.arena, schedule, kernels=False)
+    steps = Steps(native, angles, optimizer, 1.0, lambda loss, gradients: summed.append(gradients.clone()))
+    samples = job.tokens.step(schedule, 0)
+    micro, scalars = steps.place([pack(samples)], step_scalars(schedule, 0, 10))
+    loss = steps.accumulate(micro, scalars)
+    filled = weights.arena.gradients.clone()
+    assert filled.any()
+    steps.update(loss, scalars)
+    weights.arena._buffers[0].copy_(filled)  # as a replay of backward would
+    steps.meet(loss)
+    assert summed[0].equal(filled)
