@@ -56,7 +56,7 @@ def prepare(request: PrepareRequest) -> Prepared:
     adapter = prepare_adapter(workload, base, cache)
     tokens = _tokens(workload, request.sources.data, base, cache)
     base = prepare_nf4(base, workload.model.dtype, cache) if isinstance(workload.method, QLora) else base
-    made = _prepared(workload, as_fp8(base) if isinstance(workload.method, LoraFp8) else base, adapter, tokens)
+    made = _prepared(workload, base, adapter, tokens)
     print(made.notes[-1], flush=True)
     return made
 
@@ -72,10 +72,11 @@ def find(request: PrepareRequest) -> Prepared | None:
     quantised = find_nf4(base, cache) if isinstance(workload.method, QLora) else base
     if tokens is None or quantised is None or (adapter is None and isinstance(workload.method, Lora)):
         return None
-    return _prepared(workload, as_fp8(quantised) if isinstance(workload.method, LoraFp8) else quantised, adapter, tokens)
+    return _prepared(workload, quantised, adapter, tokens)
 
 
 def _prepared(workload: Workload, base: Base, adapter: Adapter | None, tokens: Path) -> Prepared:
+    base = as_fp8(base) if isinstance(workload.method, LoraFp8) else base
     counts = parse(DataCounts, TokenFile.open(tokens).metadata["counts"])
     said = f"data ({_layouts(workload.data, counts)}): {counts.sentence()}"
     return Prepared(
