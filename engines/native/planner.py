@@ -17,7 +17,7 @@ from engines.native.plan import KEEP_ALL, SLAB_BYTES, Names, Plan
 from harness.errors import UnsupportedError
 
 _GIB = 2**30
-SLACK = 1.02  # the model has been up to 0.3 % below what was measured (docs/engine.md), offloading excepted: not measured yet
+SLACK = 1.02  # the model has been up to 0.3 % below what was measured (docs/engine.md, docs/log.md)
 _PIECES = (1, 2, 4, 8)
 _SMALLEST_CHUNK = 256  # rows of logits; fewer leave the products short of work
 _SWEEPS = 3
