@@ -7,12 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from harness.machine import has_cuda
 from harness.places import Sources
 from harness.weights.base_model import Base, prepare_base
 from tests import workloads
 from tests.real_files import model
+
+settings.register_profile("repeatable", derandomize=True)  # the same draws in every run: a commit passes or fails, luck has no say
+settings.register_profile("explore", max_examples=2000, deadline=None)  # HYPOTHESIS_PROFILE=explore looks for what those draws do not show
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 if not has_cuda():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: the tests run every kernel, on a CPU by the interpreter

@@ -53,14 +53,17 @@ def scale(values: Iterable[float], *, log: bool = False, zero: bool = False) -> 
 
 
 def ticks(of: Scale, most: int, *, whole: bool = False) -> tuple[float, ...]:
-    """Round numbers on the axis, at most about ``most`` of them, in order; ``whole``: only whole ones."""
-    if not of.log:
-        return _multiples(of.low, of.high, most, whole=whole)
+    """Round numbers on the axis that have a place there, at most about ``most`` of them, in order; ``whole``: only whole ones."""
+    found = _logarithmic(of, most) if of.log else _multiples(of.low, of.high, most, whole=whole)
+    return tuple(value for value in found if has_place(value, log=of.log))
+
+
+def _logarithmic(of: Scale, most: int) -> tuple[float, ...]:
     for parts in _IN_A_DECADE:
         found = [part * 10.0**exponent for exponent in range(math.floor(of.low), math.floor(of.high) + 1) for part in parts]
         inside = tuple(value for value in found if of.low <= math.log10(value) <= of.high)
         if len(inside) < 2:  # too little of a decade: its round numbers are those of a linear axis
-            return tuple(value for value in _multiples(10.0**of.low, 10.0**of.high, most, whole=False) if value > 0)
+            return _multiples(10.0**of.low, 10.0**of.high, most, whole=False)
         if len(inside) <= most:
             return inside
     every = math.ceil(len(inside) / most)
@@ -70,7 +73,9 @@ def ticks(of: Scale, most: int, *, whole: bool = False) -> tuple[float, ...]:
 def texts(values: Sequence[float], *, log: bool = False) -> tuple[str, ...]:
     """``values`` in as few digits as tell them apart and are true; all of a linear axis in the same number of decimals."""
     if log:
-        return tuple(text for value in values for text in _texts([value], abs(value)))
+        beside = [math.inf, *(b - a for a, b in pairwise(values)), math.inf]
+        steps = [min(before, after, abs(value)) for value, before, after in zip(values, beside, beside[1:], strict=False)]
+        return tuple(text for value, step in zip(values, steps, strict=True) for text in _texts([value], step))
     step = min((b - a for a, b in pairwise(values)), default=max(map(abs, values), default=1.0) or 1.0)
     return tuple(_texts(values, step))
 

@@ -6,7 +6,7 @@ import math
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as some
 
 from harness.report.scale import LARGEST, Scale, has_place, scale, texts, ticks
@@ -89,6 +89,10 @@ def test_a_logarithmic_axis(values: list[float], expected: list[str]) -> None:
 
 
 @given(some.lists(ANY, max_size=8), some.booleans(), some.booleans(), some.booleans(), some.integers(3, 8))
+@example([1e-300], True, False, False, 5)
+@example([1e300], False, False, False, 8)
+@example([1e300], True, False, False, 8)
+@example([6.022e16, 5.99e16], True, False, False, 7)
 def test_any_values_at_all(values: list[float], log: bool, zero: bool, whole: bool, most: int) -> None:
     axis = scale(values, log=log, zero=zero and not log)
     for value in values:
