@@ -157,29 +157,27 @@ def _row(frame: _Frame, row: Row, top: float) -> Iterator[str]:
 
 
 def _x_axis(frame: _Frame, axis: Axis) -> list[str]:
-    places, names = _that_fit(frame, axis)
+    places, centres, names = _that_fit(frame, axis)
     grid = "".join(f"M{_n(at)} {_n(frame.top)}V{_n(frame.bottom)}" for at in places)
     parts = [f'<path class="grid" d="{grid}"/>'] if grid else []
     parts.append(f'<path class="axis" d="M{_n(frame.left)} {_n(frame.bottom)}H{WIDTH - _RIGHT}"/>')
-    for at, name in zip(places, names, strict=True):
-        half = text_width(name) / 2
-        parts.append(_text(min(max(at, half), WIDTH - half), frame.bottom + 15, name, "middle"))
+    parts += [_text(centre, frame.bottom + 15, name, "middle") for centre, name in zip(centres, names, strict=True)]
     parts.append(_text(frame.left + frame.width / 2, frame.bottom + 32, fitted(axis.label, frame.width), "middle"))
     return parts
 
 
-def _that_fit(frame: _Frame, axis: Axis) -> tuple[list[float], tuple[str, ...]]:
-    """As many ticks as do not run into one another: where they are, and what they say."""
+def _that_fit(frame: _Frame, axis: Axis) -> tuple[list[float], list[float], tuple[str, ...]]:
+    """As many ticks as do not run into one another: where they are, where the middle of what they say is, and what they say."""
     for most in range(_MOST_TICKS, 0, -1):
         values = ticks(frame.x, most, whole=axis.whole)
         names = texts(values, log=axis.log)
         places = [frame.left + (frame.x.place(value) or 0.0) * frame.width for value in values]
-        widths = [text_width(name) for name in names]
-        if all(b - a >= (v + w) / 2 + _GAP for a, b, v, w in zip(places, places[1:], widths, widths[1:], strict=False)):
-            break
-    else:
-        return places[:1], names[:1]
-    return places, names
+        halves = [text_width(name) / 2 for name in names]
+        centres = [min(max(at, half), WIDTH - half) for at, half in zip(places, halves, strict=True)]
+        spans = zip(centres, centres[1:], halves, halves[1:], strict=False)
+        if all(after - before >= left + right + _GAP for before, after, left, right in spans):
+            return places, centres, names
+    return places[:1], centres[:1], names[:1]
 
 
 def _y_axis(frame: _Frame, axis: Axis, beside: Sequence[float], names: Sequence[str]) -> list[str]:

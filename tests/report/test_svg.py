@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as some
 
 from harness.report.svg import HEIGHT, WIDTH, Axis, Line, Mark, Row, Shape, chart, fitted, strip, text_width
@@ -136,6 +136,7 @@ VALUES = some.floats(allow_nan=True, allow_infinity=True)
 
 
 @given(some.lists(some.tuples(VALUES, VALUES), max_size=6), some.booleans(), some.booleans())
+@example([(1.9e214, 1.09e39)], False, True)
 def test_whatever_is_measured_what_is_written_stays_inside_and_apart(points: Sequence[tuple[float, float]], log: bool, zero: bool) -> None:
     drawn = [Line(points, BLUE, "run"), *(Mark(x, y, BLUE, "diamond", "mark") for x, y in points)]
     svg = chart(Axis("x", log=log, zero=zero), Axis("y", log=log), drawn, "")
