@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 
 from harness.errors import StoreError
 from harness.rank import Group
+from harness.report.glance import glance
 from harness.report.history import history
 from harness.report.judged import judged
 from harness.report.plots import looks, plots
@@ -54,6 +55,7 @@ def _content(results: Results, groups: tuple[Group, ...] | None = None) -> dict[
     records = [stored.record for stored in results.stored]
     return {
         "sections": [section(group, groups, known, results.floors, plots(group, look), look) for group in groups],
+        "glance": glance(groups) if len(groups) > 1 else (),
         "problems": results.problems,
         "history": history(results).lines,
         "tunings": [tuning(found) for found in results.tuned],

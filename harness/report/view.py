@@ -12,6 +12,7 @@ from harness.rank import Group, Variant, compare_variants, failure_text
 from harness.record import Record
 from harness.report import processes
 from harness.report.front import told
+from harness.report.glance import facts, identifier, title
 from harness.report.measured import Details, details
 from harness.report.numbers import gib, number, plain_rate
 from harness.report.reproduce import Options, command
@@ -95,19 +96,11 @@ def section(
     look: Mapping[str, Look] | None = None,
 ) -> Section:
     """The view of ``group`` among ``groups``; ``known`` are the options of conf/, ``floors`` what was measured of this machine's limits."""
-    work = group.workload
-    facts = (
-        f"{work.data.sequence_length:,} tokens at most a sample",
-        f"{work.train.samples_per_step} samples a step",
-        f"{work.train.steps} steps",
-        f"seed {work.train.seed}",
-        f"workload {work.key}",
-    )
     return Section(
-        id=f"{work.key}-{group.machine.key}",
-        title=f"{work.model.name} · {work.method.name} · {work.data.name}",
+        id=identifier(group),
+        title=title(group),
         machine=group.machine.key,
-        facts=facts,
+        facts=(*facts(group), f"workload {group.workload.key}"),
         sentences=_sentences(group),
         memory_name=memory_name(group),
         rows=tuple(_row(variant, group, (look or {}).get(variant.label)) for variant in group.variants if variant.runs),
@@ -178,7 +171,7 @@ def _source(variant: Variant, group: Group, known: Options) -> Source:
     records = [entry.record for entry in entries]
     repeats = sorted({record.cell.repeat for record in records})
     packages = {f"{name} {version}" for record in records for name, version in record.provenance.packages.items()}
-    facts = [
+    said = [
         ("commit", _joined(records, lambda record: record.provenance.commit + (" with local changes" if record.provenance.dirty else ""))),
         ("Python", _joined(records, lambda record: record.provenance.python)),
         ("packages", ", ".join(sorted(packages))),
@@ -191,7 +184,7 @@ def _source(variant: Variant, group: Group, known: Options) -> Source:
         ("older records of the same cells", str(variant.num_superseded or "")),
         ("notes", "; ".join(dict.fromkeys(note for record in records for note in record.notes))),
     ]
-    shown = tuple((name, text) for name, text in facts if text)
+    shown = tuple((name, text) for name, text in said if text)
     return Source(variant.label, command(records[0].cell, group.machine, repeats, known), shown)
 
 

@@ -48,7 +48,8 @@ function faults(chart) {
 addEventListener("load", async () => {
   const view = document.getElementById("frame").contentWindow, doc = view.document, root = doc.documentElement;
   doc.querySelectorAll("details").forEach(one => one.open = true);
-  const wide = [...doc.body.querySelectorAll("*")].filter(one => one.getBoundingClientRect().right > root.clientWidth + 1);
+  const spills = one => one.matches("td, th") && one.scrollWidth > one.clientWidth + 1;
+  const wide = [...doc.body.querySelectorAll("*")].filter(one => one.getBoundingClientRect().right > root.clientWidth + 1 || spills(one));
   document.getElementById("found").textContent = JSON.stringify({
     width: root.clientWidth, scroll: root.scrollWidth, wide: wide.map(one => one.tagName + " " + one.textContent.slice(0, 40)),
     charts: doc.querySelectorAll("svg").length, broken: [...doc.querySelectorAll("svg")].flatMap(faults),

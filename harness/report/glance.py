@@ -1,0 +1,137 @@
+"""One line a workload: what is fastest, by how much before the next engine, and how sure that is; the first thing that a reader sees."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from harness.rank import Group, Variant, Verdict, compare_variants
+from harness.report.numbers import gib, plain_rate, times
+from harness.report.text import memory_bytes
+from harness.stats import Comparison
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A workload on a machine. ``first``: the fastest that can win; ``beside``: who shares its place; ``next``: the best of another engine;
+    ``beyond``: what else is known of its parity."""
+
+    id: str
+    title: str
+    facts: str
+    first: str
+    beside: str
+    rate: str
+    lead: str
+    next: str
+    sure: str
+    memory: str
+    parity: str
+    parity_kind: str
+    beyond: str
+    day: str
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The lines of one machine."""
+
+    name: str
+    lines: tuple[Line, ...]
+
+
+def glance(groups: Sequence[Group]) -> tuple[Machine, ...]:
+    """``groups`` (which are sorted by machine) at a glance."""
+    return tuple(Machine(name, tuple(map(_line, found))) for name, found in groupby(groups, key=lambda group: group.machine.key))
+
+
+def identifier(group: Group) -> str:
+    """Where the section of ``group`` is on the page."""
+    return f"{group.workload.key}-{group.machine.key}"
+
+
+def title(group: Group) -> str:
+    """``llama3_8b · lora · dense``."""
+    work = group.workload
+    return f"{work.model.name} · {work.method.name} · {work.data.name}"
+
+
+def facts(group: Group) -> tuple[str, ...]:
+    """What else a workload is, in words."""
+    work = group.workload
+    return (
+        f"{work.data.sequence_length:,} tokens at most a sample",
+        f"{work.train.samples_per_step} samples a step",
+        f"{work.train.steps} steps",
+        f"seed {work.train.seed}",
+    )
+
+
+def _line(group: Group) -> Line:
+    able = [variant for variant in group.variants if variant.runs and variant.can_win]
+    first = able[0] if able else None
+    rival = next((one for one in able if first and one.engine.title != first.engine.title), None)
+    lead, sure = _lead(first, rival)
+    verdict = first.verdict if first else None
+    parity, beyond = _parted(verdict.label if verdict else "")
+    return Line(
+        id=identifier(group),
+        title=title(group),
+        facts=", ".join(facts(group)),
+        first=first.label if first else _nobody(group),
+        beside=_beside(group),
+        rate=plain_rate(first.tokens_per_second) if first else "",
+        lead=lead,
+        next=rival.label if rival else "",
+        sure=sure,
+        memory=gib(memory_bytes(first, group)) if first else "",
+        parity=parity,
+        parity_kind=verdict.kind.replace(" ", "-") if verdict else "",
+        beyond=beyond or _light(verdict),
+        day=max((entry.record.provenance.started_utc[:10] for one in group.variants for entry in (*one.runs, *one.failures)), default=""),
+    )
+
+
+def _parted(label: str) -> tuple[str, str]:
+    """The verdict, and what stands behind it: how many of its tests could be done, or which other workload it was made on."""
+    found = re.fullmatch(r"(.*?)(?: \((.*)\)|; (.*))?", label)
+    assert found is not None
+    return found[1], found[2] or found[3] or ""
+
+
+def _light(verdict: Verdict | None) -> str:
+    """What the light check said of a workload that the full rule could not judge."""
+    passed = verdict.light.passed if verdict and verdict.kind == "not comparable" else None
+    return {True: "light check passed", False: "light check failed", None: ""}[passed]
+
+
+def _nobody(group: Group) -> str:
+    return "nothing that can win" if any(variant.runs for variant in group.variants) else "nothing ran to the end"
+
+
+def _beside(group: Group) -> str:
+    """Who else has the first place, by number: the section has the names."""
+    others = len(group.outcome.first) - 1
+    return "" if others < 1 else f"shares the first place with {others} other{'s' if others > 1 else ''}"
+
+
+def _lead(first: Variant | None, rival: Variant | None) -> tuple[str, str]:
+    if first is None:
+        return "", ""
+    if rival is None:
+        return "", "no other engine to compare with"
+    compared = compare_variants(first, rival)
+    if compared.interval is None:
+        return "", "no repeat on the same host"
+    return times(compared.interval.ratio), _sure(compared)
+
+
+def _sure(compared: Comparison) -> str:
+    interval = compared.interval
+    assert interval is not None
+    if interval.n == 1:
+        return "one pair of runs: no verdict"
+    told = {"faster": "", "same": "the same; ", "slower": "slower; "}.get(compared.answer, "too close to call; ")
+    return f"{told}{interval.low:.3f} to {interval.high:.3f}, {interval.n} pairs"

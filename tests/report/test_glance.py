@@ -1,0 +1,68 @@
+"""The first table of the page: who is fastest on each workload, before which other engine, and how sure that is."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.report.glance import Line, glance
+from harness.report.judged import judged
+from harness.report.page import html, markdown
+from harness.store import Results
+from tests.records import CPU, engine, record, repeats, results, stored, workload
+
+FASTER = [*repeats(engine("hf"), [100.0, 101.0, 99.0]), *repeats(engine("fused"), [200.0, 201.0, 199.0])]
+
+
+def line(found: Results) -> Line:
+    ((one,),) = (machine.lines for machine in glance(judged(found)))
+    return one
+
+
+def test_the_winner_and_how_far_the_next_engine_is() -> None:
+    one = line(results(FASTER))
+    assert (one.first, one.rate, one.beside, one.next, one.memory) == ("fused", "200.0", "", "hf", "1.50")
+    assert one.lead == "2.00 times"
+    assert one.sure.endswith("3 pairs")
+
+
+def test_the_next_is_of_another_engine() -> None:
+    other = repeats(engine("fused", micro_batch=2), [150.0, 151.0, 149.0])
+    one = line(results([*FASTER, *other]))
+    assert (one.first, one.next) == ("fused micro_batch=4", "hf")
+
+
+def test_a_tie_says_so_and_still_gives_the_ratio() -> None:
+    one = line(results([*repeats(engine("hf"), [100.0]), *repeats(engine("fused"), [117.0])]))
+    assert one.beside == "shares the first place with 1 other"
+    assert (one.lead, one.sure) == ("1.17 times", "one pair of runs: no verdict")
+
+
+def test_who_trained_something_else_is_neither_first_nor_next() -> None:
+    other = repeats(engine("other"), [300.0, 301.0, 299.0], losses=(9.0, 8.0, 7.0, 6.0))
+    assert line(results([*FASTER, *other])).first == "fused"
+
+
+def test_alone_on_another_host_and_nothing_at_all() -> None:
+    alone = line(results(repeats(engine("hf"), [100.0])))
+    assert (alone.first, alone.lead, alone.sure) == ("hf", "", "no other engine to compare with")
+    apart = line(results([*repeats(engine("hf"), [100.0]), *repeats(engine("fused"), [117.0], host="host-2")]))
+    assert (apart.lead, apart.sure) == ("", "no repeat on the same host")
+    failed = line(results([stored(record(engine("hf"), status="oom", reason="out of memory"))]))
+    assert (failed.first, failed.rate, failed.parity) == ("nothing ran to the end", "", "")
+
+
+@pytest.mark.parametrize("write", [html, markdown])
+def test_the_page_begins_with_it_where_there_is_a_choice_of_workloads(write: object) -> None:
+    assert callable(write)
+    second = repeats(engine("hf"), [50.0], work=workload(model="other"))
+    both = write(results([*FASTER, *second]))
+    assert "2.00 times hf" in both.replace("<wbr>", "")
+    assert both.index("at a glance") < both.index("Ranking" if write is html else "rank |")
+    assert "at a glance" not in write(results(FASTER))
+
+
+def test_a_machine_has_its_workloads_together() -> None:
+    second = repeats(engine("hf"), [50.0], work=workload(model="other"))
+    (machine,) = glance(judged(results([*FASTER, *second])))
+    assert machine.name == CPU.key
+    assert len(machine.lines) == 2
