@@ -188,10 +188,12 @@ def failure_text(record: Record) -> str:
 
 
 def labels(engines: Sequence[EngineSpec]) -> tuple[str, ...]:
-    """A name for each engine: its own, plus whatever differs between the variants of that engine."""
+    """A name for each engine: its own, plus whatever differs between the variants of that engine; what is null goes without saying."""
     names = {engine.title for engine in engines}
     differ = {name: _differing([_settings(engine) for engine in engines if engine.title == name]) for name in names}
-    return tuple(_label(engine, differ[engine.title]) for engine in engines)
+    whole = [_label(engine, differ[engine.title]) for engine in engines]
+    brief = [_label(engine, differ[engine.title], leave_out=None) for engine in engines]
+    return tuple(whole[place] if brief.count(name) > 1 else name for place, name in enumerate(brief))
 
 
 def _group(entries: Sequence[Entry]) -> Group:
@@ -268,9 +270,10 @@ def _differing(family: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if len({_canonical(one.get(key, "unset")) for one in family}) > 1]
 
 
-def _label(engine: EngineSpec, differ: Sequence[str]) -> str:
+def _label(engine: EngineSpec, differ: Sequence[str], *, leave_out: object = ...) -> str:
     mine = _settings(engine)
-    return " ".join([engine.title, *(f"{key}={_plain(mine.get(key, 'unset'))}" for key in differ)])
+    values = {key: mine.get(key, "unset") for key in differ}
+    return " ".join([engine.title, *(f"{key}={_plain(value)}" for key, value in values.items() if value is not leave_out)])
 
 
 def _settings(engine: EngineSpec) -> dict[str, Any]:
