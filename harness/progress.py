@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from harness.events import Event
 from harness.plan import Planned
-from harness.record import Record
+from harness.record import Record, cause
 
 _GIB = 2**30
 
@@ -73,7 +73,7 @@ class SweepProgress:
         self._progress.update(self._sweep, advance=1)
         name = f"{record.cell.engine.title}, repeat {record.cell.repeat}"
         rate = f"{self._tokens / self._seconds:,.0f} tokens/s" if self._seconds else "no step"
-        reason = f": {record.reason.strip().splitlines()[-1]}" if record.reason else ""
+        reason = f": {cause(record)}" if record.reason else ""
         self._say(f"  {record.status:<12} {name:<24} {how or rate}, {record.provenance.wall_seconds:.1f} s{reason}")
 
     def _say(self, line: str) -> None:

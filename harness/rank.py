@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from harness.engine import Machine
-from harness.record import Record, Score, untimed
+from harness.labels import labels
+from harness.record import Record, Score, cause, dumps
 from harness.spec import EngineSpec, Workload
 from harness.stats import Comparison, compare, median, tokens_per_second
 
@@ -183,17 +183,7 @@ def rank(entries: Iterable[Entry]) -> tuple[Group, ...]:
 
 def failure_text(record: Record) -> str:
     """``repeat 2: oom: CUDA out of memory``."""
-    why = record.reason or (untimed(record) if record.status == "ok" else "no reason was recorded")
-    return f"repeat {record.cell.repeat}: {record.status}: {why}"
-
-
-def labels(engines: Sequence[EngineSpec]) -> tuple[str, ...]:
-    """A name for each engine: its own, plus whatever differs between the variants of that engine; what is null goes without saying."""
-    names = {engine.title for engine in engines}
-    differ = {name: _differing([_settings(engine) for engine in engines if engine.title == name]) for name in names}
-    whole = [_label(engine, differ[engine.title]) for engine in engines]
-    brief = [_label(engine, differ[engine.title], leave_out=None) for engine in engines]
-    return tuple(whole[place] if brief.count(name) > 1 else name for place, name in enumerate(brief))
+    return f"repeat {record.cell.repeat}: {record.status}: {cause(record)}"
 
 
 def _group(entries: Sequence[Entry]) -> Group:
@@ -223,7 +213,7 @@ def _num_distinct(entries: Sequence[Entry]) -> int:
     moments = {(entry.record.cell.key, entry.record.provenance.started_utc) for entry in entries}
     if len(moments) == len(entries):
         return len(entries)
-    return len({_canonical(entry.record.model_dump(mode="json")) for entry in entries})
+    return len({dumps(entry.record) for entry in entries})
 
 
 def _ranked(variants: Sequence[Variant]) -> tuple[Variant, ...]:
@@ -264,40 +254,5 @@ def _outcome(variants: Sequence[Variant]) -> Outcome:
     return Outcome(first, rival, compare_variants(first[0], rival) if first and rival else None, barred)
 
 
-def _differing(family: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The settings that are not the same in all of ``family``."""
-    keys = sorted({key for one in family for key in one})
-    return [key for key in keys if len({_canonical(one.get(key, "unset")) for one in family}) > 1]
-
-
-def _label(engine: EngineSpec, differ: Sequence[str], *, leave_out: object = ...) -> str:
-    mine = _settings(engine)
-    values = {key: mine.get(key, "unset") for key in differ}
-    return " ".join([engine.title, *(f"{key}={_plain(value)}" for key, value in values.items() if value is not leave_out)])
-
-
-def _settings(engine: EngineSpec) -> dict[str, Any]:
-    environment = {f"environment.{key}": value for key, value in engine.environment.items()}
-    return dict(_flat({"processes": engine.processes, "module": engine.module, **environment, **engine.knobs}))
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else _canonical(value)
-
-
-def _flat(tree: Mapping[str, Any], at: str = "") -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            leaves += _flat(value, f"{at}{key}.")
-        else:
-            leaves.append((f"{at}{key}", value))
-    return leaves
-
-
 def _block(record: Record) -> tuple[int, str]:
     return record.cell.repeat, record.provenance.host
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)

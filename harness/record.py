@@ -206,8 +206,20 @@ class Score(Spec):
     evaluator: str
 
 
-def untimed(record: Record) -> str:
-    """Why a run that ended ok has no rate."""
+def cause(record: Record) -> str:
+    """Why a run has no rate, in one line: of a traceback its last, which names the error."""
+    lines = (record.reason or "").strip().splitlines()
+    if lines:
+        return lines[-1].strip() if traceback_of(record) else " ".join(line.strip() for line in lines)
+    return _untimed(record) if record.status == "ok" else "no reason was recorded"
+
+
+def traceback_of(record: Record) -> str | None:
+    """The reason, where it is a traceback."""
+    return record.reason if record.reason and "Traceback (most recent call last)" in record.reason else None
+
+
+def _untimed(record: Record) -> str:
     at = record.measurement.resumed_at if record.measurement else ()
     return f"it went on from a checkpoint after step {', '.join(map(str, at))}, so no rate is its own" if at else "nothing was timed"
 

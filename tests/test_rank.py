@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from harness.engine import Machine
-from harness.rank import Entry, Group, Variant, compare_variants, labels, latest, rank
+from harness.labels import labels
+from harness.rank import Entry, Group, Variant, compare_variants, latest, rank
 from harness.record import Record
 from harness.spec import EngineSpec
 from tests import records

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from harness.errors import RecordError
-from harness.record import SCHEMA, dumps, loads
+from harness.record import SCHEMA, cause, dumps, loads, traceback_of
+from tests import records
 
 GOLDEN = Path(__file__).parent / "golden"
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -51,3 +52,12 @@ def test_evidence_lies_where_its_content_says(path: Path) -> None:
     record = loads(path.read_text(encoding="utf-8"), path.name)
     where = (record.machine.key, record.cell.workload.label, f"{record.cell.engine.name}-{record.cell.key}")
     assert path.parts[-4:-1] == where, "a key changed: a default changed, or a field was added whose default is not what was always done"
+
+
+def test_the_cause_of_a_failure_is_one_line() -> None:
+    trace = 'Traceback (most recent call last):\n  File "x.py", line 1\nValueError: batch of 3\n'
+    assert cause(records.record(status="crash", reason=trace)) == "ValueError: batch of 3"
+    assert traceback_of(records.record(status="crash", reason=trace)) == trace
+    assert cause(records.record(status="oom", reason="needs\n  more")) == "needs more"
+    assert traceback_of(records.record(status="oom", reason="needs more")) is None
+    assert cause(records.record(status="timeout", reason=None)) == "no reason was recorded"

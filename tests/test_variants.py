@@ -10,9 +10,9 @@ import pytest
 from harness.compose import compose_one, plain
 from harness.config import requests
 from harness.errors import ConfigError
+from harness.labels import labels
 from harness.plan import plan
 from harness.progress import label
-from harness.rank import labels
 from harness.spec import EngineSpec
 from tests import records
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.rank import labels
+from harness.labels import labels
 from harness.record import Record
 from harness.stats import EFFECT, tokens_per_second
 from harness.store import Results

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from harness.engine import LossNorm
 from harness.floor import Floors
-from harness.rank import Group, Variant, compare_variants, failure_text
-from harness.record import Record
+from harness.rank import Entry, Group, Variant, compare_variants, failure_text
+from harness.record import Record, traceback_of
 from harness.report import processes
 from harness.report.front import told
 from harness.report.glance import facts, identifier, title
@@ -58,6 +58,7 @@ class Failure:
 
     label: str
     text: str
+    traceback: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def section(
         rows=tuple(_row(variant, group, (look or {}).get(variant.label)) for variant in group.variants if variant.runs),
         behind=details(group, floors),
         processes=processes.details(group, groups),
-        failures=tuple(Failure(variant.label, failure_text(entry.record)) for variant in group.variants for entry in variant.failures),
+        failures=tuple(_failure(variant, entry) for variant in group.variants for entry in variant.failures),
         plots=tuple(drawn),
         sources=tuple(_source(variant, group, known) for variant in group.variants),
     )
@@ -116,6 +117,10 @@ def _sentences(group: Group) -> Sentences:
     """The answer, and what to choose where memory is short."""
     said, short = sentences(group), told(group)
     return said if short is None else replace(said, details=(*said.details, short))
+
+
+def _failure(variant: Variant, entry: Entry) -> Failure:
+    return Failure(variant.label, failure_text(entry.record), traceback_of(entry.record))
 
 
 def _row(variant: Variant, group: Group, look: Look | None) -> Row:

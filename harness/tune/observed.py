@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from harness.record import Measurement, Record
+from harness.record import Measurement, Record, cause
 from harness.tune.search import Outcome, Result
 
 _OUTCOMES: dict[str, Outcome] = {"ok": "ok", "unsteady": "ok", "oom": "oom", "oom_host": "oom"}
@@ -20,7 +20,7 @@ def result_of(record: Record, steps: int | None = None, *, positions: Sequence[f
     measured, wall = record.measurement, record.provenance.wall_seconds
     outcome = _OUTCOMES.get(record.status, "failed")
     if outcome != "ok" or measured is None:
-        return Result(outcome=outcome, cost_seconds=wall, reason=f"{record.status}: {_last_line(record.reason)}")
+        return Result(outcome=outcome, cost_seconds=wall, reason=f"{record.status}: {cause(record)}")
     seconds = measured.steps.seconds
     used = seconds if steps is None else seconds[:steps]
     first = _settled(measured, len(used))
@@ -47,7 +47,3 @@ def _settled(measured: Measurement, count: int) -> int:
     """The first of ``count`` steps after the last that compiled something; at least one, at most half of them is left out."""
     compiled = max((index + 1 for index, number in enumerate((measured.steps.compiles or ())[:count]) if number), default=1)
     return min(max(1, compiled), count // 2)
-
-
-def _last_line(reason: str | None) -> str:
-    return reason.strip().splitlines()[-1] if reason and reason.strip() else "no reason is recorded"
