@@ -24,6 +24,7 @@ from engines.native.kernels import (
     cross_entropy,
     fp8,
     fp8_inputs,
+    head_norms,
     nf4,
     norm_weight,
     outer,
@@ -111,6 +112,16 @@ def specimens() -> tuple[Specimen, ...]:
         Specimen(
             "rotate_back", rotary._rotate_back, {"dq": "h", "dk": "h", "dv": "h", "cosine": "f", "sine": "f", "out": "h"},
             {**heads, "P": 64, "PAD": 64}, 2, odd=("C", "G", "query_programs", "key_programs"),
+        ),
+        Specimen(
+            "norm_rotate", head_norms._norm_rotate,
+            dict.fromkeys(("x", "query_weight", "key_weight", "out"), "h") | {"cosine": "f", "sine": "f"}, heads, 4,
+            ("epsilon",), odd=("C", "num_heads"),
+        ),
+        Specimen(
+            "norm_rotate_back", head_norms._norm_rotate_back,
+            dict.fromkeys(("dq", "dk", "dv", "x", "query_weight", "key_weight", "out"), "h") | {"cosine": "f", "sine": "f"},
+            {**heads, "P": 64, "PAD": 64}, 4, ("epsilon",), odd=("C", "G", "query_programs", "key_programs"),
         ),
         Specimen(
             "cross_entropy", cross_entropy._cross_entropy, {"logits": "h", "targets": "l", "losses": "f", "scale": "f"},

@@ -15,7 +15,8 @@ from engines.native.fused_ops import FUSED
 from engines.native.kernels.norm_weight import norm_weight_gradient, normed_again
 from engines.native.kernels.rms_norm import rms_norm, rms_norm_backward
 from engines.native.kernels.swiglu import swiglu_backward_
-from engines.native.ops import NormSource
+from engines.native.ops import HeadNorms, Heads, NormSource
+from engines.native.packed import Packed
 from engines.native.weights import Linear, Weight
 
 
@@ -26,12 +27,18 @@ def norm_backward(dy_TH: Tensor, x_TH: Tensor, inverse_T: Tensor, weight: Weight
 
 
 def plain_norm_backward(dy: Tensor, x: Tensor, weight: Weight, epsilon: float) -> Tensor:
-    """As ``norm_backward``, the rows' root mean squares made again; heads of a token, which are views, by the reference."""
-    if x.dim() != 2:
-        return reference.plain_norm_backward(dy, x, weight, epsilon)
+    """As ``norm_backward``, the rows' root mean squares made again."""
     _, inverse, _ = rms_norm(x, weight.value, epsilon, 0)
     weight.add_gradient(norm_weight_gradient(dy, x, inverse))
     return rms_norm_backward(dy, x, weight.value, inverse, None, 0)
+
+
+def rotate_back(gradients: Heads, projected: Heads | None, norms: HeadNorms | None, packed: Packed, padded_rank: int) -> Tensor:
+    """One kernel; the norms of heads, whose weights are trained, by the reference behind it."""
+    dy_TW = fused_ops.rotate_back(gradients, None, None, packed, padded_rank)
+    if projected is not None and norms is not None:
+        reference.norm_heads_backward_(dy_TW, projected, norms)
+    return dy_TW
 
 
 def weight_gradients(dy_TN: Tensor, source: Tensor | NormSource, linear: Linear) -> None:
@@ -53,6 +60,7 @@ FUSED_FULL = replace(
     FUSED,
     norm_backward=norm_backward,
     plain_norm_backward=plain_norm_backward,
+    rotate_back=rotate_back,
     weight_gradients=weight_gradients,
     swiglu_backward=swiglu_backward,
 )

@@ -11,17 +11,18 @@ from torch import Tensor
 from engines.native import attention as attend
 from engines.native import reference
 from engines.native.kernels.cross_entropy import cross_entropy_
+from engines.native.kernels.head_norms import norm_rotate, norm_rotate_back
 from engines.native.kernels.nf4 import decode_nf4
 from engines.native.kernels.outer import COLUMNS, add_outer_
 from engines.native.kernels.parts import copy_parts
 from engines.native.kernels.rms_norm import rms_norm, rms_norm_backward
-from engines.native.kernels.rotary import rotate_ as rotate_rows_
+from engines.native.kernels.rotary import rotate_
 from engines.native.kernels.rotary import rotate_back as rotate_rows_back
 from engines.native.kernels.swiglu import swiglu as swiglu_rows
 from engines.native.kernels.swiglu import swiglu_backward_
 from engines.native.kernels.swiglu_gradients import swiglu_gradients_
 from engines.native.nf4 import Filling
-from engines.native.ops import Heads, Input, Normed, NormSource, Ops
+from engines.native.ops import HeadNorms, Heads, Input, Normed, NormSource, Ops
 from engines.native.packed import Packed
 from engines.native.weights import Linear, LowRank, Weight
 from engines.native.wide_input import with_low
@@ -39,14 +40,12 @@ def norm_backward(dy_TH: Tensor, x_TH: Tensor, inverse_T: Tensor, weight: Weight
 
 
 def plain_norm(x: Tensor, weight: Weight, epsilon: float) -> Tensor:
-    """One kernel over rows; the heads of a token, which are views, by the reference."""
-    return reference.plain_norm(x, weight, epsilon) if x.dim() != 2 else rms_norm(x, weight.value, epsilon, 0)[0]
+    """One kernel."""
+    return rms_norm(x, weight.value, epsilon, 0)[0]
 
 
 def plain_norm_backward(dy: Tensor, x: Tensor, weight: Weight, epsilon: float) -> Tensor:
     """The rows' root mean squares once more, then one kernel."""
-    if x.dim() != 2:
-        return reference.plain_norm_backward(dy, x, weight, epsilon)
     _, inverse, _ = rms_norm(x, weight.value, epsilon, 0)
     return rms_norm_backward(dy, x, weight.value, inverse, None, 0)
 
@@ -98,22 +97,24 @@ def up_gradients(dy_TW: Tensor, low_TP: Tensor | None, linear: Linear) -> None:
         add_outer_(block.up.gradient, dy_TW[:, block.output], low_TP[:, block.rank], lora.arrived)
 
 
-def rotate_(heads: Heads, packed: Packed) -> None:
-    """In place; queries and keys of one buffer in one launch."""
-    queries, keys = heads.queries, heads.keys
-    (_, num_heads, head_dim), row = queries.shape, queries.stride(0)
-    adjacent = keys.data_ptr() - queries.data_ptr() == num_heads * head_dim * queries.element_size() and keys.stride(0) == row
-    if adjacent:
-        together = num_heads + keys.shape[1]
-        rotate_rows_(queries.as_strided((len(queries), together * head_dim), (row, 1)), together, packed.cosine, packed.sine)
-        return
-    for x in (queries, keys):
-        rotate_rows_(x.flatten(1), x.shape[1], packed.cosine, packed.sine)
+def rotate(projected: Heads, norms: HeadNorms | None, packed: Packed) -> Heads:
+    """One launch, norms included; the queries and keys of a token lie side by side."""
+    x_TN, angles = _side_by_side(projected), (packed.cosine, packed.sine)
+    heads, kv_heads = projected.queries.shape[1], projected.keys.shape[1]
+    if norms is None:
+        rotate_(x_TN, heads + kv_heads, *angles)
+        return projected
+    rotated = norm_rotate(x_TN, heads, kv_heads, norms.query.value, norms.key.value, norms.epsilon, *angles)
+    return Heads(rotated[:, :heads], rotated[:, heads:], projected.values)
 
 
-def rotate_back(gradients: Heads, packed: Packed, padded_rank: int) -> Tensor:
-    """One kernel from three gradients to the gradient of the projection."""
-    return rotate_rows_back(gradients.queries, gradients.keys, gradients.values, packed.cosine, packed.sine, padded_rank)
+def rotate_back(gradients: Heads, projected: Heads | None, norms: HeadNorms | None, packed: Packed, padded_rank: int) -> Tensor:
+    """One kernel from three gradients to the gradient of the projection, norms included. Only for frozen norms."""
+    given, angles = (gradients.queries, gradients.keys, gradients.values), (packed.cosine, packed.sine)
+    if projected is None or norms is None:
+        return rotate_rows_back(*given, *angles, padded_rank)
+    x_TN = _side_by_side(projected)
+    return norm_rotate_back(*given, x_TN, norms.query.value, norms.key.value, norms.epsilon, *angles, padded_rank)
 
 
 def swiglu(gate_up_TN: Tensor, linear: Linear) -> Input:
@@ -152,6 +153,15 @@ def cross_entropy(hidden_LH: Tensor, head: Weight, targets_L: Tensor, scale: Ten
     return losses_L, d_hidden_LH
 
 
+def _side_by_side(heads: Heads) -> Tensor:
+    """[T, (C + G) D]: queries and keys as the rows of one view. Raises ValueError where they do not lie in one buffer."""
+    queries, keys = heads.queries, heads.keys
+    (tokens, num_heads, head_dim), row = queries.shape, queries.stride(0)
+    if keys.data_ptr() - queries.data_ptr() != num_heads * head_dim * queries.element_size() or keys.stride(0) != row:
+        raise ValueError("queries and keys lie apart; expected views of one projection, keys behind queries")
+    return queries.as_strided((tokens, (num_heads + keys.shape[1]) * head_dim), (row, 1))
+
+
 def _thin(dy_TW: Tensor, linear: Linear, lora: LowRank) -> Tensor:
     """s dy B of a filled dy, without the padding."""
     return dy_TW[:, linear.num_outputs : linear.num_outputs + len(lora.down.value)]
@@ -172,7 +182,7 @@ FUSED = Ops(
     input_gradient=reference.input_gradient,
     weight_gradients=weight_gradients,
     up_gradients=up_gradients,
-    rotate_=rotate_,
+    rotate=rotate,
     rotate_back=rotate_back,
     attention=attend.attention,
     attention_backward=attend.attention_backward,

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from engines.native.host import Arriving, Host, Stored
-from engines.native.ops import Attended, Heads, Input, NormSource, Ops
+from engines.native.ops import Attended, HeadNorms, Heads, Input, NormSource, Ops
 from engines.native.packed import Packed
 from engines.native.plan import Name, Plan
 from engines.native.shape import LlamaShape
-from engines.native.weights import LayerWeights, Weight
+from engines.native.weights import LayerWeights
 
 V = TypeVar("V")
 _OF_MLP = ("middle", "mlp_inverse", "low_gate_up", "gate_up", "low_down")  # what the attention's half of backward does not read
@@ -150,17 +150,18 @@ class LayerPass:
         d_attended_TK = ops.input_gradient(d_middle_TW, weights.output)
         d_heads = ops.attention_backward(d_attended_TK.view_as(heads.queries), heads, attended, packed)
         del d_attended_TK
-        d_qkv_TW = ops.rotate_back(d_heads, packed, weights.qkv.padded_rank)
-        if weights.query_norm is not None and weights.key_norm is not None:
-            d_projected, projected = self._split(d_qkv_TW), self._split(self._qkv())
-            self._head_norm_backward(d_projected.queries, projected.queries, weights.query_norm)
-            self._head_norm_backward(d_projected.keys, projected.keys, weights.key_norm)
+        norms = self._head_norms()
+        projected = None if norms is None else self._split(self._qkv())
+        d_qkv_TW = ops.rotate_back(d_heads, projected, norms, packed, weights.qkv.padded_rank)
         for name in ("heads", "attended", "qkv"):
             self._made.pop(name, None)
         return d_qkv_TW
 
-    def _head_norm_backward(self, dy_TCD: Tensor, x_TCD: Tensor, weight: Weight) -> None:
-        dy_TCD.copy_(self._ops.plain_norm_backward(dy_TCD, x_TCD, weight, self._shape.norm_epsilon))
+    def _head_norms(self) -> HeadNorms | None:
+        weights = self._weights
+        if weights.query_norm is None or weights.key_norm is None:
+            return None
+        return HeadNorms(weights.query_norm, weights.key_norm, self._shape.norm_epsilon)
 
     def _split(self, qkv_TN: Tensor) -> Heads:
         """Queries, keys and values as views; what stands behind them in a row is left out."""
@@ -227,15 +228,8 @@ class LayerPass:
         return self._make("heads", self._make_heads)
 
     def _make_heads(self) -> Heads:
-        ops, weights = self._ops, self._weights
-        if weights.query_norm is None or weights.key_norm is None:
-            heads = self._split(self._project())
-        else:
-            projected = self._split(self._qkv())
-            queries = ops.plain_norm(projected.queries, weights.query_norm, self._shape.norm_epsilon)
-            heads = Heads(queries, ops.plain_norm(projected.keys, weights.key_norm, self._shape.norm_epsilon), projected.values)
-        ops.rotate_(heads, self._packed)
-        return heads
+        norms = self._head_norms()
+        return self._ops.rotate(self._split(self._project() if norms is None else self._qkv()), norms, self._packed)
 
     def _attended(self) -> Attended:
         return self._make("attended", lambda: self._ops.attention(self._heads(), self._packed, self._weights.output))

@@ -55,6 +55,15 @@ class Heads:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMSNorms over the D values of every query and of every key, between projection and rotation."""
+
+    query: Weight
+    key: Weight
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
 class Attended:
     """Attention's output as the next group's input, and what its own backward wants kept."""
 
@@ -69,14 +78,15 @@ class Ops:
     ``norm(x, delta, weight, epsilon, linear)``: RMSNorm of x + delta (delta may be None) as the input of ``linear``.
     ``norm_backward(d_normed, x, inverse, weight, residual, padded_rank)``: gradient by x plus ``residual``, [T, H + P]: the
     next group's ``fill`` writes the right part.
-    ``plain_norm``, ``plain_norm_backward``: RMSNorm over the last dimension without a linear behind it (final norm, heads).
+    ``plain_norm``, ``plain_norm_backward``: RMSNorm of rows without a linear behind it (the final norm).
     ``linear(input, linear, room)``: the adapted output [T, N], with ``room`` spare columns behind each row in memory.
     ``fill(dy, linear)``: s dy B into the right part of dy [T, N + P].
     ``input_gradient(dy, linear)``: dx [T, K] from the filled dy.
     ``weight_gradients(dy, source, linear)``: adds those that need the group's input, from the filled dy: dW, db, dA.
     ``up_gradients(dy, low, linear)``: adds those of every B.
-    ``rotate_(heads, packed)``: rotary embedding of queries and keys, in place.
-    ``rotate_back(gradients, packed, padded_rank)``: the gradients of Heads turned back, side by side [T, N + P].
+    ``rotate(projected, norms, packed)``: queries and keys rotated; in place where there are no ``norms``, else normed and apart.
+    ``rotate_back(gradients, projected, norms, packed, padded_rank)``: the gradients of Heads turned back, and through the norms where
+    there are any (``projected`` is what forward was given), side by side [T, N + P].
     ``attention(heads, packed, linear)``: attention's output as the input of ``linear``; ``attention_backward(dy, heads,
     attended, packed)`` the gradients of Heads from dy [T, C, D].
     ``swiglu(gate_up, linear)``: silu(gate) * up as the input of ``linear``.
@@ -96,8 +106,8 @@ class Ops:
     input_gradient: Callable[[Tensor, Linear], Tensor]
     weight_gradients: Callable[[Tensor, Tensor | NormSource, Linear], None]
     up_gradients: Callable[[Tensor, Tensor | None, Linear], None]
-    rotate_: Callable[[Heads, Packed], None]
-    rotate_back: Callable[[Heads, Packed, int], Tensor]
+    rotate: Callable[[Heads, HeadNorms | None, Packed], Heads]
+    rotate_back: Callable[[Heads, Heads | None, HeadNorms | None, Packed, int], Tensor]
     attention: Callable[[Heads, Packed, Linear], Attended]
     attention_backward: Callable[[Tensor, Heads, Attended, Packed], Heads]
     swiglu: Callable[[Tensor, Linear], Input]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.native.gradient import add_product_
-from engines.native.ops import Attended, Heads, Input, Normed, NormSource, Ops
+from engines.native.ops import Attended, HeadNorms, Heads, Input, Normed, NormSource, Ops
 from engines.native.packed import Packed
 from engines.native.weights import Linear, Weight
 
@@ -101,20 +101,36 @@ def up_gradients(dy_TW: Tensor, low_TP: Tensor | None, linear: Linear) -> None:
         add_product_(block.up.gradient, dy_TW[:, block.output], low_TP[:, block.rank])
 
 
-def rotate_(heads: Heads, packed: Packed) -> None:
-    """Rotate the pairs (i, i + D/2) of every query and key by the token's angles (Su et al. 2021)."""
-    _rotate_(heads.queries, packed.cosine, packed.sine)
-    _rotate_(heads.keys, packed.cosine, packed.sine)
+def rotate(projected: Heads, norms: HeadNorms | None, packed: Packed) -> Heads:
+    """Rotate the pairs (i, i + D/2) of every query and key by the token's angles (Su et al. 2021), after their norms if they have any."""
+    queries, keys = projected.queries, projected.keys
+    if norms is not None:
+        queries, keys = plain_norm(queries, norms.query, norms.epsilon), plain_norm(keys, norms.key, norms.epsilon)
+    _rotate_(queries, packed.cosine, packed.sine)
+    _rotate_(keys, packed.cosine, packed.sine)
+    return Heads(queries, keys, projected.values)
 
 
-def rotate_back(gradients: Heads, packed: Packed, padded_rank: int) -> Tensor:
+def rotate_back(gradients: Heads, projected: Heads | None, norms: HeadNorms | None, packed: Packed, padded_rank: int) -> Tensor:
     """Backward of a rotation is the rotation by the negative angles."""
     columns = [each.flatten(1) for each in (gradients.queries, gradients.keys, gradients.values)]
     dy_TW = _with_room(torch.cat(columns, dim=1), padded_rank)
     queries, keys = columns[0].shape[1], columns[1].shape[1]
     for start, size, like in ((0, queries, gradients.queries), (queries, keys, gradients.keys)):
         _rotate_(dy_TW[:, start : start + size].view(like.shape), packed.cosine, -packed.sine)
+    if projected is not None and norms is not None:
+        norm_heads_backward_(dy_TW, projected, norms)
     return dy_TW
+
+
+def norm_heads_backward_(dy_TW: Tensor, projected: Heads, norms: HeadNorms) -> None:
+    """Through the norms, in place: the gradients of queries and keys, which begin the rows of ``dy``."""
+    start = 0
+    for x_TCD, weight in ((projected.queries, norms.query), (projected.keys, norms.key)):
+        size = x_TCD.shape[1] * x_TCD.shape[2]
+        dy_TCD = dy_TW[:, start : start + size].view(x_TCD.shape)
+        dy_TCD.copy_(plain_norm_backward(dy_TCD, x_TCD, weight, norms.epsilon))
+        start += size
 
 
 def attention(heads: Heads, packed: Packed, linear: Linear) -> Attended:
@@ -202,7 +218,7 @@ REFERENCE = Ops(
     input_gradient=input_gradient,
     weight_gradients=weight_gradients,
     up_gradients=up_gradients,
-    rotate_=rotate_,
+    rotate=rotate,
     rotate_back=rotate_back,
     attention=attention,
     attention_backward=attention_backward,

@@ -23,7 +23,7 @@ from engines.native.fp8 import RANK_MULTIPLE
 from engines.native.fp8_reasons import Mode
 from engines.native.fused_ops import FUSED
 from engines.native.lora import Adapter
-from engines.native.ops import Attended, Heads, Input, Normed, NormSource
+from engines.native.ops import Attended, HeadNorms, Heads, Input, Normed, NormSource
 from engines.native.packed import Packed
 from engines.native.plan import Plan
 from engines.native.random_files import RandomSlice
@@ -92,7 +92,13 @@ def attention_backward(dy_TCD: Tensor, heads: Heads, attended: Attended, packed:
     return Heads(*into)
 
 
-def rotate_back(gradients: Heads, packed: Packed, padded_rank: int) -> Tensor:
+def rotate(projected: Heads, norms: HeadNorms | None, packed: Packed) -> Heads:
+    if norms is None:
+        return projected
+    return Heads(torch.empty_like(projected.queries), torch.empty_like(projected.keys), projected.values)
+
+
+def rotate_back(gradients: Heads, projected: Heads | None, norms: HeadNorms | None, packed: Packed, padded_rank: int) -> Tensor:
     columns = sum(each[0].numel() for each in (gradients.queries, gradients.keys, gradients.values))
     return gradients.queries.new_empty(len(gradients.queries), columns + padded_rank)
 
@@ -120,7 +126,7 @@ ALLOCATIONS = replace(
     fill=lambda dy, linear: None,
     weight_gradients=lambda dy, source, linear: None,
     up_gradients=lambda dy, low, linear: None,
-    rotate_=lambda heads, packed: None,
+    rotate=rotate,
     rotate_back=rotate_back,
     attention=attention,
     attention_backward=attention_backward,

@@ -71,7 +71,7 @@ def test_a_row_runs_its_kernel_and_its_reference(name: str, tiny: Setting) -> No
     assert row.floor == pytest.approx(1000 * row.num_bytes / 2e12)
 
 
-@pytest.mark.parametrize("name", ["rms_norm_backward", "swiglu_backward", "swiglu_gradients", "rotate_back"])
+@pytest.mark.parametrize("name", ["rms_norm_backward", "swiglu_backward", "swiglu_gradients", "rotate_back", "norm_rotate_back"])
 def test_a_row_compares_the_same_results(name: str, tiny: Setting) -> None:
     def first(made: Any) -> torch.Tensor:
         tensor = made[-1] if isinstance(made, tuple) else made
@@ -106,6 +106,8 @@ def test_the_reference_of_cross_entropy_is_its_loss_and_gradient() -> None:
         ("swiglu_backward", 4 * 16 * (3 * 64 + 3 * 64 + 64)),
         ("swiglu_gradients", 4 * 16 * (3 * 64 + 2 * 64 + 64 + 3 * 16) + 8 * (16 * 64 + 128 * 16)),
         ("rotate", 4 * 16 * 2 * (128 + 64) + 4 * 16 * 32),
+        ("norm_rotate", 4 * (16 * 2 * (128 + 64) + 2 * 32) + 4 * 16 * 32),
+        ("norm_rotate_back", 4 * (16 * (192 + 2 * 256 + 64) + 2 * 32) + 4 * 16 * 32),
         ("rotate_back", 4 * 16 * (2 * 256 + 64) + 4 * 16 * 32),
         ("cross_entropy", 2 * 4 * 16 * 64 + 12 * 16),
         ("decode_nf4", 32 * 64 // 2 + 32 + 4 + 4 * 32 * 64),

@@ -253,7 +253,7 @@ def test_swiglu_leaves_the_gradient_of_what_reads_it(dtype: torch.dtype) -> None
 
 
 def test_the_table_differs_from_the_adapters_where_weights_are_trained() -> None:
-    changed = {"norm_backward", "plain_norm_backward", "weight_gradients", "swiglu_backward"}
+    changed = {"norm_backward", "plain_norm_backward", "rotate_back", "weight_gradients", "swiglu_backward"}
     table, other = full_ops.FUSED_FULL, fused_ops.FUSED
     assert {name for name in type(table).__slots__ if getattr(table, name) is not getattr(other, name)} == changed
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from torch import Tensor
 
-from engines.native import fused_ops, reference
+from engines.native import reference
 from engines.native.kernels.adamw import FlatAdamW
 from engines.native.kernels.cross_entropy import cross_entropy_
 from engines.native.kernels.nf4 import decode_nf4
@@ -18,9 +16,7 @@ from engines.native.kernels.rms_norm import rms_norm, rms_norm_backward
 from engines.native.kernels.swiglu import swiglu, swiglu_backward_
 from engines.native.kernels.swiglu_gradients import swiglu_gradients_
 from engines.native.nf4 import placed
-from engines.native.ops import Heads
 from engines.native.optimizer import AdamW, clip_, step_scalars
-from engines.native.packed import Packed
 from engines.native.weights import Arena, Linear, Weight
 from harness.data.tokens import IGNORE
 from harness.nf4 import decode, quantise
@@ -124,37 +120,6 @@ def test_swiglu_with_thin_gradients_refuses_what_does_not_fit() -> None:
         swiglu_gradients_(*arguments[:2], 1, *arguments[3:], arrived)
     with pytest.raises(ValueError, match="0 counters"):
         swiglu_gradients_(*arguments, arrived[:0])
-
-
-def packed(lengths: Sequence[int], half: int) -> Packed:
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(DEVICE)
-    angles = positions[:, None] * torch.rand(half, device=DEVICE)
-    nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE)
-    return Packed(nothing, angles.cos(), angles.sin(), tuple(lengths), starts, max(lengths), nothing, nothing)
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 1, 6), (9, 3, 64), (16, 8, 16)])
-@pytest.mark.parametrize("together", [True, False])
-def test_rotary(heads: int, kv_heads: int, head_dim: int, together: bool, dtype: torch.dtype) -> None:
-    row = packed((4, 1, 6), head_dim // 2)
-    columns = (heads + 2 * kv_heads) * head_dim
-    qkv = random(11, columns, dtype=dtype, room=8)
-    split = [part.unflatten(1, (-1, head_dim)) for part in qkv.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], 1)]
-    if not together:
-        split = [part.clone() for part in split]
-    truth, plain, found = Heads(*double(*split)), Heads(*(part.clone() for part in split)), Heads(*split)
-    reference.rotate_(truth, row)
-    reference.rotate_(plain, row)
-    fused_ops.rotate_(found, row)
-    for ours, theirs, right in zip(*((each.queries, each.keys, each.values) for each in (found, plain, truth)), strict=True):
-        judged(ours, theirs, right)
-    gradients = Heads(*(part.contiguous() for part in split))
-    expected = reference.rotate_back(Heads(*double(gradients.queries, gradients.keys, gradients.values)), row, 0)
-    usual = reference.rotate_back(gradients, row, 0)
-    back = fused_ops.rotate_back(gradients, row, 4)
-    judged(back[:, :columns], usual, expected)
-    assert (back[:, columns:] == 0).all()
 
 
 @pytest.mark.parametrize("vocabulary", [5, 8192, 9001])

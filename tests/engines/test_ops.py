@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.native.ops import Heads, NormSource
+from engines.native.ops import HeadNorms, Heads, NormSource
 from engines.native.packed import Packed
 from engines.native.reference import REFERENCE, as_input
 from engines.native.weights import Block, Linear, LowRank, Part, Weight
@@ -106,13 +106,36 @@ def test_rotation_and_its_inverse() -> None:
         return torch.view_as_real(product).movedim(-1, -2).flatten(-2)
 
     heads = Heads(q.clone(), k.clone(), v.clone())
-    REFERENCE.rotate_(heads, packed(angles))
+    assert REFERENCE.rotate(heads, None, packed(angles)).queries is heads.queries, "in place"
     same(heads.queries, turned(q))
     same(heads.keys, turned(k))
     same(heads.values, v)
-    back = REFERENCE.rotate_back(heads, packed(angles), 2)
+    back = REFERENCE.rotate_back(heads, None, None, packed(angles), 2)
     same(back[:, :-2], torch.cat((q, k, v), dim=1).flatten(1))
     assert not back[:, -2:].any()
+
+
+def test_rotation_of_normed_heads() -> None:
+    q, k, v, angles = random(TOKENS, 3, 8), random(TOKENS, 1, 8), random(TOKENS, 1, 8), random(TOKENS, 4)
+    dq, dk, dv = random(TOKENS, 3, 8), random(TOKENS, 1, 8), random(TOKENS, 1, 8)
+    norms = HeadNorms(weight(8), weight(8), EPSILON)
+
+    def both(x: Tensor, w: Tensor) -> Tensor:
+        first, second = F.rms_norm(x, (8,), w, EPSILON).chunk(2, -1)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+    projected = Heads(q.clone(), k.clone(), v)
+    made = REFERENCE.rotate(projected, norms, packed(angles))
+    found = REFERENCE.rotate_back(Heads(dq, dk, dv), projected, norms, packed(angles), 2)
+    for x, dy, w, ours, columns in ((q, dq, norms.query, made.queries, slice(0, 24)), (k, dk, norms.key, made.keys, slice(24, 32))):
+        y, (dx, dw) = autograd(both, dy, x, w.value)
+        same(ours, y)
+        same(found[:, columns], dx.flatten(1))
+        same(gradient(w), dw)
+    same(projected.queries, q)
+    same(found[:, 32:-2], dv.flatten(1))
+    assert made.values is v
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (6, 1)])

@@ -17,6 +17,7 @@ from engines.native.bench_kernels import liger
 from engines.native.bench_kernels.attention import attention_rows
 from engines.native.bench_kernels.fp8 import fp8_rows
 from engines.native.bench_kernels.full import FULL_ROWS
+from engines.native.bench_kernels.heads import HEAD_ROWS
 from engines.native.bench_kernels.setting import Call, Row, Setting, bare, by, restore
 from engines.native.kernels.adamw import FlatAdamW
 from engines.native.kernels.cross_entropy import cross_entropy_
@@ -24,7 +25,6 @@ from engines.native.kernels.nf4 import decode_nf4
 from engines.native.kernels.outer import add_outer_
 from engines.native.kernels.parts import copy_parts
 from engines.native.kernels.rms_norm import rms_norm, rms_norm_backward
-from engines.native.kernels.rotary import rotate_, rotate_back
 from engines.native.kernels.swiglu import swiglu, swiglu_backward_
 from engines.native.kernels.swiglu_gradients import swiglu_gradients_
 from engines.native.nf4 import copy_reference, decode_reference, placed
@@ -109,32 +109,6 @@ def _swiglu_gradients(s: Setting) -> Row:
         ours=Call(lambda: fused_ops.swiglu_backward(dh, gate_up, dy, low, down, group), put_back),
         reference=Call(lambda: reference.swiglu_backward(dh, gate_up, dy, low, down, group), put_back),
         num_bytes=s.item * tokens * (5 * columns + room + 3 * ranks) + 2 * _FP32 * 3 * columns * ranks,
-    )
-
-
-def _rotate(s: Setting) -> Row:
-    heads, packed, shape = s.heads(), s.packed(s.even), s.shape
-    turned = shape.query_size + shape.key_size
-    return Row(
-        kernel=rotate_,
-        size=f"{by(s.tokens, shape.num_heads + shape.num_kv_heads)} heads of {shape.head_dim}",
-        ours=Call(lambda: fused_ops.rotate_(heads, packed)),
-        reference=Call(lambda: reference.rotate_(heads, packed)),
-        num_bytes=2 * s.item * s.tokens * turned + _FP32 * s.tokens * shape.head_dim,
-        liger=lambda: liger.rotate(heads.queries, heads.keys, packed.cosine, packed.sine),
-    )
-
-
-def _rotate_back(s: Setting) -> Row:
-    gradients, packed, shape, room = s.head_gradients(), s.packed(s.even), s.shape, s.layer.qkv.padded_rank
-    columns = shape.query_size + 2 * shape.key_size
-    return Row(
-        kernel=rotate_back,
-        size=f"{by(s.tokens, shape.num_heads + 2 * shape.num_kv_heads)} heads of {shape.head_dim}",
-        ours=Call(lambda: fused_ops.rotate_back(gradients, packed, room)),
-        reference=Call(lambda: reference.rotate_back(gradients, packed, room)),
-        num_bytes=s.item * s.tokens * (2 * columns + room) + _FP32 * s.tokens * shape.head_dim,
-        liger=lambda: liger.rotate_back(gradients.queries, gradients.keys, packed.cosine, packed.sine),
     )
 
 
@@ -268,8 +242,7 @@ ROWS: Mapping[str, Callable[[Setting], Row]] = {
     "swiglu": _swiglu,
     "swiglu_backward": _swiglu_backward,
     "swiglu_gradients": _swiglu_gradients,
-    "rotate": _rotate,
-    "rotate_back": _rotate_back,
+    **HEAD_ROWS,
     "cross_entropy": _cross_entropy,
     "outer_dA": _outer_down,
     "outer_dB": _outer_up,

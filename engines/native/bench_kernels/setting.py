@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engines.native.bench import random_weights
 from engines.native.checkpoint import Placement
-from engines.native.ops import Heads
+from engines.native.ops import HeadNorms, Heads
 from engines.native.packed import Angles, Packed
 from engines.native.shape import LlamaShape
 from engines.native.weights import LayerWeights, Linear, Weight
@@ -98,6 +98,11 @@ class Setting:
         qkv = self.random(self.tokens, shape.query_size + 2 * shape.key_size)
         q, k, v = (x.view(self.tokens, -1, shape.head_dim) for x in torch.split(qkv, [shape.query_size, shape.key_size, shape.key_size], 1))
         return Heads(q, k, v)
+
+    def head_norms(self) -> HeadNorms:
+        """Norms of queries and keys, also for shapes that have none."""
+        query, key = (Weight(self.random(self.shape.head_dim)) for _ in range(2))
+        return HeadNorms(query, key, self.shape.norm_epsilon)
 
     def head_gradients(self) -> Heads:
         """As attention's backward leaves them: each contiguous."""

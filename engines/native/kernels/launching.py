@@ -28,6 +28,13 @@ def check_rows(name: str, x: Tensor, num_rows: int, num_columns: int) -> None:
         )
 
 
+def check_heads(**heads: Tensor) -> None:
+    """Raise ValueError unless the heads [T, any, D] of a token lie side by side."""
+    for name, x in heads.items():
+        if x.stride()[1:] != (x.shape[2], 1):
+            raise ValueError(f"{name} has strides {list(x.stride())}; expected the heads of a token side by side")
+
+
 def check_counters(arrived: Tensor, num_tiles: int) -> None:
     """Raise ValueError unless ``arrived`` holds a counter for every tile."""
     if len(arrived) < num_tiles or arrived.dtype != torch.int32:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engines.native.kernels.launching import check_rows
+from engines.native.kernels.launching import check_heads, check_rows
 
 _HEADS = 8  # heads a program: with D = 128 two loads of 1 KiB
 
@@ -82,9 +82,7 @@ def rotate_back(dq_TCD: Tensor, dk_TGD: Tensor, dv_TGD: Tensor, cosine: Tensor, 
     """[T, N + ``room``]: dq and dk turned back, dv as it is, zeros in the room."""
     (tokens, heads, head_dim), kv_heads = dq_TCD.shape, dk_TGD.shape[1]
     half = head_dim // 2
-    for name, gradient in (("dq", dq_TCD), ("dk", dk_TGD), ("dv", dv_TGD)):
-        if gradient.stride()[1:] != (head_dim, 1):
-            raise ValueError(f"{name} has strides {list(gradient.stride())}; expected the heads of a token side by side")
+    check_heads(dq=dq_TCD, dk=dk_TGD, dv=dv_TGD)
     out_TW = dq_TCD.new_empty(tokens, (heads + 2 * kv_heads) * head_dim + room)
     query_programs, key_programs = triton.cdiv(heads, _HEADS), triton.cdiv(kv_heads, _HEADS)
     _rotate_back[(tokens, query_programs + 2 * key_programs)](
