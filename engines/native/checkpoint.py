@@ -286,7 +286,7 @@ def _check_nothing_is_left(tensors: Mapping[str, Any], read: set[str], tied_to: 
     left = {name for name in tensors if name not in read and not name.endswith("rotary_emb.inv_freq")}
     if tied_to is not None and "lm_head.weight" in left:
         head = tensors["lm_head.weight"].get_tensor("lm_head.weight").to(tied_to.value.device)
-        if not torch.equal(head.to(tied_to.value.dtype), tied_to.value):
+        if not head.is_meta and not torch.equal(head.to(tied_to.value.dtype), tied_to.value):
             raise UnsupportedError("config.json ties the head to the embedding, but the checkpoint holds another head")
         left.remove("lm_head.weight")
     if left:
