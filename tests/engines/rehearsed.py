@@ -25,6 +25,7 @@ from engines.native.fp8_ops import FUSED_FP8
 from engines.native.full_ops import FUSED_FULL
 from engines.native.fused_ops import FILLING, FUSED
 from engines.native.lora import read_adapter
+from engines.native.nf4 import moved
 from engines.native.ops import Heads, Ops
 from engines.native.optimizer import step_scalars
 from engines.native.optimizers import optimizer_for
@@ -36,10 +37,8 @@ from engines.native.shape import read_shape
 from engines.native.steps import Steps
 from engines.native.store import Training
 from harness.engine import Job
-from harness.nf4 import Quantised
 from tests.engines import tiny
 
-NAMES = ("packed", "absmax", "nested_absmax", "code", "levels")
 CPU = torch.device("cpu")
 IN_PIECES = Plan(KEEP_ALL.kept - {"gate_up", "middle"}, pieces=2)
 BIASED: dict[str, Any] = {**tiny.FAMILIES["llama_biases"], "intermediate_size": 96, "hidden_size": 64}
@@ -102,11 +101,6 @@ class Compilations:
         return names
 
 
-def moved(weight: Quantised, device: torch.device) -> Quantised:
-    """As a GPU has it: out of the file, whose parts lie at odd addresses."""
-    return replace(weight, **{name: getattr(weight, name).to(device, copy=True) for name in NAMES})
-
-
 def on_a_cpu(ops: Ops) -> Ops:
     """Attention in plain torch, its gradients contiguous as the GPU's are."""
 
@@ -152,7 +146,7 @@ def rehearse(job: Job, table: Ops, options: dict[str, Any], plan: Plan, counted:
 def main(folder: Path, only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     driver.set_active(NoGpu())  # type: ignore[arg-type]
     fp8_ops._product = lambda codes, scales, rows, count: torch.zeros(len(codes), count, dtype=torch.bfloat16)  # type: ignore[assignment]
-    checkpoint.placed = moved
+    checkpoint.moved = lambda weight, place: moved(weight, torch.clone)  # out of the file, whose parts lie at odd addresses
     counted = Compilations()
     for name in only or list(CASES):
         config, method, table, options, plan = CASES[name]
