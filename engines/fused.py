@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -18,11 +19,14 @@ from harness.spec import Lora, LoraFp8, Positive, Spec, Workload
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from engines.native.checkpoint import Placement
     from engines.native.decoder import Decoder
     from engines.native.lora import Adapter
     from engines.native.nf4 import Filling
     from engines.native.ops import Ops
+    from engines.native.rehearsal import Rehearsal
     from engines.native.replicas import Shares
+    from engines.native.shape import LlamaShape
     from engines.native.steps import ReplayedSteps, Steps
     from engines.native.store import Training
 
@@ -228,13 +232,32 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
     multiple = 1 if job.device == "cpu" else _RANK_MULTIPLE if fp8 is None else _FP8_RANK_MULTIPLE
     types = getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype)
     placement = Placement(device, *types, multiple, _filling(knobs), fp8, _training(job, knobs))
-    weights = load_weights(job.base, shape, placement, adapter)
-    if adapter is not None:
-        adapter.check_nothing_is_left(weights)
-    shares = Shares(job, shape, rank, micro_batch=knobs.micro_batch, shared=knobs.replay)
-    plans, loss_chunk, chosen = plans_for(job, knobs, shape, weights, shares)
-    decoder = Decoder(shape=shape, weights=weights, ops=_operations(knobs, adapter, fp8), plans=plans, loss_chunk=loss_chunk)
+    ops, shares = _operations(knobs, adapter, fp8), Shares(job, shape, rank, micro_batch=knobs.micro_batch, shared=knobs.replay)
+    with _rehearsal(job, knobs, shape, placement, adapter, ops, shares) as rehearsal:
+        weights = load_weights(job.base, shape, placement, adapter)
+        if adapter is not None:
+            adapter.check_nothing_is_left(weights)
+        plans, loss_chunk, chosen = plans_for(job, knobs, shape, weights, shares)
+        if rehearsal is not None:
+            chosen["kernels_compiled_ahead"] = rehearsal.finish(plans, loss_chunk)
+    decoder = Decoder(shape=shape, weights=weights, ops=ops, plans=plans, loss_chunk=loss_chunk)
     return config, adapter, decoder, shares, chosen
+
+
+def _rehearsal(
+    job: Job, knobs: Knobs, shape: LlamaShape, placement: Placement, adapter: Adapter | None, ops: Ops, shares: Shares
+) -> AbstractContextManager[Rehearsal | None]:
+    """Compiles the kernels beside the loading of the weights; without kernels there is nothing to rehearse."""
+    if knobs.operations == "reference":
+        return nullcontext()
+    from engines.native.rehearsal import Piece, Rehearsal
+
+    return Rehearsal(
+        Piece(
+            job=job, shape=shape, placement=placement, adapter=adapter, ops=ops, batches=shares.every, shared=knobs.replay,
+            recompute=knobs.recompute, loss_chunk=knobs.loss_chunk,
+        )
+    )  # fmt: skip
 
 
 def _training(job: Job, knobs: Knobs) -> Training:

@@ -19,9 +19,10 @@ from torch import Tensor
 from engines.native.fp8 import Fp8Weight
 from engines.native.fp8_reasons import Mode
 from engines.native.lora import Adapter
-from engines.native.nf4 import REFERENCE, Filling, SharedBuffers, Turn, placed
+from engines.native.nf4 import REFERENCE, Filling, SharedBuffers, Turn, moved
 from engines.native.shape import LlamaShape
 from engines.native.store import Section, Store, Training
+from engines.native.uploading import Uploads
 from engines.native.weights import WHOLE, Arena, Block, DecoderWeights, LayerWeights, Linear, LowRank, Part, Weight, named_weights
 from harness.errors import UnsupportedError, WeightsError
 from harness.nf4 import PARTS, STATE, Quantised, from_tensors
@@ -70,13 +71,14 @@ def load_weights(folder: Path, shape: LlamaShape, placement: Placement, adapter:
 
 def build_weights(tensors: Mapping[str, Any], shape: LlamaShape, placement: Placement, adapter: Adapter | None) -> DecoderWeights:
     """As ``load_weights``, from open files by tensor name: each has ``get_tensor(name)`` and ``get_slice(name)`` as safetensors has."""
-    loader = _Loader(tensors, placement, adapter)
-    loader.begin("embedding")
-    embedding = loader.weight("model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size))
-    layers = tuple(_layer(loader, shape, index) for index in range(shape.num_layers))
-    loader.begin("head")
-    head = embedding if shape.tied_head else loader.weight("lm_head.weight", (shape.vocab_size, shape.hidden_size))
-    norm = loader.weight("model.norm.weight", (shape.hidden_size,))
+    with Uploads(placement.device, shared=placement.device.type == "cuda") as uploads:
+        loader = _Loader(tensors, placement, adapter, uploads)
+        loader.begin("embedding")
+        embedding = loader.weight("model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size))
+        layers = tuple(_layer(loader, shape, index) for index in range(shape.num_layers))
+        loader.begin("head")
+        head = embedding if shape.tied_head else loader.weight("lm_head.weight", (shape.vocab_size, shape.hidden_size))
+        norm = loader.weight("model.norm.weight", (shape.hidden_size,))
     _check_nothing_is_left(tensors, loader.read_names, embedding if shape.tied_head else None)
     if loader.store is not None:
         loader.store.finish()
@@ -99,8 +101,8 @@ def _master(weight: Weight) -> Tensor:
 class _Loader:
     """Reads tensors by name into groups, and remembers which names were read."""
 
-    def __init__(self, tensors: Mapping[str, Any], placement: Placement, adapter: Adapter | None) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Mapping[str, Any], placement: Placement, adapter: Adapter | None, uploads: Uploads) -> None:
+        self._tensors, self._uploads = tensors, uploads
         self._placement = placement
         self._adapter = adapter
         self.arena = Arena(0 if adapter is None else adapter.num_elements, placement.train_dtype, placement.device)
@@ -168,7 +170,7 @@ class _Loader:
             expected = [rows.stop - rows.start, num_inputs]
             raise WeightsError(f"{name}: has shape {list(weight.shape)}, config.json says {expected}; get the weights again")
         self.read_names.update(f"{name}{part}" for part in ("", *PARTS, STATE))
-        return placed(weight, self._placement.device)
+        return moved(weight, self._uploads.placed)
 
     def begin(self, section: Section) -> None:
         """What is read from now on is trained as one section."""
@@ -229,7 +231,7 @@ class _Loader:
             tensor = self._tensors[name].get_tensor(name)
             if tensor.shape != target.shape:
                 raise WeightsError(f"{name}: has shape {list(tensor.shape)}, config.json says {list(target.shape)}; get the weights again")
-            target.copy_(tensor)
+            self._uploads.copy(target, tensor)
             self.read_names.add(name)
         weight.publish()
         return weight
@@ -286,7 +288,7 @@ def _check_nothing_is_left(tensors: Mapping[str, Any], read: set[str], tied_to: 
     left = {name for name in tensors if name not in read and not name.endswith("rotary_emb.inv_freq")}
     if tied_to is not None and "lm_head.weight" in left:
         head = tensors["lm_head.weight"].get_tensor("lm_head.weight").to(tied_to.value.device)
-        if not torch.equal(head.to(tied_to.value.dtype), tied_to.value):
+        if not head.is_meta and not torch.equal(head.to(tied_to.value.dtype), tied_to.value):
             raise UnsupportedError("config.json ties the head to the embedding, but the checkpoint holds another head")
         left.remove("lm_head.weight")
     if left:

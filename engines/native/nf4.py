@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +42,14 @@ REFERENCE = Filling()
 
 def placed(weight: Quantised, device: torch.device) -> Quantised:
     """``weight`` on ``device``."""
+    return moved(weight, lambda tensor: tensor.to(device))
+
+
+def moved(weight: Quantised, place: Callable[[Tensor], Tensor]) -> Quantised:
+    """``weight``, each of its tensors where ``place`` puts it."""
     names = ("packed", "absmax", "nested_absmax", "code", "levels")
-    return replace(weight, **{name: getattr(weight, name).to(device) for name in names})
+    parts: dict[str, Any] = {name: place(getattr(weight, name)) for name in names}
+    return replace(weight, **parts)
 
 
 Wait = Callable[[], None]  # what is launched next runs after something that was started

@@ -65,8 +65,9 @@ class FlatAdamW:
             raise ValueError("masters must be float32, and the values as many as the masters")
         self._anchor = values[0]
         self._ratio = ratio
-        self._plan = torch.tensor(_chunks(values, apart or [False] * len(values)), dtype=torch.int64, device=masters.device)
-        self._aligned = bool((self._plan[:, :2] % 4 == 0).all())  # then four values are loaded at once
+        plan = torch.tensor(_chunks(values, apart or [False] * len(values)), dtype=torch.int64)
+        self._aligned = bool((plan[:, :2] % 4 == 0).all())  # then four values are loaded at once
+        self._plan = plan.to(masters.device)
 
     @property
     def moments(self) -> tuple[Tensor, Tensor]:

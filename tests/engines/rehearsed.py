@@ -1,0 +1,162 @@
+"""``python -m tests.engines.rehearsed FOLDER``: rehearse tiny steps without a GPU, make them, and print what each compiled.
+
+Triton's driver has a stand-in whose launches do nothing; the steps after the rehearsal run on real tensors of the CPU, so that their
+addresses, sizes and strides decide what is asked for. Run in a process of its own: the tests' own defines kernels for the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from engines.native import checkpoint, fp8_ops, reference
+from engines.native.checkpoint import Placement, load_weights, read_config
+from engines.native.decoder import Decoder
+from engines.native.fp8_ops import FUSED_FP8
+from engines.native.full_ops import FUSED_FULL
+from engines.native.fused_ops import FILLING, FUSED
+from engines.native.lora import read_adapter
+from engines.native.nf4 import moved
+from engines.native.ops import Heads, Ops
+from engines.native.optimizer import step_scalars
+from engines.native.optimizers import optimizer_for
+from engines.native.packed import Angles
+from engines.native.plan import KEEP_ALL, KEEP_INPUT, Plan
+from engines.native.rehearsal import Piece, Rehearsal, sizes_of
+from engines.native.replicas import Shares
+from engines.native.shape import read_shape
+from engines.native.steps import Steps
+from engines.native.store import Training
+from harness.engine import Job
+from tests.engines import tiny
+
+CPU = torch.device("cpu")
+IN_PIECES = Plan(KEEP_ALL.kept - {"gate_up", "middle"}, pieces=2)
+BIASED: dict[str, Any] = {**tiny.FAMILIES["llama_biases"], "intermediate_size": 96, "hidden_size": 64}
+QWEN3: dict[str, Any] = {**tiny.FAMILIES["qwen3"], "intermediate_size": 96, "hidden_size": 64}
+INT8 = Training("int8", in_backward=True)
+# name: configuration, method, table, what the knobs say, the plan that is found once the weights are there
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Ops, dict[str, Any], Plan]] = {
+    "lora": (BIASED, tiny.LORA, FUSED, {}, KEEP_ALL),
+    "subset": (QWEN3, {**tiny.LORA, "targets": ("v_proj", "down_proj")}, FUSED, {}, KEEP_INPUT),
+    "qlora": (BIASED, tiny.QLORA, FUSED, {}, IN_PIECES),
+    "fp8": (BIASED, {**tiny.LORA, "name": "lora_fp8"}, FUSED_FP8, {"fp8": "forward_and_input_gradients", "rank_multiple": 16}, KEEP_ALL),
+    "fp8_forward": (BIASED, {**tiny.LORA, "name": "lora_fp8"}, FUSED_FP8, {"fp8": "forward", "rank_multiple": 16}, KEEP_ALL),
+    "full": (BIASED, tiny.FULL, FUSED_FULL, {"training": Training("fp32")}, KEEP_ALL),
+    "full_int8": (QWEN3, tiny.FULL, FUSED_FULL, {"training": INT8}, KEEP_INPUT),
+}
+
+
+class NoGpu:
+    """Triton's driver for an H100 that does nothing with what it is given."""
+
+    launches = 0
+    launched: ClassVar[set[str]] = set()
+
+    @property
+    def utils(self) -> NoGpu:
+        return self
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024}
+
+    def load_binary(self, *given: Any) -> tuple[Any, ...]:
+        return object(), 0, 0, 0, 1024
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        def launch(*given: Any) -> None:
+            NoGpu.launches += 1
+            NoGpu.launched.add(metadata.hash)
+
+        return launch
+
+
+class Compilations:
+    """Counts what is compiled or fetched from Triton's cache on disk: either way somebody waits."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        knobs.compilation.listener = lambda **told: self.names.append(told["src"].name)
+
+    def since(self) -> list[str]:
+        names, self.names = self.names, []
+        return names
+
+
+def on_a_cpu(ops: Ops) -> Ops:
+    """Attention in plain torch, its gradients contiguous as the GPU's are."""
+
+    def backward(*given: Any) -> Heads:
+        made = reference.attention_backward(*given)
+        return Heads(*(each.contiguous() for each in (made.queries, made.keys, made.values)))
+
+    return replace(ops, attention=reference.attention, attention_backward=backward)
+
+
+def rehearse(job: Job, table: Ops, options: dict[str, Any], plan: Plan, counted: Compilations) -> dict[str, Any]:
+    shape = read_shape(read_config(job.base), tiny.LONGEST)
+    adapter = None if job.adapter_init is None else read_adapter(job.adapter_init)
+    placement = Placement(CPU, torch.bfloat16, torch.float32, **{"rank_multiple": 64, "filling": FILLING, **options})
+    shares = Shares(job, shape, 0, micro_batch=5 if job.adapter_init is None else 2, shared=False)
+    piece = Piece(
+        job=job, shape=shape, placement=placement, adapter=adapter, ops=table, batches=shares.every, shared=False,
+        recompute="fit", loss_chunk=16,
+    )  # fmt: skip
+    plans = (plan,) * shape.num_layers
+    with Rehearsal(piece) as rehearsal:
+        weights = load_weights(job.base, shape, placement, adapter)
+        told = rehearsal.finish(plans, 16)
+    ahead, launches = counted.since(), NoGpu.launches
+    decoder = Decoder(shape=shape, weights=weights, ops=on_a_cpu(table), plans=plans, loss_chunk=16)
+    train = job.workload.train
+    steps = Steps(decoder, Angles.of(shape, 128, CPU), optimizer_for(weights, job.workload, kernels=True), train.max_grad_norm)
+    for index in range(train.steps):
+        batches, tokens = shares.of(index)
+        packed, scalars = steps.place(batches, step_scalars(train, index, tokens.loss))
+        steps.compute(packed, scalars)
+    return {
+        "sizes": len(sizes_of(shares.every(), shared=False)),
+        "told": told,
+        "ahead": sorted(ahead),
+        "rehearsed": launches,
+        "launches": NoGpu.launches - launches,
+        "needed": len(NoGpu.launched),
+        "late": counted.since(),
+    }
+
+
+def main(folder: Path, only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    driver.set_active(NoGpu())  # type: ignore[arg-type]
+    fp8_ops._product = lambda codes, scales, rows, count: torch.zeros(len(codes), count, dtype=torch.bfloat16)  # type: ignore[assignment]
+    checkpoint.moved = lambda weight, place: moved(weight, torch.clone)  # out of the file, whose parts lie at odd addresses
+    counted = Compilations()
+    for name in only or list(CASES):
+        config, method, table, options, plan = CASES[name]
+        tiny.FAMILIES[name] = {**config, "num_hidden_layers": 3}
+        (folder / name).mkdir()
+        clip = None if options.get("training") == INT8 else 0.5
+        NoGpu.launches = 0
+        NoGpu.launched.clear()
+        yield name, rehearse(tiny.make_job(folder / name, name, method, max_grad_norm=clip), table, options, plan, counted)
+
+
+if __name__ == "__main__":
+    print(json.dumps(dict(main(Path(sys.argv[1]), sys.argv[2:]))))

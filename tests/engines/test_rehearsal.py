@@ -1,0 +1,97 @@
+"""After a rehearsal a run's steps compile nothing: every launch had been noted, with the same key, before the weights were there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engines.native.rehearsal import sizes_of
+from harness.data.tokens import IGNORE, Batch
+
+TREE = Path(__file__).parents[2]
+# Kernels that a step launches in each case, with all their specialisations; what a GPU's records counted (LoRA: 16) is among them.
+NAMES: Mapping[str, set[str]] = {
+    "lora": {
+        "_rms_norm_forward",
+        "_rms_norm_backward",
+        "_swiglu_gradients",
+        "_outer",
+        "_rotate",
+        "_rotate_back",
+        "_cross_entropy",
+        "_adamw",
+    },
+    "subset": {"_rms_norm_forward", "_swiglu_backward", "_outer"},
+    "qlora": {"_decode_nf4", "_copy_parts"},
+    "fp8": {"_quantise_wide", "_write_tail", "_rms_norm_codes", "_swiglu_codes"},
+    "fp8_forward": {"_decode_rows"},
+    "full": {"_adamw_float32", "_norm_weight", "_normed_again"},
+    "full_int8": {"_adamw_eight_bit"},
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What was compiled, and when. In a process of its own: this one defines kernels for the interpreter."""
+    folder = tmp_path_factory.mktemp("rehearsed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(TREE)}
+    command = [sys.executable, "-m", "tests.engines.rehearsed", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_a_step_compiles_nothing_after_its_rehearsal(made: dict[str, dict[str, Any]], case: str) -> None:
+    found = made[case]
+    assert found["launches"] > 50, "the step launched hardly anything: the test is void"
+    assert found["sizes"] > 2, "steps of one size: the test is weaker than it should be"
+    assert found["late"] == []
+    assert found["rehearsed"] == 0, "a rehearsal launches nothing"
+    assert NAMES[case] <= set(found["ahead"])
+    assert found["told"] == len(found["ahead"])
+
+
+def test_without_a_rehearsal_the_step_would_have_compiled_as_many(made: dict[str, dict[str, Any]]) -> None:
+    """Nothing was compiled in vain: what the plan that was assumed launches is launched, too."""
+    for case, found in made.items():
+        if case not in ("qlora", "subset", "full_int8"):  # these get another plan than was assumed
+            assert found["needed"] == found["told"], case
+
+
+def test_one_size_for_each_number_of_tokens() -> None:
+    def batch(*lengths: int) -> Batch:
+        ids = np.zeros((1, sum(lengths)), np.int64)
+        labels = ids.copy()
+        labels[0, :2] = IGNORE
+        return Batch(ids, labels, (lengths,))
+
+    batches = [batch(100, 60), batch(80, 80), batch(60, 100), batch(100, 63)]
+    assert [size.num_tokens for size in sizes_of(batches, shared=False)] == [160, 163]
+    shared = sizes_of(batches, shared=True)
+    assert [(size.num_tokens, size.num_rows) for size in shared] == [(192, 192), (160, 158)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+def test_on_a_gpu_too(tmp_path: Path) -> None:
+    """Real addresses, attention's own strides, the launchers: the first step finds everything, from an empty cache."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(TREE)}
+    command = [sys.executable, "-m", "tests.engines.rehearsed_gpu", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {case: late for case, (_, late) in found.items() if late} == {}
+    assert min(ahead for ahead, _ in found.values()) >= 12
