@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,7 +28,7 @@ from engines.native.shape import read_shape
 from engines.native.shares import IDLE
 from engines.native.turns import Wait
 from engines.native.weights import Linear
-from harness.data.tokens import Batch, pack
+from harness.data.tokens import IGNORE, Batch, pack
 from harness.engine import Job
 from tests.engines.conformance import SAME
 from tests.engines.ranks import Ranks, started
@@ -148,29 +149,31 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("ahead", [1, 3])
-def test_ranks_gather_in_one_order_whatever_their_batches(tmp_path: Path, ahead: int) -> None:
+def test_ranks_gather_in_one_order_whatever_their_batches(tmp_path: Path) -> None:
     """Batches of fewer rows than pieces take fewer turns, and what is known of the order comes from passes of all kinds; else ranks would
     meet over different weights. Nor does gathering ahead ever gather twice.
     """
-    job = make_job(tmp_path)
-    samples = sorted(job.tokens.step(job.workload.train, 0), key=len)
-    long = pack(samples[1:])
+    job, everyone = make_job(tmp_path), Everyone(1)
+    (native,) = everyone.load(job, KEEP_ALL)
+    long = pack(job.tokens.step(job.workload.train, 0))
+    single = Batch(np.zeros((1, 1), np.int64), np.full((1, 1), IGNORE, np.int64), ((1,),))
     for plan in PLANS:
-        natural = gathers_of(job, plan, [long], 0)
+        planned = replace(native, plans=(plan,) * native.shape.num_layers)
+        natural = gathers_of(planned, everyone, [long], 0)
         assert len(natural) <= 2 * 8
-        for history in ([long, IDLE, long], [IDLE, long, pack(samples[:1])]):
-            assert gathers_of(job, plan, history, ahead) == natural * len(history), plan
+        for ahead, history in product((1, 3), ([long, IDLE, long], [single, long, long])):
+            assert gathers_of(planned, everyone, history, ahead) == natural * len(history), plan
 
 
-def gathers_of(job: Job, plan: Plan, batches: list[Batch], ahead: int) -> list[int]:
-    """In the order of their launches; ``ahead`` of their turns, so many at most."""
-    everyone, started = Everyone(1), list[int]()
-    (native,) = everyone.load(job, plan)
+def gathers_of(native: Decoder, everyone: Everyone, batches: list[Batch], ahead: int) -> list[int]:
+    """In the order of their launches; ``ahead`` of their turns, so many at most. No pass before has been seen."""
+    started = list[int]()
+    everyone.gathers.clear()
     order = native.weights.shared._order
-    order._ahead, order.start = ahead, at_once(started) if ahead else None
+    order.__init__(ahead)  # type: ignore[misc]
+    order.start = at_once(started) if ahead else None
     angles = Angles.of(native.shape, LONGEST, DEVICE)
     for batch in batches:
         native.accumulate(angles.pack(batch), torch.tensor(1.0))
     assert len(started) >= (len(batches) - 1) * 8 * bool(ahead)
-    return everyone.gathers
+    return list(everyone.gathers)
