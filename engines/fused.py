@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from engines.native.base_reasons import Base, base_reasons
 from engines.native.forecast import footprint as footprint
 from engines.native.fp8_reasons import check_device, size_reasons
 from engines.native.hf_reasons import share_reasons
@@ -19,8 +20,8 @@ from harness.spec import Lora, LoraFp8, Positive, Spec, Workload
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from engines.native.checkpoint import Placement
     from engines.native.decoder import Decoder
+    from engines.native.loader import Placement
     from engines.native.lora import Adapter
     from engines.native.nf4 import Filling
     from engines.native.ops import Ops
@@ -52,12 +53,20 @@ class Knobs(Spec):
     loss_chunk: Positive
     fp8: Literal["forward", "forward_and_input_gradients"]
     optimizer_state: Literal["fp32", "int8"]
+    base: Base
+
+
+def variant(knobs: Knobs) -> str | None:
+    """``sharded``, where ranks share the base."""
+    return None if knobs.base == "replicated" else knobs.base
 
 
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
     """Every reason that can be told before the weights are open, or None."""
     reasons = [*_method_reasons(workload, knobs), *_model_reasons(workload), *_fused_reasons(workload, knobs, machine)]
-    reasons += share_reasons(workload, machine.count) if machine.device == "cuda" else []
+    gpus = machine.count if machine.device == "cuda" else None
+    reasons += share_reasons(workload, gpus) if gpus is not None else []
+    reasons += base_reasons(workload, knobs.base, replay=knobs.replay, processes=gpus)
     reasons += [*_state_reasons(workload, knobs), *variant_reasons(workload, rank_stabilised=True, ratio=True)]
     return "; ".join(reasons) or None
 
@@ -71,7 +80,8 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     """Train with AdamW on every trained tensor (norms and biases decay too), and save into ``job.out``."""
     from engines.native import replicas
 
-    if reasons := share_reasons(job.workload, job.processes):
+    reasons = share_reasons(job.workload, job.processes)
+    if reasons := reasons + base_reasons(job.workload, knobs.base, replay=knobs.replay, processes=job.processes):
         raise UnsupportedError("; ".join(reasons))
     with replicas.ranks(job) as rank:
         _train(job, knobs, probe, rank)
@@ -216,8 +226,10 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
     import torch
 
     from engines.native.budget import plans_for
-    from engines.native.checkpoint import Placement, load_weights, read_config
+    from engines.native.checkpoint import load_weights, read_config
     from engines.native.decoder import Decoder
+    from engines.native.divided import Division
+    from engines.native.loader import Placement
     from engines.native.lora import read_adapter
     from engines.native.replicas import Shares
     from engines.native.shape import read_shape
@@ -231,8 +243,10 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
         check_device(shape)
     multiple = 1 if job.device == "cpu" else _RANK_MULTIPLE if fp8 is None else _FP8_RANK_MULTIPLE
     types = getattr(torch, knobs.compute_dtype), getattr(torch, method.dtype)
-    placement = Placement(device, *types, multiple, _filling(knobs), fp8, _training(job, knobs))
-    ops, shares = _operations(knobs, adapter, fp8), Shares(job, shape, rank, micro_batch=knobs.micro_batch, shared=knobs.replay)
+    division = Division(rank, job.processes) if knobs.base == "sharded" else None
+    placement = Placement(device, *types, multiple, _filling(knobs), fp8, _training(job, knobs), division)
+    ops = _operations(knobs, adapter, fp8)
+    shares = Shares(job, shape, rank, micro_batch=knobs.micro_batch, shared=knobs.replay, in_step=division is not None)
     with _rehearsal(job, knobs, shape, placement, adapter, ops, shares) as rehearsal:
         weights = load_weights(job.base, shape, placement, adapter)
         if adapter is not None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import yaml
 
-from engines.native.checkpoint import Placement, build_weights
+from engines.native.checkpoint import build_weights
 from engines.native.decoder import Decoder
 from engines.native.footprint import Load, MemoryModel
 from engines.native.fp8 import RANK_MULTIPLE
@@ -28,6 +28,7 @@ from engines.native.full_ops import FUSED_FULL
 from engines.native.fused_ops import FILLING, FUSED
 from engines.native.host import Host, usable_bytes
 from engines.native.kernels.adamw import FlatAdamW
+from engines.native.loader import Placement
 from engines.native.lora import Adapter
 from engines.native.optimizer import Optimizer, step_scalars
 from engines.native.packed import Angles

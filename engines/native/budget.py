@@ -11,6 +11,7 @@ from engines.native.footprint import MemoryModel, largest_load
 from engines.native.host import usable_bytes
 from engines.native.plan import KEEP_ALL, KEEP_INPUT, USABLE, Plan, PlanningKnobs, described
 from engines.native.planner import Choice, choose
+from engines.native.ranks import least
 from engines.native.replicas import Shares
 from engines.native.shape import LlamaShape
 from engines.native.weights import DecoderWeights
@@ -28,7 +29,8 @@ def plans_for(
         plans = (KEEP_INPUT if knobs.recompute == "full" else KEEP_ALL,) * shape.num_layers
         return plans, knobs.loss_chunk, {"plan": described(plans)}
     load = largest_load(shares.every(), knobs.loss_chunk, shared=knobs.replay)
-    budget = knobs.memory_gib * 2**30 if knobs.memory_gib is not None else _free_bytes()
+    # Ranks that gather a base together must make the same things again, so all plan with what the one with least memory has.
+    budget = knobs.memory_gib * 2**30 if knobs.memory_gib is not None else least(_free_bytes())
     choice = choice_within(
         MemoryModel.of(shape, weights, load), budget, offload=knobs.offload and job.device == "cuda", processes=job.processes
     )
@@ -46,7 +48,7 @@ def plans_for(
 
 def choice_within(memory: MemoryModel, budget: float, *, offload: bool, processes: int) -> Choice:
     """The planner's choice; says so where the host has too little memory for it."""
-    host = usable_bytes() / processes if offload else 0.0
+    host = least(usable_bytes() / processes) if offload else 0.0
     choice = choose(memory, budget, math.inf if offload else 0.0)
     if choice.host_bytes <= host:
         return choice

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engines.native.fp8_reasons import Mode
-from engines.native.nf4 import Shared, SharedBuffers
+from engines.native.turns import Shared, SharedBuffers
 from harness.errors import UnsupportedError
 from harness.fp8 import CODE, LARGEST, WEIGHT_MOST, quantise_rows
 

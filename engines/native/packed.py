@@ -76,7 +76,8 @@ class Angles:
         """
         lengths = batch.lengths[0]
         if sizes is None:
-            sizes = Sizes(sum(lengths), len(lengths), max(lengths), int((batch.labels[0] != IGNORE).sum()))
+            labels = int((batch.labels[0] != IGNORE).sum())
+            sizes = Sizes(sum(lengths), len(lengths), max(lengths), max(1, labels))  # no kernel is launched over nothing
         batch = filled(batch, sizes)
         labelled = np.flatnonzero(batch.labels[0] != IGNORE)
         spare = sizes.num_rows - len(labelled)

@@ -54,6 +54,18 @@ def expect_agreement(said: bytes, what: str) -> None:
         raise RuntimeError(f"ranks {others} do not agree with rank 0 on {what}: their figures would not be those of one run")
 
 
+def least(value: float) -> float:
+    """The least of what the ranks say. All ranks must call this; one process need not have a group."""
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return value
+    said = torch.tensor(value, dtype=torch.float64)  # on the host: over gloo, also beside NCCL
+    distributed.all_reduce(said, distributed.ReduceOp.MIN)
+    return float(said)
+
+
 def _expect_gpus(processes: int) -> None:
     """Of this host: torchrun says how many of the ranks are here."""
     import torch

@@ -15,9 +15,10 @@ from typing import Self
 import torch
 
 from engines.native.buckets import Sizes, shared_sizes
-from engines.native.checkpoint import Placement, load_weights
+from engines.native.checkpoint import load_weights
 from engines.native.compiling import Kernels, noted, stand_on, threads_for
 from engines.native.decoder import Decoder
+from engines.native.loader import Placement
 from engines.native.lora import Adapter
 from engines.native.ops import Attended, Heads, Ops
 from engines.native.optimizer import LOSS_SCALE, NUM_SCALARS
@@ -91,7 +92,9 @@ class Rehearsal:
 
     def _begin(self) -> tuple[Decoder, list[Sizes]]:
         piece = self._piece
-        weights = load_weights(piece.job.base, piece.shape, replace(piece.placement, device=META), piece.adapter)
+        division = piece.placement.division and replace(piece.placement.division, gather=_nothing_arrives)
+        placement = replace(piece.placement, device=META, division=division)
+        weights = load_weights(piece.job.base, piece.shape, placement, piece.adapter)
         ops = replace(piece.ops, attention=_attention, attention_backward=_attention_backward)
         decoder = Decoder(shape=piece.shape, weights=weights, ops=ops, plans=self._assumed[0], loss_chunk=self._assumed[1])
         sizes = sizes_of(islice(piece.batches(), _MOST_BATCHES), shared=piece.shared)[:_MOST_SIZES]
@@ -139,6 +142,10 @@ def _packed(sizes: Sizes, head_dim: int) -> Packed:
     angles = torch.empty(sizes.num_tokens, head_dim // 2, device=META)
     starts = torch.empty(sizes.num_documents + 1, dtype=torch.int32, device=META)
     return Packed(tokens, angles, angles, (sizes.longest,) * sizes.num_documents, starts, sizes.longest, rows, torch.empty_like(rows))
+
+
+def _nothing_arrives(part: torch.Tensor, whole: torch.Tensor) -> None:
+    """Instead of a gather: the other ranks rehearse for themselves."""
 
 
 def _attention(heads: Heads, packed: Packed, linear: Linear) -> Attended:

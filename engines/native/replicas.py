@@ -1,4 +1,4 @@
-"""The same weights on every rank: which batches of a step are this rank's, and the exchange of their losses and gradients."""
+"""The same adapters on every rank: which batches of a step are this rank's, and the exchange of their losses and gradients."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def ranks(job: Job) -> AbstractContextManager[int]:
 class Shares:
     """The batches of every step, packed rows of at most ``micro_batch`` samples. In one process they are in the order of the samples.
 
-    ``shared``: uneven documents are filled up to sizes that steps share, and the filling is processed, too.
+    ``shared``: uneven documents are filled up to sizes that steps share, and the filling is processed, too. ``in_step``: ranks meet in
+    every batch, so each has as many, some of them :data:`IDLE`; replicas meet once a step, and none has to keep pace with the others.
     """
 
-    def __init__(self, job: Job, shape: LlamaShape, rank: int, *, micro_batch: int, shared: bool) -> None:
-        self._job, self._rank, self._micro_batch, self._shared = job, rank, micro_batch, shared
+    def __init__(self, job: Job, shape: LlamaShape, rank: int, *, micro_batch: int, shared: bool, in_step: bool = False) -> None:
+        self._job, self._rank, self._micro_batch, self._shared, self._in_step = job, rank, micro_batch, shared, in_step
         attention = {"num_hidden_layers": shape.num_layers, "num_attention_heads": shape.num_heads, "head_dim": shape.head_dim}
         self._cost = cost_of(attention, shape.num_layers * shape.layer_parameters + shape.vocab_size * shape.hidden_size)
         self._seen = hashlib.sha256()
@@ -57,8 +58,7 @@ class Shares:
             batches = tuple(pack(group) for group in chunks(samples, self._micro_batch))
             return (batches,), StepTokens.of(batches), b""
         parts = split(samples, self._job.processes, self._cost, micro_batch=self._micro_batch, make_batch=pack)
-        # Replicas meet once a step, so none needs a batch without a label to keep pace with the others.
-        ranks = tuple(tuple(batch for batch in batches if batch is not IDLE) for batches in parts.batches)
+        ranks = tuple(tuple(batch for batch in batches if self._in_step or batch is not IDLE) for batches in parts.batches)
         return ranks, parts.tokens, fingerprint(parts)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from engines.native.fp8 import Fp8Weight
 from engines.native.gradient import Gradient, add_product_
-from engines.native.nf4 import SharedBuffers, Turn
 from engines.native.store import Store
+from engines.native.turns import SharedBuffers, Turn
 
 
 @dataclass(frozen=True, slots=True)

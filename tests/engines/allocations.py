@@ -16,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engines.native.bench import RANK, adapter_sizes, tensor_sizes
-from engines.native.checkpoint import Placement, build_weights
+from engines.native.checkpoint import build_weights
 from engines.native.decoder import Decoder
 from engines.native.footprint import Load
 from engines.native.fp8 import RANK_MULTIPLE
 from engines.native.fp8_reasons import Mode
 from engines.native.fused_ops import FUSED
+from engines.native.loader import Placement
 from engines.native.lora import Adapter
 from engines.native.ops import Attended, HeadNorms, Heads, Input, Normed, NormSource
 from engines.native.packed import Packed

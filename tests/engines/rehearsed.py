@@ -18,12 +18,14 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from engines.native import checkpoint, fp8_ops, reference
-from engines.native.checkpoint import Placement, load_weights, read_config
+from engines.native import fp8_ops, loader, reference
+from engines.native.checkpoint import load_weights, read_config
 from engines.native.decoder import Decoder
+from engines.native.divided import Division
 from engines.native.fp8_ops import FUSED_FP8
 from engines.native.full_ops import FUSED_FULL
 from engines.native.fused_ops import FILLING, FUSED
+from engines.native.loader import Placement
 from engines.native.lora import read_adapter
 from engines.native.nf4 import moved
 from engines.native.ops import Heads, Ops
@@ -43,12 +45,21 @@ CPU = torch.device("cpu")
 IN_PIECES = Plan(KEEP_ALL.kept - {"gate_up", "middle"}, pieces=2)
 BIASED: dict[str, Any] = {**tiny.FAMILIES["llama_biases"], "intermediate_size": 96, "hidden_size": 64}
 QWEN3: dict[str, Any] = {**tiny.FAMILIES["qwen3"], "intermediate_size": 96, "hidden_size": 64}
+
+
+def both_alike(part: torch.Tensor, whole: torch.Tensor) -> None:
+    whole.view(2, -1).copy_(part.reshape(1, -1))
+
+
+HALF = {"division": Division(0, 2, both_alike)}
 INT8 = Training("int8", in_backward=True)
 # name: configuration, method, table, what the knobs say, the plan that is found once the weights are there
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Ops, dict[str, Any], Plan]] = {
     "lora": (BIASED, tiny.LORA, FUSED, {}, KEEP_ALL),
     "subset": (QWEN3, {**tiny.LORA, "targets": ("v_proj", "down_proj")}, FUSED, {}, KEEP_INPUT),
     "qlora": (BIASED, tiny.QLORA, FUSED, {}, IN_PIECES),
+    "sharded": (BIASED, tiny.LORA, FUSED, HALF, KEEP_ALL),
+    "sharded_qlora": (BIASED, tiny.QLORA, FUSED, HALF, KEEP_INPUT),
     "fp8": (BIASED, {**tiny.LORA, "name": "lora_fp8"}, FUSED_FP8, {"fp8": "forward_and_input_gradients", "rank_multiple": 16}, KEEP_ALL),
     "fp8_forward": (BIASED, {**tiny.LORA, "name": "lora_fp8"}, FUSED_FP8, {"fp8": "forward", "rank_multiple": 16}, KEEP_ALL),
     "full": (BIASED, tiny.FULL, FUSED_FULL, {"training": Training("fp32")}, KEEP_ALL),
@@ -146,7 +157,7 @@ def rehearse(job: Job, table: Ops, options: dict[str, Any], plan: Plan, counted:
 def main(folder: Path, only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     driver.set_active(NoGpu())  # type: ignore[arg-type]
     fp8_ops._product = lambda codes, scales, rows, count: torch.zeros(len(codes), count, dtype=torch.bfloat16)  # type: ignore[assignment]
-    checkpoint.moved = lambda weight, place: moved(weight, torch.clone)  # out of the file, whose parts lie at odd addresses
+    loader.moved = lambda weight, place: moved(weight, torch.clone)  # out of the file, whose parts lie at odd addresses
     counted = Compilations()
     for name in only or list(CASES):
         config, method, table, options, plan = CASES[name]

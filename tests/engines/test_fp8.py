@@ -21,17 +21,18 @@ import engines.hf
 import engines.unsloth
 from engines.native import fp8_reference
 from engines.native.bench import random_weights
-from engines.native.checkpoint import Placement, load_weights, read_config
+from engines.native.checkpoint import load_weights, read_config
 from engines.native.decoder import Decoder
 from engines.native.footprint import stored_bytes
 from engines.native.fp8 import Fp8Weight, check_not_outgrown, outgrown
 from engines.native.fp8_reasons import Mode, device_reasons
 from engines.native.fp8_reference import REFERENCE_FP8
+from engines.native.loader import Placement
 from engines.native.lora import read_adapter
-from engines.native.nf4 import SharedBuffers
 from engines.native.ops import Input
 from engines.native.plan import KEEP_ALL
 from engines.native.shape import read_shape
+from engines.native.turns import SharedBuffers
 from engines.native.weights import Linear, Part, Weight
 from harness import score
 from harness.engine import Job

@@ -16,8 +16,8 @@ from engines.native import fp8_ops
 from engines.native.fp8 import Fp8Weight
 from engines.native.fp8_reasons import Mode
 from engines.native.fused_ops import FUSED
-from engines.native.nf4 import SharedBuffers
 from engines.native.ops import Input, Ops
+from engines.native.turns import SharedBuffers
 from engines.native.weights import Block, Linear, LowRank, Part, Weight
 from harness.engine import Job
 from harness.fp8 import decode_rows, rounded

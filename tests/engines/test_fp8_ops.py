@@ -10,8 +10,8 @@ from torch import Tensor
 
 from engines.native import fp8_ops, fp8_reference
 from engines.native.fp8 import Fp8Weight, Mode
-from engines.native.nf4 import SharedBuffers
 from engines.native.ops import Input, Ops
+from engines.native.turns import SharedBuffers
 from engines.native.weights import Block, Linear, LowRank, Part, Weight
 from tests.engines.oracle import DEVICE, EPSILON, GPU, INTERPRETED, random
 from tests.engines.test_fp8 import MODES

@@ -14,13 +14,14 @@ from torch import Tensor
 
 import engines.fused
 from engines.native import full_ops, fused_ops, reference
-from engines.native.checkpoint import Placement, load_weights, read_config
+from engines.native.checkpoint import load_weights, read_config
 from engines.native.decoder import Decoder
 from engines.native.footprint import stored_bytes
 from engines.native.full import full_optimizer
 from engines.native.gradient import Gradient
 from engines.native.kernels.norm_weight import normed_again
 from engines.native.kernels.rms_norm import rms_norm
+from engines.native.loader import Placement
 from engines.native.ops import NormSource
 from engines.native.packed import Angles
 from engines.native.plan import KEEP_ALL, KEEP_INPUT, Plan

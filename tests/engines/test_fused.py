@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import engines.fused
-from engines.native.checkpoint import Placement, load_weights, read_config
+from engines.native.checkpoint import load_weights, read_config
 from engines.native.decoder import Decoder
+from engines.native.loader import Placement
 from engines.native.lora import read_adapter
 from engines.native.packed import Angles, Packed
 from engines.native.plan import KEEP_ALL, Plan
@@ -46,6 +47,7 @@ from tests.engines.tiny import (
 KNOBS: dict[str, Any] = {
     "micro_batch": 2, "recompute": "none", "memory_gib": None, "offload": True,
     "compute_dtype": "float32", "operations": "reference", "replay": False, "loss_chunk": 7, "fp8": "forward", "optimizer_state": "fp32",
+    "base": "replicated",
 }  # fmt: skip
 DEVICE = torch.device("cpu")
 

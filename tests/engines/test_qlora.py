@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import engines.fused
 import engines.hf
 from engines.native.bench import random_weights
-from engines.native.checkpoint import Placement
 from engines.native.footprint import stored_bytes
-from engines.native.nf4 import Turn
+from engines.native.loader import Placement
 from engines.native.plan import KEEP_ALL, KEEP_INPUT, Plan
 from engines.native.shape import read_shape
+from engines.native.turns import Turn
 from harness.engine import Job
 from harness.errors import UnsupportedError
 from harness.spec import parse

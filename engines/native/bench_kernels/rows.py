@@ -27,8 +27,9 @@ from engines.native.kernels.parts import copy_parts
 from engines.native.kernels.rms_norm import rms_norm, rms_norm_backward
 from engines.native.kernels.swiglu import swiglu, swiglu_backward_
 from engines.native.kernels.swiglu_gradients import swiglu_gradients_
-from engines.native.nf4 import copy_reference, decode_reference, placed
+from engines.native.nf4 import decode_reference, placed
 from engines.native.ops import NormSource
+from engines.native.turns import copy_reference
 from engines.native.weights import Arena, Linear, Weight
 from harness.nf4 import quantise
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engines.native.bench import random_weights
-from engines.native.checkpoint import Placement
+from engines.native.loader import Placement
 from engines.native.ops import HeadNorms, Heads
 from engines.native.packed import Angles, Packed
 from engines.native.shape import LlamaShape

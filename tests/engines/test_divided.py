@@ -1,0 +1,179 @@
+"""A frozen base divided among ranks: the bits of the whole one, a part of its bytes, and gathers in one order whatever the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import engines.fused
+from engines.native.checkpoint import load_weights, read_config
+from engines.native.decoder import Decoder
+from engines.native.divided import Division, Gathered
+from engines.native.loader import Placement
+from engines.native.lora import read_adapter
+from engines.native.nf4 import Decoded
+from engines.native.packed import Angles
+from engines.native.plan import KEEP_ALL, Names, Plan
+from engines.native.reference import REFERENCE
+from engines.native.shape import read_shape
+from engines.native.shares import IDLE
+from engines.native.turns import Wait
+from engines.native.weights import Linear
+from harness.data.tokens import IGNORE, Batch, pack
+from harness.engine import Job
+from tests.engines.conformance import SAME
+from tests.engines.ranks import Ranks, started
+from tests.engines.test_fsdp import OnTwoRanks, trained
+from tests.engines.test_fused import DEVICE, KNOBS, decoder, packed
+from tests.engines.tiny import LONGEST, LORA, QLORA, make_job, with_train
+
+SHARDED = {**KNOBS, "base": "sharded"}
+FEW = ("v_proj", "down_proj", "q_proj")
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with started(engines.fused) as ranks:
+        yield ranks
+
+
+class TestShardedOnTwo(OnTwoRanks):
+    knobs = SHARDED
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "knobs"),
+    [
+        ("llama", LORA, {"micro_batch": 1}),  # five samples: one rank computes a batch without a label
+        ("llama_biases", {**LORA, "targets": FEW}, {"recompute": "full"}),
+        ("qwen3", QLORA, {"micro_batch": 1}),
+        ("llama", {**QLORA, "targets": FEW}, {"recompute": "fit", "memory_gib": 0.0011}),
+    ],
+    ids=["lora", "few-biases-recomputed", "qlora", "qlora-few-planned"],
+)
+def test_two_ranks_make_the_bits_of_replicas(
+    two: Ranks, tmp_path: Path, family: str, method: dict[str, Any], knobs: dict[str, Any]
+) -> None:
+    """Losses, norms, tokens and the saved adapter; and the steps of one process."""
+    job = make_job(tmp_path, family, method)
+    whole, ours = trained(two, {**KNOBS, **knobs}, job), trained(two, {**SHARDED, **knobs}, with_train(job, "ours"))
+    assert (ours.losses, ours.grad_norms) == (whole.losses, whole.grad_norms)
+    assert [replace(one, processed=0) for one in ours.tokens] == [replace(one, processed=0) for one in whole.tokens]
+    assert ours.chosen["plan"] == whole.chosen["plan"]
+    saved, expected = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "ours", job.out))
+    assert all(saved[name].equal(value) for name, value in expected.items())
+    one = trained(engines.fused, KNOBS, with_train(job, "one"))
+    assert ours.losses == pytest.approx(one.losses, rel=SAME)
+
+
+@dataclass
+class Everyone:
+    """All ranks of a division in one process: each one's parts in the order in which they were first gathered."""
+
+    count: int
+    loaded: list[list[Gathered]] = field(default_factory=list)
+    gathers: list[int] = field(default_factory=list)
+
+    def load(self, job: Job, plan: Plan) -> list[Decoder]:
+        decoders = [self._decoder(job, plan, rank) for rank in range(self.count)]
+        self.loaded = [list(gathered(one)) for one in decoders]
+        return decoders
+
+    def _decoder(self, job: Job, plan: Plan, rank: int) -> Decoder:
+        assert job.adapter_init is not None
+        shape = read_shape(read_config(job.base), LONGEST)
+        placement = Placement(DEVICE, torch.float32, torch.float32, division=Division(rank, self.count, self.gather))
+        weights = load_weights(job.base, shape, placement, read_adapter(job.adapter_init))
+        return Decoder(shape=shape, weights=weights, ops=REFERENCE, plans=(plan,) * shape.num_layers, loss_chunk=5)
+
+    def gather(self, part: Tensor, whole: Tensor) -> None:
+        (place,) = {index for one in self.loaded for index, source in enumerate(one) if source.part is part}
+        self.gathers.append(place)
+        whole.copy_(torch.cat([one[place].part for one in self.loaded]))
+
+
+def gathered(native: Decoder) -> Iterator[Gathered]:
+    for layer in native.weights.layers:
+        for group in layer.groups:
+            assert group.turn is not None
+            yield from (source for source in group.turn.sources if isinstance(source, Gathered))
+
+
+@pytest.mark.parametrize("method", [LORA, QLORA], ids=["lora", "qlora"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_rank_holds_its_part_and_computes_what_all_hold(tmp_path: Path, method: dict[str, Any], count: int) -> None:
+    """Three do not divide the rows evenly: their last part is filled up."""
+    job = make_job(tmp_path, method=method)
+    whole, (*_, last) = decoder(job, KEEP_ALL), Everyone(count).load(job, KEEP_ALL)
+    batch = job.tokens.step(job.workload.train, 0)
+    assert last.accumulate(packed(last, batch), torch.tensor(1.0)).equal(whole.accumulate(packed(whole, batch), torch.tensor(1.0)))
+    assert last.weights.arena.gradients.equal(whole.weights.arena.gradients)
+    groups = [group for layer in whole.weights.layers for group in layer.groups]
+    for source, group in zip(gathered(last), groups, strict=True):
+        most = 4 * group.buffer.shape[1] if method is LORA else 16 * 9  # a row, or what bytes are aligned to, of three weights
+        assert base_bytes(group) <= count * source.part.untyped_storage().nbytes() <= base_bytes(group) + count * most
+
+
+def base_bytes(group: Linear) -> int:
+    """Of the group where one rank has all of it: rows as products read them, or packed."""
+    if group.turn is None:
+        return 4 * group.num_outputs * group.buffer.shape[1]
+    packed = [source.weight for source in group.turn.sources if isinstance(source, Decoded)]
+    return sum(weight.packed.nbytes + weight.absmax.nbytes + weight.nested_absmax.nbytes for weight in packed)
+
+
+def at_once(started: list[int]) -> Callable[[Callable[[], None]], Wait]:
+    """Fills a buffer as early as it may be: what its last holder is still needed for would have to be gathered once more."""
+
+    def start(work: Callable[[], None]) -> Wait:
+        started.append(1)
+        work()
+        return lambda: None
+
+    return start
+
+
+UNITS: tuple[Names, ...] = (frozenset(("heads", "qkv")), frozenset(("attended",)), frozenset(("middle",)), frozenset(("gate_up",)))
+PLANS = [
+    Plan(KEEP_ALL.kept - frozenset().union(*(unit for unit, dropped in zip(UNITS, drop, strict=True) if dropped)), pieces=3)
+    for drop in product((False, True), repeat=len(UNITS))
+]
+
+
+def test_ranks_gather_in_one_order_whatever_their_batches(tmp_path: Path) -> None:
+    """Batches of fewer rows than pieces take fewer turns, and what is known of the order comes from passes of all kinds; else ranks would
+    meet over different weights. Nor does gathering ahead ever gather twice.
+    """
+    job, everyone = make_job(tmp_path), Everyone(1)
+    (native,) = everyone.load(job, KEEP_ALL)
+    long = pack(job.tokens.step(job.workload.train, 0))
+    single = Batch(np.zeros((1, 1), np.int64), np.full((1, 1), IGNORE, np.int64), ((1,),))
+    for plan in PLANS:
+        planned = replace(native, plans=(plan,) * native.shape.num_layers)
+        natural = gathers_of(planned, everyone, [long], 0)
+        assert len(natural) <= 2 * 8
+        for ahead, history in product((1, 3), ([long, IDLE, long], [single, long, long])):
+            assert gathers_of(planned, everyone, history, ahead) == natural * len(history), plan
+
+
+def gathers_of(native: Decoder, everyone: Everyone, batches: list[Batch], ahead: int) -> list[int]:
+    """In the order of their launches; ``ahead`` of their turns, so many at most. No pass before has been seen."""
+    started = list[int]()
+    everyone.gathers.clear()
+    order = native.weights.shared._order
+    order.__init__(ahead)  # type: ignore[misc]
+    order.start = at_once(started) if ahead else None
+    angles = Angles.of(native.shape, LONGEST, DEVICE)
+    for batch in batches:
+        native.accumulate(angles.pack(batch), torch.tensor(1.0))
+    assert len(started) >= (len(batches) - 1) * 8 * bool(ahead)
+    return list(everyone.gathers)
