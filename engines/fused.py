@@ -227,6 +227,8 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
     from engines.native.divided import Division
     from engines.native.loader import Placement
     from engines.native.lora import read_adapter
+    from engines.native.plan import fingerprint
+    from engines.native.ranks import expect_agreement
     from engines.native.replicas import Shares
     from engines.native.shape import read_shape
 
@@ -246,6 +248,8 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
         adapter.check_nothing_is_left(weights)
     shares = Shares(job, shape, rank, micro_batch=knobs.micro_batch, shared=knobs.replay, in_step=division is not None)
     plans, loss_chunk, chosen = plans_for(job, knobs, shape, weights, shares)
+    if division is not None:
+        expect_agreement(fingerprint(plans, loss_chunk), "what layers make again, and so on which weights to gather when")
     decoder = Decoder(shape=shape, weights=weights, ops=_operations(knobs, adapter, fp8), plans=plans, loss_chunk=loss_chunk)
     return config, adapter, decoder, shares, chosen
 
