@@ -231,6 +231,8 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
     from engines.native.divided import Division
     from engines.native.loader import Placement
     from engines.native.lora import read_adapter
+    from engines.native.plan import fingerprint
+    from engines.native.ranks import expect_agreement
     from engines.native.replicas import Shares
     from engines.native.shape import read_shape
 
@@ -252,6 +254,8 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
         if adapter is not None:
             adapter.check_nothing_is_left(weights)
         plans, loss_chunk, chosen = plans_for(job, knobs, shape, weights, shares)
+        if division is not None:
+            expect_agreement(fingerprint(plans, loss_chunk), "what layers make again, and so on which weights to gather when")
         if rehearsal is not None:
             chosen["kernels_compiled_ahead"] = rehearsal.finish(plans, loss_chunk)
     decoder = Decoder(shape=shape, weights=weights, ops=ops, plans=plans, loss_chunk=loss_chunk)

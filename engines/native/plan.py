@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,6 +92,12 @@ def described(plans: Sequence[Plan]) -> str:
             said.append(f"{word} " + ", ".join(f"{name} x{counts[name]}" for name in sorted(counts)))
     said += [f"{count} layers in {pieces} pieces" for pieces, count in sorted(Counter(plan.pieces for plan in plans).items()) if pieces > 1]
     return "; ".join(said) or "all kept"
+
+
+def fingerprint(plans: Sequence[Plan], loss_chunk: int) -> bytes:
+    """The same for the same plans, in every process."""
+    layers = [f"{sorted(plan.kept)} {sorted(plan.offloaded)} {plan.pieces}" for plan in plans]
+    return hashlib.sha256(f"{layers} {loss_chunk}".encode()).digest()
 
 
 KEEP_INPUT = Plan(frozenset(("input",)))

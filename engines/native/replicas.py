@@ -7,14 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
+import numpy as np
 from torch import Tensor, distributed
 
 from engines.native.buckets import positions
 from engines.native.ranks import expect_agreement, process_group
 from engines.native.shape import LlamaShape
 from engines.native.shares import IDLE, cost_of, fingerprint, split
-from harness.data.tokens import Batch, StepTokens, chunks, pack
+from harness.data.tokens import IGNORE, Batch, StepTokens, chunks, pack
 from harness.engine import Job, Probe
+
+
+# What an idle rank computes to keep pace: nothing of it has a label. Two lengths, because attention over uneven documents takes any.
+_PACE = Batch(np.zeros((1, 3), np.int64), np.full((1, 3), IGNORE, np.int64), ((1, 2),))
 
 
 def ranks(job: Job) -> AbstractContextManager[int]:
@@ -26,7 +31,7 @@ class Shares:
     """The batches of every step, packed rows of at most ``micro_batch`` samples. In one process they are in the order of the samples.
 
     ``shared``: uneven documents are filled up to sizes that steps share, and the filling is processed, too. ``in_step``: ranks meet in
-    every batch, so each has as many, some of them :data:`IDLE`; replicas meet once a step, and none has to keep pace with the others.
+    every batch, so each has as many, some of them without a label; replicas meet once a step, and none has to keep pace with the others.
     """
 
     def __init__(self, job: Job, shape: LlamaShape, rank: int, *, micro_batch: int, shared: bool, in_step: bool = False) -> None:
@@ -58,7 +63,9 @@ class Shares:
             batches = tuple(pack(group) for group in chunks(samples, self._micro_batch))
             return (batches,), StepTokens.of(batches), b""
         parts = split(samples, self._job.processes, self._cost, micro_batch=self._micro_batch, make_batch=pack)
-        ranks = tuple(tuple(batch for batch in batches if self._in_step or batch is not IDLE) for batches in parts.batches)
+        ranks = tuple(
+            tuple(_PACE if one is IDLE else one for one in batches if self._in_step or one is not IDLE) for batches in parts.batches
+        )
         return ranks, parts.tokens, fingerprint(parts)
 
 

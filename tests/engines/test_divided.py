@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import engines.fused
@@ -28,13 +28,16 @@ from engines.native.shape import read_shape
 from engines.native.shares import IDLE
 from engines.native.turns import Wait
 from engines.native.weights import Linear
+from harness.config import single
 from harness.data.tokens import IGNORE, Batch, pack
-from harness.engine import Job
+from harness.engine import Checkpoints, Job, Machine, variant
+from harness.errors import UnsupportedError, WeightsError
+from harness.spec import parse
 from tests.engines.conformance import SAME
 from tests.engines.ranks import Ranks, started
-from tests.engines.test_fsdp import OnTwoRanks, trained
+from tests.engines.test_fsdp import trained
 from tests.engines.test_fused import DEVICE, KNOBS, decoder, packed
-from tests.engines.tiny import LONGEST, LORA, QLORA, make_job, with_train
+from tests.engines.tiny import CPU, FULL, GPU, LLAMA, LONGEST, LORA, QLORA, make_job, make_workload, with_train
 
 SHARDED = {**KNOBS, "base": "sharded"}
 FEW = ("v_proj", "down_proj", "q_proj")
@@ -44,10 +47,6 @@ FEW = ("v_proj", "down_proj", "q_proj")
 def two() -> Iterator[Ranks]:
     with started(engines.fused) as ranks:
         yield ranks
-
-
-class TestShardedOnTwo(OnTwoRanks):
-    knobs = SHARDED
 
 
 @pytest.mark.parametrize(
@@ -73,6 +72,40 @@ def test_two_ranks_make_the_bits_of_replicas(
     assert all(saved[name].equal(value) for name, value in expected.items())
     one = trained(engines.fused, KNOBS, with_train(job, "one"))
     assert ours.losses == pytest.approx(one.losses, rel=SAME)
+
+
+def test_the_rest_of_a_run_is_that_of_the_whole(two: Ranks, tmp_path: Path) -> None:
+    job, places = make_job(tmp_path), Checkpoints(folder=tmp_path / "checkpoints", every=2)
+    whole = trained(two, SHARDED, replace(job, checkpoints=places))
+    rest = trained(two, SHARDED, replace(with_train(job, "rest"), checkpoints=replace(places, made=2)))
+    assert (rest.losses, rest.grad_norms) == (whole.losses[2:], whole.grad_norms[2:])
+
+
+@pytest.mark.parametrize(
+    ("method", "knobs", "machine", "said"),
+    [
+        (FULL, {}, CPU, "base=sharded divides weights that stay as they are, method=full trains them"),
+        ({**LORA, "name": "lora_fp8"}, {}, CPU, "base=sharded does not divide a base in 8 bits yet"),
+        (LORA, {}, GPU, "base=sharded divides the base among processes, there is one"),
+        (LORA, {"replay": True}, GPU.model_copy(update={"count": 2}), "set replay=false"),
+        (QLORA, {}, GPU.model_copy(update={"count": 2}), None),
+        (LORA, {}, CPU, None),
+    ],
+)
+def test_says_what_it_does_not_do(method: dict[str, Any], knobs: dict[str, Any], machine: Machine, said: str | None) -> None:
+    found = engines.fused.unsupported(make_workload(LLAMA, method), parse(engines.fused.Knobs, {**SHARDED, **knobs}), machine)
+    assert found is None if said is None else said in str(found)
+
+
+def test_one_process_has_nobody_to_share_with(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"set engine\.processes or base=replicated"):
+        trained(engines.fused, SHARDED, make_job(tmp_path))
+
+
+def test_its_name_is_an_option() -> None:
+    found = single(["engine=fused/sharded", "engine.processes=2", "machine=cuda", "model=llama3_8b"]).engine.knobs
+    assert (found["base"], found["replay"]) == ("sharded", False)
+    assert [variant(engines.fused, {**KNOBS, "base": base}) for base in ("sharded", "replicated")] == ["sharded", None]
 
 
 @dataclass
@@ -129,6 +162,14 @@ def base_bytes(group: Linear) -> int:
         return 4 * group.num_outputs * group.buffer.shape[1]
     packed = [source.weight for source in group.turn.sources if isinstance(source, Decoded)]
     return sum(weight.packed.nbytes + weight.absmax.nbytes + weight.nested_absmax.nbytes for weight in packed)
+
+
+def test_a_weight_of_another_size_is_named(tmp_path: Path) -> None:
+    job, name = make_job(tmp_path), "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(job.base / "model.safetensors")
+    save_file({**tensors, name: tensors[name][:-1].clone()}, job.base / "model.safetensors")
+    with pytest.raises(WeightsError, match=rf"{name}: has shape \[71, 32\], config.json says \[72, 32\]"):
+        Everyone(2).load(job, KEEP_ALL)
 
 
 def at_once(started: list[int]) -> Callable[[Callable[[], None]], Wait]:
