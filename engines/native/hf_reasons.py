@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from engines.native.fp8_reasons import not_taught
-from harness.spec import QLora, Workload
+from harness.spec import Lora, Workload
 
 
 def dropout_reasons(config: dict[str, Any]) -> list[str]:
@@ -49,14 +49,12 @@ def attention_reasons(*, layout: str, attention: str, compute_dtype: str, device
 def dtype_reasons(engine: str, workload: Workload, *, compute_dtype: str, adapter_compute: str) -> list[str]:
     """Of engines over several ranks: what ``engine`` cannot train in, or beside, these types."""
     method = workload.method
-    if isinstance(method, QLora):
-        return [f"{engine} shards no NF4 weights yet; use method=lora, or engine=hf"]
     if refused := not_taught(workload, engine):
         return refused
     if method.dtype == "float16":
         return [f"method.dtype=float16 needs loss scaling, which {engine} does not do here; use float32 or bfloat16"]
     if compute_dtype == "float32" and method.dtype != "float32":
         return [f"compute_dtype=float32 cannot train {method.dtype} weights; set method.dtype=float32 or compute_dtype=bfloat16"]
-    if adapter_compute == "direct" and (method.name != "lora" or compute_dtype == "float32"):
+    if adapter_compute == "direct" and (not isinstance(method, Lora) or compute_dtype == "float32"):
         return ["adapter_compute=direct is about float32 adapters beside bfloat16 products; set it to autocast"]
     return []

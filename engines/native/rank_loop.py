@@ -16,12 +16,14 @@ from engines.native.hf_attention import VARLEN, register
 from engines.native.hf_batches import inputs, leak
 from engines.native.hf_model import with_adapter
 from engines.native.hf_reasons import class_reasons, dropout_reasons
+from engines.native.nf4_linear import Packed, load_packed, pack_linears
 from engines.native.plain_loop import to_device
 from engines.native.ranks import expect_agreement
 from engines.native.shares import Cost, cost_of, fingerprint, split
 from harness.data.tokens import Batch, pack, pad
 from harness.engine import Job, Probe
 from harness.errors import UnsupportedError
+from harness.nf4 import is_nf4
 from harness.spec import Lora
 
 
@@ -68,7 +70,7 @@ def loaded(job: Job, knobs: Shared) -> tuple[Any, Cost]:
 
     Raises UnsupportedError for what only the model's own configuration and class reveal.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     method = job.workload.method
@@ -77,23 +79,32 @@ def loaded(job: Job, knobs: Shared) -> tuple[Any, Cost]:
     reasons = dropout_reasons(config.to_dict()) + class_reasons(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], knobs.attention, (VARLEN,))
     if reasons:
         raise UnsupportedError("; ".join(reasons))
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        job.base,
-        dtype=getattr(torch, knobs.compute_dtype if isinstance(method, Lora) else method.dtype),
-        attn_implementation=knobs.attention if hasattr(config, "num_attention_heads") else None,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    dtype = getattr(torch, knobs.compute_dtype if isinstance(method, Lora) else method.dtype)
+    attention = knobs.attention if hasattr(config, "num_attention_heads") else None
+    model, packed = _base(job, config, dtype, attention)
     model.name_or_path = model.config.name_or_path = job.workload.model.name  # what model cards are made of: no path of this machine
     if isinstance(method, Lora):
         assert job.adapter_init is not None
         model = with_adapter(model, job.adapter_init, getattr(torch, method.dtype), cast_inputs=knobs.adapter_compute != "direct")
+    cost = cost_of(model.config.to_dict(), sum(parameter.numel() for parameter in model.parameters()))  # not of packed bytes
+    pack_linears(model, packed, dtype)
     if knobs.recompute == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
     model.train()
-    return model, cost_of(model.config.to_dict(), sum(parameter.numel() for parameter in model.parameters()))
+    return model, cost
+
+
+def _base(job: Job, config: Any, dtype: torch.dtype, attention: str | None) -> tuple[Any, dict[Any, Packed]]:
+    """The model without adapters, and what of it is to be packed."""
+    from transformers import AutoModelForCausalLM
+
+    if not is_nf4(job.base):
+        options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+        return AutoModelForCausalLM.from_pretrained(job.base, dtype=dtype, attn_implementation=attention, **options), {}
+    if not isinstance(job.workload.method, Lora):
+        raise UnsupportedError("the base is stored in NF4, whose weights cannot be trained; use a method with adapters")
+    return load_packed(job.base, config, dtype, attn_implementation=attention)
 
 
 def autocast(knobs: Shared, device: str) -> AbstractContextManager[Any]:

@@ -23,8 +23,10 @@ from tests.engines.tiny import (
     CPU,
     FULL,
     LORA,
+    QLORA,
     VOCABULARY,
     RecordingProbe,
+    decoded,
     make_job,
     make_workload,
     plain_loss,
@@ -183,6 +185,33 @@ class EngineConformance:
         assert "float16" in self.engine.unsupported(half, knobs, CPU)
         rounded = make_workload(job.workload.model.config or {}, {**LORA, "dtype": "bfloat16"})
         assert "bfloat16" in self.engine.unsupported(rounded, knobs, CPU)
+
+
+class QLoraConformance(EngineConformance):
+    """The same on a base in NF4: tests see LoRA on its decoded values, and the engine trains ``method=qlora`` on the packed ones."""
+
+    test_full_trains_every_weight_and_saves_a_checkpoint = None  # type: ignore[assignment]
+    test_full_saves_the_stored_dtype = None  # type: ignore[assignment]
+
+    @pytest.fixture
+    def job(self, tmp_path: Path) -> Job:
+        packed = make_job(tmp_path, method=QLORA)
+        return replace(decoded(packed), out=packed.out)
+
+    def run(self, job: Job, **knobs: Any) -> RecordingProbe:
+        (base,) = (job.out.parent / "nf4").iterdir()
+        raw = job.workload.model_dump(mode="json")
+        return super().run(
+            replace(job, base=base, workload=parse(type(job.workload), {**raw, "method": {**raw["method"], "name": "qlora"}})), **knobs
+        )
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+    def test_a_gpu_computes_what_a_cpu_does(self, job: Job) -> None:  # type: ignore[override]
+        on_cpu, on_gpu = self.run(with_train(job, "cpu")), self.run(replace(job, device="cuda"))
+        assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=2e-5)
+        rounded = self.run(replace(with_train(job, "rounded"), device="cuda"), compute_dtype="bfloat16")
+        assert rounded.losses == pytest.approx(on_cpu.losses, rel=2e-2)
 
 
 def two_documents(job: Job, seed: int) -> Job:

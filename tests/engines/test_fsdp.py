@@ -20,9 +20,9 @@ from harness.compose import compose_all, plain
 from harness.engine import Job
 from harness.errors import UnsupportedError
 from harness.spec import parse
-from tests.engines.conformance import SAME, EngineConformance
+from tests.engines.conformance import SAME, EngineConformance, QLoraConformance
 from tests.engines.ranks import Ranks, started
-from tests.engines.tiny import CPU, FAMILIES, FULL, GPU, LLAMA, LORA, VOCABULARY, RecordingProbe, make_job, make_workload, with_train
+from tests.engines.tiny import CPU, FAMILIES, FULL, GPU, LLAMA, LORA, QLORA, VOCABULARY, RecordingProbe, make_job, make_workload, with_train
 
 TREE = Path(__file__).resolve().parents[2]
 KNOBS: dict[str, Any] = {
@@ -40,6 +40,11 @@ class TestReplicated(EngineConformance):
 class TestSharded(EngineConformance):
     engine = engines.fsdp
     knobs: ClassVar = {**KNOBS, "strategy": "full_shard", "layout": "packed", "recompute": "full"}
+
+
+class TestPackedBase(QLoraConformance):
+    engine = engines.fsdp
+    knobs: ClassVar = {**KNOBS, "layout": "packed"}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,16 @@ class TestShardedOnTwo(OnTwoRanks):
     knobs: ClassVar = {**KNOBS, "strategy": "full_shard", "layout": "packed", "recompute": "full"}
 
 
+class TestPackedBaseShardedOnTwo(QLoraConformance, OnTwoRanks):
+    knobs: ClassVar = {**KNOBS, "strategy": "full_shard", "recompute": "full"}
+
+    test_a_gpu_computes_what_a_cpu_does = pytest.mark.multi_gpu(  # type: ignore[assignment]
+        pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two NVIDIA GPUs here")(
+            QLoraConformance.test_a_gpu_computes_what_a_cpu_does
+        )
+    )
+
+
 HF: dict[str, Any] = {
     "micro_batch": 2, "layout": "padded", "recompute": "none", "attention": "sdpa", "compute_dtype": "float32",
     "adapter_compute": "autocast", "kernels": "none", "compile": False, "optimizer": "adamw",
@@ -92,6 +107,10 @@ ON_TWO = [
     ("falcon", {**LORA, "targets": FALCON_TARGETS}, {"strategy": "shard_grad", "recompute": "full"}),
     ("mamba", FULL, {"strategy": "full_shard"}),
     ("mamba", {**LORA, "targets": MAMBA_TARGETS}, {"strategy": "full_shard", "recompute": "full"}),
+    *(("qwen3", QLORA, {"strategy": strategy}) for strategy in ("replicate", "shard_grad", "full_shard")),
+    ("llama_biases", QLORA, {"strategy": "full_shard", "offload": "cpu", "recompute": "full"}),
+    ("falcon", {**QLORA, "targets": FALCON_TARGETS}, {"strategy": "full_shard"}),
+    ("mamba", {**QLORA, "targets": MAMBA_TARGETS}, {"strategy": "full_shard", "recompute": "full"}),
 ]
 
 
@@ -135,7 +154,7 @@ def test_shards_in_copies(tmp_path: Path) -> None:
     hybrid = {**KNOBS, "strategy": "hybrid", "shard_ranks": 2}
     (tmp_path / "full").mkdir()
     with started(engines.fsdp, 4) as four:
-        for job in (make_job(tmp_path, epsilon=1e-3), make_job(tmp_path / "full", "tied", FULL, epsilon=1e-3)):
+        for job in (make_job(tmp_path, method=QLORA, epsilon=1e-3), make_job(tmp_path / "full", "tied", FULL, epsilon=1e-3)):
             usual, ours = trained(engines.hf, HF, job), trained(four, hybrid, with_train(job, "ours"))
             assert ours.losses == pytest.approx(usual.losses, rel=SAME)
             assert ours.grad_norms == pytest.approx(usual.grad_norms, rel=2e-5)
@@ -220,7 +239,9 @@ def test_impossible_knobs_are_refused_before_a_process_starts(
     assert reason in said
 
 
-def test_nf4_weights_are_refused() -> None:
-    said = engines.fsdp.unsupported(make_workload(LLAMA, {**LORA, "name": "qlora"}), parse(engines.fsdp.Knobs, KNOBS), CPU)
-    assert said is not None
-    assert "shards no NF4 weights yet" in said
+def test_a_base_in_nf4_trains_in_every_strategy() -> None:
+    work = make_workload(LLAMA, QLORA)
+    for changed in ({}, {"strategy": "full_shard", "offload": "cpu"}, {"strategy": "hybrid", "shard_ranks": 2}, {"strategy": "shard_grad"}):
+        assert engines.fsdp.unsupported(work, parse(engines.fsdp.Knobs, {**KNOBS, **changed}), CPU) is None
+    direct = parse(engines.fsdp.Knobs, {**KNOBS, "compute_dtype": "bfloat16", "adapter_compute": "direct"})
+    assert engines.fsdp.unsupported(work, direct, GPU) is None
