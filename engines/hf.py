@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 loss_norm = "token_global"
+resumes = True
 _FLASH = {"flash_attention_2": ("flash_attn", "flash-attn"), "flash_attention_3": ("flash_attn_interface", "flash-attn-3")}
 _OURS = ("cudnn", "varlen")  # not transformers' own: engines/native/hf_attention.py
 _WITHOUT_LIGER = ("falcon", "mamba")  # of the families in conf/model
@@ -73,7 +74,7 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     """Train with AdamW on every trained tensor (norms and biases decay too), and save into ``job.out``."""
     import torch
 
-    from engines.native import plain_loop
+    from engines.native import plain_loop, states
     from engines.native.hf_model import exact_float32
 
     if job.processes != 1:
@@ -85,14 +86,18 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     make = plain_loop.adamw if knobs.optimizer == "adamw" else plain_loop.adamw_8bit
     optimizer = make(plain_loop.groups(model, job.workload.method), schedule, job.device)
+    state = states.Plain(model, optimizer) if job.checkpoints else None
+    begin = states.restored(state, job.checkpoints) if state else 0
     make_batch = pack if knobs.layout == "packed" else pad
     probe.ready()
-    for index in range(schedule.num_steps):
+    for index in range(begin, schedule.num_steps):
         batches = [make_batch(samples) for samples in chunks(job.tokens.step(schedule, index), knobs.micro_batch)]
         tokens = StepTokens.of(batches)
         loss = _accumulate(model, batches, tokens.loss, knobs, job.device)
         grad_norm = plain_loop.update(optimizer, parameters, schedule, index)
         probe.step(loss=loss, grad_norm=grad_norm, tokens=tokens)
+        if state:
+            states.step_made(state, job.checkpoints, index + 1, schedule.num_steps)
     _save(model, job)
 
 

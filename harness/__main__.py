@@ -17,6 +17,7 @@ USAGE = """python -m harness [-m] [--cfg job] [OVERRIDE ...]
   python -m harness -m engine=hf,fused 'repeat=range(3)'          several values, with -m: a sweep of all combinations
   python -m harness -m +sweep=demo                                a sweep from conf/sweep/
   python -m harness data=jsonl data.path=my.jsonl 'data.fields={prompt: question, completion: answer}'
+  python -m harness engine=best train.epochs=3 save_every=100 …   train for use with what tune found; says where the adapter is
   python -m harness plan=only …                                   what would run, what cannot and why; runs nothing
 
 An override is group=option, key=value, +key=value or ~key, in Hydra's grammar.
@@ -78,12 +79,18 @@ def _run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from harness.config import requests
+    from harness.preparing import counting
     from harness.sweep import run
 
     gc.freeze()
     gc.enable()
-    settings, found = requests(options.overrides, multirun=options.multirun)
-    return int(run(settings, found, Console()))
+    console = Console()
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    settings, found = requests(options.overrides, multirun=options.multirun, count=counting(say), say=say)
+    return int(run(settings, found, console))
 
 
 if __name__ == "__main__":

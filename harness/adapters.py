@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness.errors import HarnessError
 from harness.events import Event
-from harness.record import Record
+from harness.record import TRAINED, Record
 from harness.store import writing
 from harness.weights import adapter_sha256
 
@@ -41,11 +41,12 @@ def has_its_adapter(last: Event, work: Path, root: Path) -> bool:
 
 
 def keep_adapter(work: Path, root: Path, record: Record) -> None:
-    """Adapters are kept by content: repeats that end in the same weights share one. What a failed cell left is of no use."""
-    if record.status == "ok":
-        assert record.measurement is not None
-        assert record.measurement.artifacts.adapter_sha256 is not None
-        target = adapter_folder(root, record.measurement.artifacts.adapter_sha256)
+    """Adapters are kept by content: repeats that end in the same weights share one. What a failed cell left is of no use; what one left
+    whose times are not to be trusted is as good as any.
+    """
+    sha = record.measurement.artifacts.adapter_sha256 if record.measurement else None
+    if record.status in TRAINED and sha is not None:
+        target = adapter_folder(root, sha)
         if (work / "adapter").exists() and not target.exists():
             with writing(target):
                 target.parent.mkdir(parents=True, exist_ok=True)

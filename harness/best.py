@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +11,10 @@ from harness.compose import compose_one, plain
 from harness.errors import ConfigError
 from harness.machine import detect
 from harness.spec import Workload
-from harness.tuned import Tuned, found
+from harness.tuned import Tuned, found, name_of
 
 BEST = "engine=best"
-_NOT_TUNES = ("machine.memory_cap_gib", "hydra.", "keep=", "plan=", "rerun=", "repeat=")
+_NOT_TUNES = ("machine.memory_cap_gib", "hydra.", "keep=", "plan=", "rerun=", "repeat=", "limits.")
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
@@ -41,8 +42,8 @@ def best_engine(
     if tuned is None:
         cap = f" memory_gib={memory_cap_gib}" if memory_cap_gib else ""
         words = [line for line in overrides if not line.startswith(_NOT_TUNES)]
-        command = " ".join(["python -m harness.tune", *words, f"budget_minutes=20{cap}"])
-        raise ConfigError(f"engine=best: nothing is tuned for {workload.label} on {machine.key}; run: {command}")
+        command = f"python -m harness.tune {shlex.join(words)} budget_minutes=20{cap}"
+        raise ConfigError(f"engine=best: nothing is tuned for {name_of(workload)} on {machine.key}; run: {command}")
     about_machine = [line for line in overrides if line.startswith(("machine", "hydra.searchpath"))]
     engine: dict[str, Any] = plain(compose_one([*about_machine, f"engine={tuned.engine}"]))["engine"]
     unknown = sorted(set(tuned.knobs) - set(engine["knobs"]))

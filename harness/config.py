@@ -11,16 +11,15 @@ from pydantic import Field, JsonValue
 
 from harness.best import best_engine, without_best
 from harness.compose import compose_all, compose_one, plain
-from harness.data.files import find_files
 from harness.engine import load, variant
+from harness.epochs import num_steps, take_epochs
 from harness.errors import ConfigError, HarnessError
 from harness.interpreter import located
+from harness.named import named_data, named_model
 from harness.places import Nodes, Sources
 from harness.record import Price
 from harness.searched import Searched
-from harness.spec import Cell, Data, DataFile, DType, EngineSpec, Method, Model, Name, Positive, Spec, Train, Workload, parse
-from harness.weights import fingerprint, resolve_source
-from harness.weights.sources import tokenizer_fingerprint
+from harness.spec import Cell, Data, DType, EngineSpec, Method, Model, Name, Positive, Spec, Train, Workload, parse
 from harness.weights.vocabulary import check_fits, num_entries, num_rows
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -56,9 +55,9 @@ class MachineConfig(Spec):
 
 
 class Limits(Spec):
-    """When a cell is stopped."""
+    """When a cell is stopped; ``wall_seconds`` null: not for taking long."""
 
-    wall_seconds: Seconds
+    wall_seconds: Seconds | None
     no_progress_seconds: Seconds
 
 
@@ -106,8 +105,27 @@ class Request(Spec):
     save_every: Positive | None = None
 
 
-def requests(overrides: Sequence[str], *, multirun: bool) -> tuple[Settings, list[Request]]:
-    """The requests of ``python -m harness OVERRIDES``. Raises ConfigError with every problem of every cell, each once."""
+Count = Callable[[Config, Request], int]
+"""The number of samples of an epoch, which only a tokenised file tells: of a configuration and its request."""
+
+
+def not_counted(_config: Config, _request: Request) -> int:
+    """A ``Count`` of commands that tokenise nothing."""
+    raise ConfigError("train.epochs: this command does not count samples; give train.steps")
+
+
+Say = Callable[[str], None]
+
+
+def _nobody(_line: str) -> None:
+    """A ``Say`` that nobody hears."""
+
+
+def requests(overrides: Sequence[str], *, multirun: bool, count: Count = not_counted, say: Say = _nobody) -> tuple[Settings, list[Request]]:
+    """The requests of ``python -m harness OVERRIDES``; ``say`` what was found out on the way.
+
+    Raises ConfigError with every problem of every cell, each once.
+    """
     tuned, overrides = without_best(overrides)
     found: list[Request] = []
     settings: list[Settings] = []
@@ -115,8 +133,7 @@ def requests(overrides: Sequence[str], *, multirun: bool) -> tuple[Settings, lis
     entries = functools.cache(num_entries)  # a sweep asks about few tokenizers often
     for own, composed in compose_all(overrides, multirun=multirun):
         try:
-            config = _config(plain(composed))
-            config = _with_best(config, [*overrides, *own]) if tuned else config
+            config = _whole(plain(composed), [*overrides, *own], tuned, count, say)
             found.append(request(config, own))
             _check_vocabulary(found[-1], entries)
             settings.append(Settings(**{name: getattr(config, name) for name in Settings.model_fields}))
@@ -129,17 +146,50 @@ def requests(overrides: Sequence[str], *, multirun: bool) -> tuple[Settings, lis
     return settings[0], in_lane(found, settings[0].lane)
 
 
-def single(overrides: Sequence[str]) -> Config:
+def single(overrides: Sequence[str], count: Count = not_counted) -> Config:
     """The configuration of one cell. Raises ConfigError with every problem."""
-    return _config(plain(compose_one(overrides)))
+    raw = plain(compose_one(overrides))
+    epochs = take_epochs(raw["train"], overrides)
+    return _counted(_config(raw), epochs, count)
 
 
-def _with_best(config: Config, overrides: Sequence[str]) -> Config:
-    """What tune found in place of the engine; a person who trains with it wants the adapter, so it is kept unless told otherwise."""
+def _whole(raw: dict[str, Any], overrides: Sequence[str], tuned: bool, count: Count, say: Say) -> Config:
+    """With what tune found in place of the engine, and epochs as steps. Either says that somebody trains to use what comes out."""
+    epochs = take_epochs(raw["train"], overrides)
+    config = _config(raw)
+    config = _with_best(config, overrides, say) if tuned else config
+    config = _counted(config, epochs, count)
+    if epochs is not None:
+        say(f"train.epochs={epochs:g}: {config.train.steps:,} steps of {config.train.samples_per_step} samples")
+    return _in_earnest(config, overrides) if tuned or epochs is not None else config
+
+
+def _in_earnest(config: Config, overrides: Sequence[str]) -> Config:
+    """What is trained is kept, however long it takes, unless ``overrides`` say otherwise."""
+    told = {line.lstrip("+").partition("=")[0] for line in overrides}
+    keep = config.keep if "keep" in told else "adapters"
+    limits = config.limits if "limits.wall_seconds" in told else config.limits.model_copy(update={"wall_seconds": None})
+    return config.model_copy(update={"keep": keep, "limits": limits})
+
+
+def _counted(config: Config, epochs: float | None, count: Count) -> Config:
+    """``config`` with the steps of so many ``epochs``. Raises ConfigError where the schedule does not fit into them."""
+    if epochs is None:
+        return config
+    samples, train = count(config, request(config)), config.train
+    steps = num_steps(epochs, samples, train.samples_per_step)
+    try:
+        return config.model_copy(update={"train": parse(Train, {**train.model_dump(), "steps": steps}, at="train")})
+    except ConfigError as error:
+        raise ConfigError(f"{error} (train.epochs={epochs:g} of {samples:,} samples are {steps:,} steps)") from error
+
+
+def _with_best(config: Config, overrides: Sequence[str], say: Say) -> Config:
+    """What tune found in place of the engine."""
     workload, machine = request(config).cell.workload, config.machine
-    engine, _ = best_engine(overrides, workload, machine.device, machine.memory_cap_gib, Path(config.runs).expanduser())
-    keep = config.keep if any(line.startswith("keep=") for line in overrides) else "adapters"
-    return config.model_copy(update={"engine": parse(EngineConfig, engine, at="engine"), "keep": keep})
+    engine, found = best_engine(overrides, workload, machine.device, machine.memory_cap_gib, Path(config.runs).expanduser())
+    say(f"engine=best: {found.sentence}")
+    return config.model_copy(update={"engine": parse(EngineConfig, engine, at="engine")})
 
 
 def in_lane(found: Sequence[Request], lane: str | None) -> list[Request]:
@@ -177,8 +227,8 @@ def _config(raw: dict[str, Any]) -> Config:
 def request(config: Config, overrides: tuple[str, ...] = ()) -> Request:
     """Name every source by its content, so that the cell is the same wherever the files lie."""
     cache = Path(config.cache).expanduser()
-    data, data_path = _data(config.data, cache)
-    model, weights_path, tokenizer_path = _model(config.model, cache)
+    data, data_path = named_data(config.data, cache)
+    model, weights_path, tokenizer_path = named_model(config.model, cache)
     engine = config.engine
     cell = Cell(
         workload=Workload(model=model, data=data, method=config.method, train=config.train),
@@ -209,48 +259,6 @@ def _variant(engine: EngineConfig) -> str | None:
     return variant(load(spec), engine.knobs)
 
 
-def _data(data: Data, cache: Path) -> tuple[Data, tuple[str, ...]]:
-    """``data`` with the names and content hashes of its files, and where they lie."""
-    if data.source != "jsonl":
-        return data, ()
-    files: dict[Path, DataFile] = {}
-    for entry in data.files:
-        for path in _files(entry.path):
-            if path in files:
-                raise ConfigError(f"data.path: '{path.name}' is named twice; say once how often it counts, with a weight")
-            files[path] = _named(entry, path, cache)
-    paths = tuple(map(str, files))
-    first, *others = files.values()
-    if not others and first.weight == 1:
-        return data.model_copy(update={"path": first.path, "sha256": first.sha256}), paths
-    return data.model_copy(update={"path": (first, *others), "sha256": None}), paths
-
-
-def _files(source: str) -> list[Path]:
-    package = _located("data.path", source) if source.startswith("package:") else None
-    return find_files(str(package) if package else source)
-
-
-def _named(entry: DataFile, path: Path, cache: Path) -> DataFile:
-    content = fingerprint(path, cache)
-    if entry.sha256 not in (None, content):
-        raise ConfigError(f"data.path: '{path.name}' is not the file that was asked for: its sha-256 is {content}, not {entry.sha256}")
-    name = entry.path if entry.path.startswith("package:") else path.name
-    return entry.model_copy(update={"path": name, "sha256": content})
-
-
-def _model(model: Model, cache: Path) -> tuple[Model, str | None, str | None]:
-    weights, tokenizer = _located("model.weights", model.weights), _located("model.tokenizer", model.tokenizer)
-    foreign = tokenizer if model.tokenizer.startswith("dir:") and model.tokenizer != model.weights else None
-    update = {
-        "weights": _without_path(model.weights),
-        "tokenizer": _without_path(model.tokenizer),
-        "fingerprint": fingerprint(weights, cache) if weights else None,
-        "tokenizer_fingerprint": tokenizer_fingerprint(foreign, cache) if foreign else None,
-    }
-    return model.model_copy(update=update), str(weights) if weights else None, str(tokenizer) if tokenizer else None
-
-
 def _check_vocabulary(asked: Request, entries: Callable[[Path], int | None]) -> None:
     """What cannot fit is refused before anything is prepared. Weights that bring their own tokenizer are left to prepare."""
     model, at = asked.cell.workload.model, asked.sources
@@ -258,16 +266,3 @@ def _check_vocabulary(asked: Request, entries: Callable[[Path], int | None]) -> 
         return
     weights = Path(at.weights) if at.weights else None
     check_fits(num_rows(model.config, weights), entries(Path(at.tokenizer)), model.tokenizer)
-
-
-def _located(key: str, source: str) -> Path | None:
-    """The local path of ``source``; errors name the ``key`` that holds it."""
-    try:
-        return resolve_source(source)
-    except HarnessError as error:
-        raise ConfigError(f"{key}: {error}") from error
-
-
-def _without_path(source: str) -> str:
-    kind, _, rest = source.partition(":")
-    return f"dir:{Path(rest).name}" if kind == "dir" else source

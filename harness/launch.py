@@ -119,7 +119,7 @@ def follow(request: Request, machine: Machine, prepared: Prepared, root: Path, *
         try:
             return process.wait(timeout=request.limits.wall_seconds), last_lines(work / "log.txt")
         except subprocess.TimeoutExpired:
-            return -1, f"stopped after limits.wall_seconds={request.limits.wall_seconds:g}"
+            return -1, f"stopped after limits.wall_seconds={request.limits.wall_seconds}"
 
 
 def unsupported(request: Request, machine: Machine, reason: str) -> Record:

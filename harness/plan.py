@@ -13,10 +13,12 @@ from harness.engine import Machine, load, requires, resumes
 from harness.fingerprint import engine_fingerprint
 from harness.interpreter import lack
 from harness.machine import detect
-from harness.record import Record, Status
+from harness.record import TRAINED, Record, Status
 from harness.spec import Cell, DType, Full, Lora, LoraFp8, Model, QLora, parse
 
 Rerun = Literal["missing", "stale", "all"]
+Weights = Callable[[Record], bool]
+_OTHERS = "set save_every=null, or choose an engine that does (harness.tune with save_every=… searches those alone)"
 RETRIED: frozenset[Status] = frozenset({"timeout", "no_progress", "crash", "contended", "unsteady"})  # accidents; the others are answers
 BYTES: Mapping[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # of one value: its code, its share of an 8-bit scale and of that one's scale
@@ -47,15 +49,21 @@ class _Known:
     timed: Mapping[tuple[str, str, str, str], Record]
     machine: Callable[[Literal["cpu", "cuda"], int, int | None], tuple[Machine, str | None]]
     fingerprint: Callable[[str, str | None, tuple[str, ...]], str]
+    weights: Weights | None
 
 
-def plan(requests: Sequence[Request], records: Sequence[Record], rerun: Rerun) -> list[Planned]:
-    """Decide on every request, in the order they are to be run: blocks of one repeat, their order reversed in the next."""
+def plan(requests: Sequence[Request], records: Sequence[Record], rerun: Rerun, weights: Weights | None = None) -> list[Planned]:
+    """Decide on every request, in the order they are to be run: blocks of one repeat, their order reversed in the next.
+
+    ``weights``: where they are what is wanted, whether those of a record are still there. A cell without them runs again; one with them
+    does not, only because its times are not to be trusted.
+    """
     known = _Known(
         latest={(record.machine.key, record.cell.key): record for record in records},
         timed={_kind(record.machine, record.cell): record for record in records if _is_whole(record)},
         machine=functools.cache(_machine),
         fingerprint=functools.cache(engine_fingerprint),
+        weights=weights,
     )
     return [_decide(request, known, rerun) for request in _interleaved(_distinct(requests))]
 
@@ -103,7 +111,7 @@ def _decide(request: Request, known: _Known, rerun: Rerun) -> Planned:
     if reason := engine.unsupported(cell.workload, knobs, machine):
         return Planned(request, machine, "unsupported", reason, None)
     if request.save_every is not None and not resumes(engine):
-        return Planned(request, machine, "unsupported", f"{cell.engine.name} writes no checkpoints; set save_every=null", None)
+        return Planned(request, machine, "unsupported", f"{cell.engine.name} writes no checkpoints; {_OTHERS}", None)
     if missing := lack(request.python, requires(engine)):
         return Planned(request, machine, "unsupported", str(missing), None)
     record = known.latest.get((machine.key, cell.key))
@@ -127,11 +135,18 @@ def _nodes_reason(request: Request, rerun: Rerun) -> str | None:
 
 def _needs_rerun(record: Record, request: Request, known: _Known, rerun: Rerun) -> bool:
     refused = record.status == "unsupported" and record.provenance.wall_seconds == 0  # by a plan, for a reason that no longer holds
-    if rerun == "all" or refused or record.status in RETRIED:
+    if rerun == "all" or refused or _lacks(record, known.weights):
         return True
     if rerun == "missing":
         return False
     return record.provenance.engine_fingerprint != known.fingerprint(request.cell.engine.module, request.python, request.packages)
+
+
+def _lacks(record: Record, weights: Weights | None) -> bool:
+    """Whether ``record`` is not the answer that is wanted: times to be trusted, or weights that are still there."""
+    if weights is not None and record.status in TRAINED:
+        return not weights(record)
+    return record.status in RETRIED
 
 
 def _kind(machine: Machine, cell: Cell) -> tuple[str, str, str, str]:

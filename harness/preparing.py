@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.config import Request
+from harness.config import Config, Count, Request
 from harness.launch import run_door
 from harness.places import Prepared, PrepareRequest
 from harness.prepare import find
-from harness.spec import parse
+from harness.spec import content_key, parse
+from harness.turns import turn
 
 
 def prepared(request: Request, cache: str, folder: Path, *, held: int | None, say: Callable[[str], None]) -> Prepared:
@@ -28,3 +29,21 @@ def prepared(request: Request, cache: str, folder: Path, *, held: int | None, sa
         return found
     run_door("harness.prepare", wanted, job, held=held, network=True)
     return parse(Prepared, json.loads(out.read_text(encoding="utf-8")))
+
+
+def counting(say: Callable[[str], None]) -> Count:
+    """Counts the samples of an epoch by preparing the data; once, however many engines and schedules ask about the same."""
+    known: dict[tuple[str, str], int] = {}
+
+    def count(config: Config, asked: Request) -> int:
+        workload, root = asked.cell.workload, Path(config.runs).expanduser().resolve()
+        key = content_key(workload.model), content_key(workload.data)
+        if key not in known:
+            say(f"train.epochs: preparing {workload.data.name} to count its samples")  # what they are is said when the run prepares
+            with turn(root, lambda: say("waiting: another sweep is measuring here")) as held:
+                made = prepared(asked, config.cache, root / "work" / "prepare", held=held, say=lambda _: None)
+            assert made.data is not None  # of what is prepared by this version
+            known[key] = made.data.samples_train
+        return known[key]
+
+    return count

@@ -62,7 +62,8 @@ class SweepProgress:
     def discard(self, cell: Planned) -> None:
         """The cell was interrupted: it gets no record, because nothing is known of it but that somebody wanted to stop."""
         steps = f"{self._steps} of {cell.request.cell.workload.train.num_steps} steps"
-        self._say(f"  {'discarded':<12} {label(cell)}: interrupted after {steps}; it will run again")
+        then = "it will run again" if cell.request.save_every is None else "it goes on from its last checkpoint"
+        self._say(f"  {'discarded':<12} {label(cell)}: interrupted after {steps}; {then}")
 
     def end(self, record: Record, how: str | None = None) -> None:
         """The cell has its record; ``how``, when it is not from running it here and now."""

@@ -17,6 +17,7 @@ SCHEMA: Literal[2] = 2
 SCORE_SCHEMA: Literal[1] = 1
 
 Status = Literal["ok", "oom", "oom_host", "timeout", "no_progress", "crash", "unsupported", "unsteady", "contended"]
+TRAINED: frozenset[Status] = frozenset({"ok", "unsteady", "contended"})  # may have trained to the end; of the others nothing is left
 
 
 class Steps(Spec):

@@ -10,22 +10,23 @@ from pydantic import Field, JsonValue, model_validator
 from harness.spec import Spec, parse
 
 Factor = Annotated[float, Field(ge=0)]
-Kind = Literal["seconds", "layers", "logits"]
+Kind = Literal["seconds", "layers", "working", "logits"]
 
 
 class Searched(Spec):
     """The ``values`` of one knob; a list alone is values of which nothing is expected.
 
     The other lists stand beside ``values``, a number each (or one for all of them), other knobs equal. ``seconds``: of a step, a factor;
-    ``layers`` and ``logits``: of the bytes that a token takes in the layers' activations and in the logits, factors, null where the engine
-    fills what memory there is; ``startup``: seconds that compiling and capturing add once. Expectations only: each measured cell corrects
-    them. But the order of ``layers`` and ``logits`` is taken as known: what runs out of memory rules out every cell that differs only
-    towards more.
+    ``layers``, ``working`` and ``logits``: of the bytes that a token takes in what all layers keep for backward, in the layer that is at
+    work, and in the logits, factors, null where the engine fills what memory there is; ``startup``: seconds that compiling and capturing
+    add once. Expectations only: each measured cell corrects them. But the order of the factors of bytes is taken as known: what runs out
+    of memory rules out every cell that differs only towards more.
     """
 
     values: Annotated[tuple[JsonValue, ...], Field(min_length=1)]
     seconds: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     layers: tuple[Factor | None, ...] | None = None
+    working: tuple[Factor | None, ...] | None = None
     logits: tuple[Factor | None, ...] | None = None
     startup: tuple[float, ...] | None = None
 
@@ -42,7 +43,7 @@ class Searched(Spec):
 
     @model_validator(mode="after")
     def _a_number_for_each_value(self) -> Searched:
-        for name in ("seconds", "layers", "logits", "startup"):
+        for name in ("seconds", "layers", "working", "logits", "startup"):
             numbers = getattr(self, name)
             if numbers is not None and len(numbers) != len(self.values):
                 raise ValueError(f"{name} has {len(numbers)} numbers for {len(self.values)} values; give each value one")
@@ -66,7 +67,7 @@ class Searched(Spec):
             mine = getattr(self, name)
             return None if mine is None else [*(mine[self.values.index(value)] for value in known), *(otherwise for _ in more)]
 
-        kept = {"seconds": 1.0, "layers": 1.0, "logits": 1.0, "startup": 0.0}
+        kept = {"seconds": 1.0, "layers": 1.0, "working": 1.0, "logits": 1.0, "startup": 0.0}
         return parse(Searched, {"values": [*known, *more], **{name: numbers(name, otherwise) for name, otherwise in kept.items()}})
 
 

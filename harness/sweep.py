@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from harness import nodes, preparing, report
+from harness.adapters import adapter_folder
 from harness.config import Request, Settings
 from harness.errors import HarnessError, StoreError
 from harness.launch import recovered, run_cell, unsupported
@@ -21,7 +22,7 @@ from harness.places import Prepared
 from harness.plan import Planned, least_memory_bytes, plan, weights_bytes
 from harness.progress import SweepProgress, label, sweep_progress
 from harness.record import Record
-from harness.scoring import Trained, drop, is_unjudged, judge_weights, needed_later
+from harness.scoring import Trained, drop, is_unjudged, judge_weights, kept, needed_later
 from harness.store import check_writable, load, recorded, save, writing
 from harness.turns import turn
 
@@ -51,7 +52,7 @@ def run(settings: Settings, requests: Sequence[Request], console: Console) -> Ex
         return Exit.OK if well else Exit.CELLS_FAILED
     root = Path(settings.runs).expanduser().resolve()
     earlier = [stored.record for stored in load(root).stored]
-    planned = plan(requests, earlier, settings.rerun)
+    planned = plan(requests, earlier, settings.rerun, _weights(root, settings))
     if settings.plan == "only":
         _show(planned, console)
         return Exit.OK
@@ -62,6 +63,11 @@ def run(settings: Settings, requests: Sequence[Request], console: Console) -> Ex
         records = _run_cells(sweep, prepared)
         scored = _score(sweep, prepared, [*earlier, *records])
         return _finish(sweep, records, scored)
+
+
+def _weights(root: Path, settings: Settings) -> Callable[[Record], bool] | None:
+    """Whether weights are there, where they are to be kept."""
+    return None if settings.keep == "none" else lambda record: kept(root, record) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +166,7 @@ def run_one(cell: Planned, place: Prepared, sweep: Sweep, progress: SweepProgres
         if left is not None:
             save(left, root)
             known = [*known, left]
-        if plan([request], known, sweep.settings.rerun)[0].action == "done":
+        if plan([request], known, sweep.settings.rerun, _weights(root, sweep.settings))[0].action == "done":
             progress.end(known[-1], "recovered from a stopped sweep" if left else "recorded by another sweep meanwhile")
             return known[-1]
         record = run_cell(request, machine, place, root, progress.event, held=held, earlier=known, sweep=sitting)
@@ -209,8 +215,6 @@ def _finish(sweep: Sweep, records: Sequence[Record], scored: bool) -> Exit:
         key = (record.machine.key, record.cell.key)
         if key in keys:
             latest[key] = record
-    statuses = [record.status for record in latest.values()]
-    ok = statuses.count("ok")
     results = load(root)
     if results.stored:
         groups = report.judged(results)
@@ -219,11 +223,26 @@ def _finish(sweep: Sweep, records: Sequence[Record], scored: bool) -> Exit:
         keys_here = {cell.request.cell.workload.key for cell in planned}
         sweep.say(report.table(results, [group for group in groups if group.workload.key in keys_here]))
         sweep.say(f"report: {path}")
-    if ok == 0:
+    left = _left(sweep, list(latest.values()))
+    answered = [key for key, record in latest.items() if record.status == "ok" or key in left]
+    if not answered:
         sweep.say("nothing was measured: no cell ended ok")
         return Exit.NOTHING_RAN
-    failed = [status for status in statuses if status not in ("ok", "unsupported")]
+    failed = [key for key, record in latest.items() if record.status != "unsupported" and key not in answered]
     return Exit.CELLS_FAILED if failed or not scored else Exit.OK
+
+
+def _left(sweep: Sweep, records: Sequence[Record]) -> set[tuple[str, str]]:
+    """Where weights are kept they are the answer, even with times that are not to be trusted: say where each lies."""
+    if sweep.settings.keep == "none":
+        return set()
+    left = {(record.machine.key, record.cell.key): (record, sha) for record in records if (sha := kept(sweep.root, record))}
+    for record, sha in left.values():
+        what = "weights" if record.cell.workload.method.name == "full" else "adapter"
+        steps, folder = record.cell.workload.train.num_steps, adapter_folder(sweep.root, sha)
+        place = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        sweep.say(f"{what} of {record.cell.engine.title}, repeat {record.cell.repeat}, {steps:,} steps: {place}")
+    return set(left)
 
 
 def _show(planned: Sequence[Planned], console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -79,6 +80,13 @@ class Tuned(Spec):
     commit: str
     trials: tuple[Trial, ...]
     predicted: tuple[Predicted, ...]
+
+    @property
+    def sentence(self) -> str:
+        """What was found, in a line."""
+        knobs = " ".join(f"{knob}={value if isinstance(value, str) else json.dumps(value)}" for knob, value in self.knobs.items())
+        took = f"{self.step_seconds:.3g} s a step, {self.startup_seconds:.0f} s of start-up"
+        return f"{self.engine} {knobs} (tuned {self.tuned_utc[:10]} for {self.planned_steps:,} steps: {took})"
 
 
 def name_of(workload: Workload) -> str:

@@ -53,6 +53,6 @@ def _lingers(events: list[Event], silent_seconds: float, limits: Limits) -> bool
 
 
 def _overdue(running_seconds: float, silent_seconds: float, limits: Limits) -> Status | None:
-    if running_seconds > limits.wall_seconds:
+    if limits.wall_seconds is not None and running_seconds > limits.wall_seconds:
         return "timeout"
     return "no_progress" if silent_seconds > limits.no_progress_seconds else None

@@ -99,7 +99,7 @@ def test_an_engine_that_cannot_save_is_refused_before_it_starts(request_: Reques
     (planned,) = plan([request_], [], "stale")
     assert planned.action == "unsupported"
     assert planned.reason is not None
-    assert "writes no checkpoints; set save_every=null" in planned.reason
+    assert "writes no checkpoints; set save_every=null, or choose an engine that does" in planned.reason
 
 
 def test_a_run_that_went_on_has_no_rate() -> None:

@@ -1,4 +1,4 @@
-"""The state of training on several ranks, saved whole and found again: every rank its part, in one folder that appears complete."""
+"""The state of training, saved whole and found again: every rank its part, in one folder that appears complete."""
 
 from __future__ import annotations
 
@@ -88,6 +88,35 @@ class Shards:
             found[f"weight.{name}"] = parameter.detach()
             found |= {f"{key}.{name}": value for key, value in self._optimizer.state[parameter].items()}
         return found
+
+
+class Plain:
+    """The trained weights of a model in one process and their AdamW moments."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Raises UnsupportedError for an optimizer whose state is of another form."""
+        if not isinstance(optimizer, torch.optim.AdamW):
+            raise UnsupportedError("save_every: only the state of optimizer=adamw is saved; set save_every=null, or optimizer=adamw")
+        self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._optimizer = optimizer
+
+    def save_state(self, folder: Path) -> None:
+        """One file."""
+        tensors = {f"weight.{name}": parameter for name, parameter in self._trained.items()}
+        for name, parameter in self._trained.items():
+            tensors |= {f"{key}.{name}": value for key, value in self._optimizer.state[parameter].items()}
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / "state.safetensors")
+
+    def load_state(self, folder: Path) -> None:
+        """In place. The fused AdamW counts its steps on the device, the other on the host."""
+        saved = load_file(folder / "state.safetensors")
+        for name, parameter in self._trained.items():
+            parameter.data.copy_(saved[f"weight.{name}"])
+            if f"step.{name}" in saved:  # no loss has reached a weight without one
+                count = saved[f"step.{name}"]
+                moments = {key: saved[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+                device = parameter.device if self._optimizer.defaults["fused"] else count.device
+                self._optimizer.state[parameter] = {"step": count.to(device), **moments}
 
 
 class Flat:

@@ -15,10 +15,10 @@ USAGE = """python -m harness.tune [budget_minutes=20] [memory_gib=16] [engines=h
   python -m harness.tune model=smollm2_135m data=python_docs engines=hf,fused
   python -m harness engine=best model=llama3_8b …         train with what was found; the adapter is kept
 
-The overrides are those of python -m harness but for the engine: they say which run is planned. Its steps count: what compiles for long pays
-in a long run only. Cells are looked at for few steps on the planned schedule and recorded under runs=…; the same command after Ctrl-C goes
-on. memory_gib emulates a smaller GPU. What is found is written to <runs>/tuned/<machine>/. Exit code 0: found, 2: the command is wrong,
-6: nothing ran, 130: interrupted."""
+The overrides are those of python -m harness but for the engine: they say which run is planned. Its steps or epochs count: what compiles
+for long pays in a long run only. With save_every only engines that write checkpoints are searched. Cells are looked at for few steps on the
+planned schedule and recorded under runs=…; the same command after Ctrl-C goes on. memory_gib emulates a smaller GPU. What is found is
+written to <runs>/tuned/<machine>/. Exit code 0: found, 2: the command is wrong, 6: nothing ran, 130: interrupted."""
 _TAKEN = ("engine=", "engine.", "repeat=", "plan=", "lane=", "train.stop_after=", "machine.memory_cap_gib=")
 
 
@@ -80,20 +80,22 @@ def _run(asked: Asked) -> int:
     from rich.console import Console
 
     from harness.config import Settings
+    from harness.preparing import counting
     from harness.tune.entrants import entrants
     from harness.tune.runner import Runner
     from harness.tune.show import state, summary
     from harness.tuned import save
 
     console = Console()
-    found = entrants(asked.overrides, asked.engines)
-    config = found.first
-    if config.machine.device == "cpu" and config.machine.memory_cap_gib is not None:
-        raise ConfigError("memory_gib caps the allocator of a GPU; on a CPU leave it out")
 
     def say(lines: Sequence[str]) -> None:
         for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    found = entrants(asked.overrides, asked.engines, counting(lambda line: say([line])))
+    config = found.first
+    if config.machine.device == "cpu" and config.machine.memory_cap_gib is not None:
+        raise ConfigError("memory_gib caps the allocator of a GPU; on a CPU leave it out")
 
     steps = config.train.num_steps
     settings = Settings(**{name: getattr(config, name) for name in Settings.model_fields})

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.compose import CONF
-from harness.config import Config, Request, request, single
+from harness.config import Config, Count, Request, not_counted, request, single
 from harness.data.tokens import TokenFile
-from harness.engine import Machine, load, requires
+from harness.engine import Machine, load, requires, resumes
 from harness.errors import ConfigError
 from harness.interpreter import lack, located
 from harness.spec import EngineSpec, Workload, parse
@@ -39,17 +39,18 @@ class Entrants:
             "engine": config.engine.model_copy(update={"knobs": {**config.engine.knobs, **candidate.values}}),
             "train": config.train.model_copy(update={"stop_after": stop}),
             "repeat": repeat,
+            "save_every": None,
         }
         return request(config.model_copy(update=changed))
 
 
-def entrants(overrides: Sequence[str], names: Sequence[str] = ()) -> Entrants:
-    """Of ``names``, or of all engines, those whose packages are there. Raises ConfigError when none is, or when one is not an engine."""
+def entrants(overrides: Sequence[str], names: Sequence[str] = (), count: Count = not_counted) -> Entrants:
+    """Of ``names``, or of all engines, those that can take part. Raises ConfigError when none is, or when one is not an engine."""
     every = sorted(path.stem for path in (CONF / "engine").glob("*.yaml"))
     configs, left_out = {}, []
     for name in names or every:
-        config = single([*overrides, f"engine={name}"])
-        missing = lack(located(config.engine.python), requires(load(_spec(config))))
+        config = single([*overrides, f"engine={name}"], count)
+        missing = _lack(config)
         if missing and name in names:
             raise ConfigError(f"engines: {name} cannot start: {missing}")
         if missing:
@@ -113,6 +114,15 @@ def candidates(found: Entrants, layouts: Layouts, machine: Machine, model: Mappi
 def config_of_model(workload: Workload, base: Path) -> dict[str, Any]:
     """The transformers configuration of the base, from the workload or from the prepared weights."""
     return dict(workload.model.config or json.loads((base / "config.json").read_text(encoding="utf-8")))
+
+
+def _lack(config: Config) -> str | None:
+    """Why this engine cannot take part: a package that is not there, or checkpoints that are wanted and it does not write."""
+    engine = load(_spec(config))
+    if config.save_every is not None and not resumes(engine):
+        return f"it writes no checkpoints, and save_every={config.save_every} asks for them"
+    missing = lack(located(config.engine.python), requires(engine))
+    return str(missing) if missing else None
 
 
 def _spec(config: Config) -> EngineSpec:

@@ -87,11 +87,11 @@ def _of_size(
 ) -> list[Line]:
     capacity = (size - _CONTEXT_GIB) * 2**30
     asked = _asked(configs, model, size, capacity, absent)
-    learnt = _learnt(configs, known)
+    known_cells = learnt(configs, known)
     expected = {name: config.engine.search for name, config in configs.items()}
-    whole = Space((*asked.candidates, *(one for one, _ in learnt)), expected)
+    whole = Space((*asked.candidates, *(one for one, _ in known_cells)), expected)
     scale = next((one.facts.scale for one in whole.candidates if one.facts.scale), Scale(0.0, 1.0, 1.0))
-    results = [(one, result_of(record)) for one, record in learnt]
+    results = [(one, result_of(record)) for one, record in known_cells]
     memory = MemoryModel(whole, scale).predict([Peak(one, result.peak_bytes) for one, result in results if result.peak_bytes])
     timed = [Timed(one, result.step_seconds, 0.0) for one, result in results if result.step_seconds is not None]
     steps = CostModel(whole).step(timed)
@@ -99,7 +99,7 @@ def _of_size(
     for name in configs:
         mine = [one for one in asked.candidates if one.engine == name]
         if mine:
-            records = {replace(one, work=one.work.removeprefix(_MEASURED)): record for one, record in learnt}
+            records = {replace(one, work=one.work.removeprefix(_MEASURED)): record for one, record in known_cells}
             found.append(_best(size, capacity, mine, memory, steps if timed else None, records, whole))
     return found
 
@@ -173,7 +173,7 @@ def _asked(configs: Mapping[str, Config], model: Mapping[str, Any], size: int, c
     return Space(tuple(replace(one, work=work_of(workload)) for one in space.candidates), space.expected)
 
 
-def _learnt(configs: Mapping[str, Config], known: Known | None) -> list[tuple[Candidate, Record]]:
+def learnt(configs: Mapping[str, Config], known: Known | None) -> list[tuple[Candidate, Record]]:
     """Candidates of records whose searched knobs have values that the YAML lists; the newest of each."""
     found: dict[Candidate, Record] = {}
     for record in known.records if known else ():

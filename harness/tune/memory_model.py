@@ -1,7 +1,9 @@
 """How much memory a candidate needs: weights, what a token takes in layers and logits, and how sure that is.
 
-bytes = constant(engine) + positions at once * (layers(engine, knobs) + logits(engine, knobs)): affine in tokens for each choice of the
-other knobs. The choices share the engine's parameters, so that two probes of an engine say much about all of them.
+bytes = weights + constant(engine) + positions at once * (layers + the larger of working and logits, each of engine and knobs): affine in
+tokens for each choice of the other knobs. ``layers`` is what all layers keep for backward, ``working`` what the one at work takes besides:
+it is there whatever is recomputed, and what compiles, captures or pads acts on it. Logits are freed before the layers go backward. The
+choices share the engine's parameters, so that two probes of an engine say much about all of them.
 """
 
 from __future__ import annotations
@@ -11,16 +13,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from harness.searched import Kind
 from harness.tune.gaussian import Floats, Function, Prediction, corrected, independent
 from harness.tune.space import KINDS, Candidate, Scale, Space, design
 
-_CONTEXT_BYTES = 0.3 * 2**30  # workspaces and adapters beside the weights
-_CONSTANT_DEVIATION, _ENGINE_DEVIATION = 0.2, 0.35  # of logarithms
-_KNOB_DEVIATION, _SHARE_OF_EXPECTATION = 0.05, 0.25
+_WORKSPACE_BYTES = 0.15 * 2**30  # of cuBLAS and of what is rounded up, beside weights and adapters
+_WEIGHTS_DEVIATION, _CONSTANT_DEVIATION, _ENGINE_DEVIATION = 0.02, 0.5, 0.35  # of logarithms
+_KNOB_DEVIATION: Mapping[Kind, float] = {"layers": 0.05, "working": 0.2, "logits": 0.05}  # one layer at work is what compilers differ in
+_SHARE_OF_EXPECTATION = 0.25
+_SHARP = 4.0  # of the larger of working and logits: a power mean, so that it has a slope everywhere
 _LEAST_FACTOR = 0.01  # a factor of zero says "next to nothing"
-_OWN_DEVIATION = 0.05  # of what an engine predicts itself
+_OWN_DEVIATION = 0.02  # of what an engine predicts itself: what it allocates
+_RESERVED = 0.17  # of working: what the allocator holds besides for an engine that plans (fused on H100 and H200: 10 of 60 bytes a column)
 _NOISE = 0.02  # the allocator's rounding and its order of things
 _STRAY = 0.03  # what the form of the model leaves out
 SURE, LIKELY = 2.0, 1.0  # deviations that must lie between a prediction and the capacity; of what is only to calibrate
@@ -44,10 +50,7 @@ class MemoryModel:
         names = _names(space)
         place = {name: index for index, name in enumerate(names)}
         self._prior = independent(names)
-        self._constant = np.array([place[f"{one.engine}:constant"] for one in space.candidates], dtype=int)
-        self._own_place = np.array([place[f"{one.engine}:own"] for one in space.candidates], dtype=int)
-        self._fixed = np.array([(one.facts.scale or scale).weights + _CONTEXT_BYTES for one in space.candidates])
-        self._own = np.array([one.facts.own_bytes or 0.0 for one in space.candidates])
+        self._fixed = [_fixed(what, space, scale, place) for what in ("held", "constant")]
         self._parts = [_part(kind, space, scale, place) for kind in KINDS]
 
     def predict(self, peaks: Sequence[Peak]) -> Mapping[Candidate, Prediction]:
@@ -68,23 +71,21 @@ class MemoryModel:
     def _function(self, rows: Sequence[int]) -> Function:
         """Logarithms of the peaks of the candidates in these rows."""
         which, chosen = np.array(rows, dtype=int), np.arange(len(rows))
-        constant, own_place, own, weights = self._constant[which], self._own_place[which], self._own[which], self._fixed[which]
+        fixed = [(base[which], at[which]) for base, at in self._fixed]
         parts = [(base[which], matrix[which]) for base, matrix in self._parts]
-        planned = own > 0
 
         def function(parameters: Floats) -> tuple[Floats, Floats]:
-            fixed = weights * np.exp(parameters[constant])
-            sizes = [base * np.exp(matrix @ parameters) for base, matrix in parts]
-            total = fixed + sum(sizes)
-            slopes = np.zeros((len(rows), len(parameters)))
-            slopes[chosen, constant] = fixed / total
-            for size, (_, matrix) in zip(sizes, parts, strict=True):
-                slopes += (size / total)[:, None] * matrix
-            values = np.log(total)
-            values[planned] = np.log(own[planned]) + parameters[own_place[planned]]
-            slopes[planned] = 0.0
-            slopes[chosen[planned], own_place[planned]] = 1.0
-            return values, slopes
+            held = [base * np.exp(parameters[at]) for base, at in fixed]
+            layers, *others = (base * np.exp(matrix @ parameters) for base, matrix in parts)
+            larger = sum(size**_SHARP for size in others) ** (1 / _SHARP)
+            total = sum(held) + layers + larger
+            slopes = (layers / total)[:, None] * parts[0][1]
+            for size, (_, at) in zip(held, fixed, strict=True):
+                slopes[chosen, at] += size / total
+            for size, (_, matrix) in zip(others, parts[1:], strict=True):
+                share = np.divide(size**_SHARP, larger ** (_SHARP - 1), out=np.zeros_like(larger), where=larger > 0)
+                slopes += (share / total)[:, None] * matrix
+            return np.log(total), slopes
 
         return function
 
@@ -93,16 +94,35 @@ def _names(space: Space) -> dict[str, tuple[float, float]]:
     """Every parameter, the mean of its prior and the deviation; all are logarithms of what corrects an expectation."""
     names: dict[str, tuple[float, float]] = {}
     for engine, expected in space.expected.items():
+        names[f"{engine}:weights"] = 0.0, _WEIGHTS_DEVIATION
         names[f"{engine}:constant"] = 0.0, _CONSTANT_DEVIATION
-        names[f"{engine}:own"] = _OWN_DEVIATION, _OWN_DEVIATION
+        names[f"{engine}:own"] = 0.0, _OWN_DEVIATION
         for kind in KINDS:
             names[f"{engine}:{kind}"] = 0.0, _ENGINE_DEVIATION
             for knob, searched in expected.items():
                 for value in searched.values if knob != "micro_batch" else ():
                     expectation = abs(np.log(max(searched.factor(kind, value) or 1.0, _LEAST_FACTOR)))
-                    deviation = _KNOB_DEVIATION + _SHARE_OF_EXPECTATION * expectation
+                    deviation = _KNOB_DEVIATION[kind] + _SHARE_OF_EXPECTATION * expectation
                     names[f"{engine}:{kind}:{knob}={json.dumps(value)}"] = 0.0, float(deviation)
     return names
+
+
+def _fixed(what: str, space: Space, scale: Scale, place: Mapping[str, int]) -> tuple[Floats, npt.NDArray[np.int_]]:
+    """Expected bytes that do not grow with positions [N], and which parameter corrects them [N]. What is ``held``: the weights, or all that
+    an engine plans itself.
+    """
+
+    def expected(one: Candidate) -> float:
+        size, own = one.facts.scale or scale, one.facts.own_bytes
+        if what == "held":
+            return own or size.weights
+        return _WORKSPACE_BYTES + (0.0 if own else size.trained)
+
+    def name(one: Candidate) -> str:
+        return "constant" if what == "constant" else "own" if one.facts.own_bytes else "weights"
+
+    places = [place[f"{one.engine}:{name(one)}"] for one in space.candidates]
+    return np.array([expected(one) for one in space.candidates]), np.array(places, dtype=int)
 
 
 def _part(kind: Kind, space: Space, scale: Scale, place: Mapping[str, int]) -> tuple[Floats, Floats]:
@@ -110,7 +130,10 @@ def _part(kind: Kind, space: Space, scale: Scale, place: Mapping[str, int]) -> t
 
     def expected(one: Candidate) -> float:
         size = one.facts.scale or scale
-        whole = size.layers if kind == "layers" else size.logits
+        whole = {"layers": size.layers, "working": size.working, "logits": size.logits}[kind]
+        if one.facts.own_bytes:  # planned, but for what the allocator rounds up and cannot lend from one pool to another
+            whole = _RESERVED * size.working if kind == "working" else 0.0
+            return whole * one.facts.largest
         return whole * one.facts.largest * max(_LEAST_FACTOR, space.factor(one, kind))
 
     def names(one: Candidate) -> list[str]:

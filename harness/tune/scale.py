@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from harness.data.tokens import TokenFile, epoch_order
 from harness.engine import Engine, Machine, footprint
-from harness.errors import ConfigError
+from harness.errors import ConfigError, UnsupportedError
+from harness.flops import linears
 from harness.plan import BYTES, NF4_BYTES, linear_parameters, num_parameters
 from harness.spec import Full, QLora, Workload
 from harness.tune.space import Facts, Scale
@@ -28,7 +29,21 @@ def scale_of(config: Mapping[str, Any], workload: Workload) -> Scale:
         raise ConfigError("model.config: hidden_size, num_hidden_layers and vocab_size are needed to predict memory")
     inner = config.get("intermediate_size")
     width = 2.0 * (10 * hidden + 4 * inner) if isinstance(inner, int) else _GUESS * hidden
-    return Scale(_weights(config, workload), layers * width, vocabulary * _LOGIT_BYTES)
+    working = width + 2.0 * (inner if isinstance(inner, int) else 4 * hidden)  # the layer made again, and a gradient as wide as its MLP
+    return Scale(_weights(config, workload), layers * width, vocabulary * _LOGIT_BYTES, working, _trained(config, workload))
+
+
+def _trained(config: Mapping[str, Any], workload: Workload) -> float:
+    """Bytes of adapters, of their gradients and their two moments; 0 where the layers are of an unknown form."""
+    method = workload.method
+    if isinstance(method, Full):
+        return 0.0  # counted with the weights
+    try:
+        shapes = linears(config, 1)  # whatever the window of its attention
+    except UnsupportedError:
+        return 0.0  # layers of another kind: left to what the measured cells say of the constant
+    width = sum(sum(shapes[name]) for name in method.targets if name in shapes)
+    return 4.0 * BYTES[method.dtype] * int(config["num_hidden_layers"]) * method.rank * width
 
 
 def _weights(config: Mapping[str, Any], workload: Workload) -> float:

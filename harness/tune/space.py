@@ -16,18 +16,21 @@ from harness.searched import Kind, Searched
 from harness.tune.gaussian import Floats
 
 Expected = Mapping[str, Searched]  # by knob
-KINDS: tuple[Kind, ...] = ("layers", "logits")  # of what a token takes
+KINDS: tuple[Kind, ...] = ("layers", "working", "logits")  # of what a token takes
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What a workload is made of: ``weights`` bytes that are always there, bytes of a position in all ``layers``, everything kept, and in
-    the ``logits``; ``flops`` of a position, where workloads are to be compared.
+    """What a workload is made of: ``weights`` bytes that are always there, ``trained``: adapters, their gradients and moments; bytes of a
+    position in all ``layers``, everything kept, in the one layer that is at work (``working``), and in the ``logits``; ``flops`` of a
+    position, where workloads are to be compared.
     """
 
     weights: float
     layers: float
     logits: float
+    working: float = 0.0
+    trained: float = 0.0
     flops: float = 1.0
 
 

@@ -74,8 +74,9 @@ class SyntheticMachine:
     def _bytes(self, one: Candidate, *, thrifty: bool) -> float:
         total = self.scale.weights + 2**30 * (0.4 + 0.1 * self._draw("context", one.engine))
         for kind in KINDS:
-            size = (self.scale.layers if kind == "layers" else self.scale.logits) * math.exp(0.3 * self._draw(kind, one.engine))
-            if thrifty or kind == "logits":
+            whole = {"layers": self.scale.layers, "working": self.scale.working, "logits": self.scale.logits}[kind]
+            size = whole * math.exp(0.3 * self._draw(kind, one.engine))
+            if thrifty or kind != "layers":
                 size *= max(0.01, self.space.factor(one, kind))
             for knob, value in one.choices:
                 if knob != "micro_batch":

@@ -35,6 +35,7 @@ def of_options(**chosen: str) -> Cell:
     own = ["model.weights=dir:mine"] if chosen.get("model") == "local" else []
     ((_, config),) = compose_all([f"{group}={name}" for group, name in chosen.items()] + [*own, "machine=cpu"], multirun=False)
     raw = plain(config)
+    assert raw["train"].pop("epochs") is None
     engine = {key: raw["engine"][key] for key in EngineSpec.model_fields if key != "variant"}
     engine["variant"] = variant(load(parse(EngineSpec, engine)), engine["knobs"])
     if raw["data"].get("path") is None and raw["data"]["source"] == "jsonl":

@@ -12,7 +12,13 @@ from harness.tune.synthetic import SyntheticMachine
 
 GIB = 2**30
 SAMPLES, LENGTH = 16, 2048
-SCALE = Scale(weights=2.3 * GIB, layers=16 * 2.0 * (10 * 2048 + 4 * 8192), logits=128256 * 16.0)  # the shape of Llama-3.2-1B
+SCALE = Scale(
+    weights=2.3 * GIB,
+    layers=16 * 2.0 * (10 * 2048 + 4 * 8192),
+    logits=128256 * 16.0,
+    working=2.0 * (10 * 2048 + 5 * 8192),
+    trained=0.17 * GIB,
+)  # the shape of Llama-3.2-1B
 FIXED = {"adapter_compute"}
 
 

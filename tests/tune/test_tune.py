@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -69,6 +70,26 @@ def test_a_search_resumes_and_its_answer_is_trained_with(cache: Path, tmp_path: 
     assert "nothing is tuned" in capsys.readouterr().err
 
 
+def test_somebody_trains_for_use(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows, two epochs: the adapter is what counts, be the times as they may, and a cell whose adapter is gone is trained again."""
+    words = [f"hydra.searchpath=[file://{FAKES}]", *(word for word in TOY if "steps" not in word), f"runs={tmp_path}", f"cache={cache}"]
+    words += ["train.epochs=2", "train.samples_per_step=3", "train.warmup_steps=1"]
+    assert tune.main([*words, "engines=trivial", "budget_minutes=0.01"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("harness.launch.doubted", lambda *_: ("unsteady", "somebody else was busy"))
+    for sitting, number in enumerate((1, 1, 2)):
+        assert harness_main.main([*words, "engine=best", "train.seed=1"]) == 0
+        out = capsys.readouterr().out
+        assert "engine=best: trivial micro_batch=" in out
+        assert "train.epochs=2: 6 steps of 3 samples" in out
+        (adapter,) = (tmp_path / "adapters").glob("*")
+        assert f"adapter of trivial, repeat 0, 6 steps: {adapter}" in out
+        trained = [stored.record for stored in load(tmp_path).stored if stored.record.cell.workload.train.seed == 1]
+        assert [record.status for record in trained] == ["unsteady"] * number
+        if sitting == 1:
+            shutil.rmtree(adapter)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -77,6 +98,8 @@ def test_a_search_resumes_and_its_answer_is_trained_with(cache: Path, tmp_path: 
         (["memory_gib=4", *TOY], "memory_gib caps the allocator of a GPU"),
         (["engines=nobody", *TOY], "there is no such option"),
         (["engines=unsloth", *TOY], "unsloth cannot start"),
+        (["engines=unsloth", "save_every=2", *TOY], "it writes no checkpoints, and save_every=2 asks for them"),
+        (["train.epochs=1", *TOY], "train.epochs=1 and train.steps=6: both say how long to train"),
     ],
 )
 def test_mistakes_are_answered(words: list[str], says: str, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
