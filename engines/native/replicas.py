@@ -17,7 +17,6 @@ from engines.native.shares import IDLE, cost_of, fingerprint, split
 from harness.data.tokens import IGNORE, Batch, StepTokens, chunks, pack
 from harness.engine import Job, Probe
 
-
 # What an idle rank computes to keep pace: nothing of it has a label. Two lengths, because attention over uneven documents takes any.
 _PACE = Batch(np.zeros((1, 3), np.int64), np.full((1, 3), IGNORE, np.int64), ((1, 2),))
 
