@@ -127,8 +127,9 @@ class Engine(Protocol[K]):
     ``recomputed_fraction(workload, knobs)``: of the layers' forward pass, what backward does again; None when it cannot tell beforehand;
     ``resumes``: True when it heeds ``Job.checkpoints``;
     ``requires``: packages without which it cannot start; ``variant(knobs)``: the name that its users have for these knobs;
-    ``footprint(workload, config, knobs, capacity_bytes, tokens, longest)``: where it plans its memory itself, a :class:`Footprint` of a
-    pass over so many tokens, the longest document of them so long, or None; ``config`` is the model's. Imports nothing heavy.
+    ``footprint(workload, config, knobs, capacity_bytes, tokens, longest, processes)``: where it plans its memory itself, a
+    :class:`Footprint` of a pass over so many tokens, the longest document of them so long, by one of so many processes, or None; ``config``
+    is the model's. Imports nothing heavy.
     """
 
     @property
@@ -177,6 +178,7 @@ def footprint(
     capacity_bytes: float | None,
     tokens: int,
     longest: int,
+    processes: int = 1,
 ) -> Footprint | None:
     """What ``engine`` expects of itself; None when it does not plan its memory, or cannot tell before it has loaded the model. ``knobs``
     may be those of an old record: None too where the engine has others today.
@@ -185,7 +187,7 @@ def footprint(
     if tell is None or set(knobs) != set(today):
         return None
     parsed = parse(engine.Knobs, knobs, at="engine.knobs")
-    return cast("Footprint | None", tell(workload, config, parsed, capacity_bytes, tokens, longest))
+    return cast("Footprint | None", tell(workload, config, parsed, capacity_bytes, tokens, longest, processes))
 
 
 def requires(engine: object) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ USAGE = """python -m harness.fit [gib=8,12,16,24,48,80] [engines=hf,fused] [gpu=
 
   python -m harness.fit model=llama3_8b method=qlora data=dense data.sequence_length=2048
   python -m harness.fit model=llama3_1b method=lora gib=24
+  python -m harness.fit engines=fused,fused/sharded engine.processes=8 model=llama3_8b train.samples_per_step=32
 
 For each size of card and each engine: the fastest setting that is predicted to fit, from models of memory and time that the records under
 results/ and runs=… calibrate. A line says whether its figures are measured, on the GPU named above the table, or predicted. Samples are
@@ -75,9 +76,10 @@ def _sizes(text: str) -> list[int]:
 
 
 def _head(config: Config, about: str) -> list[str]:
-    length, samples = config.data.sequence_length, config.train.samples_per_step
+    length, samples, processes = config.data.sequence_length, config.train.samples_per_step, config.engine.processes
+    on = f" of {processes} GPUs, peak and tokens/s of one of them" if processes > 1 else ""
     return [
-        f"{config.model.name} {config.method.name}, samples of {length} tokens, {samples} a step; {about}",
+        f"{config.model.name} {config.method.name}, samples of {length} tokens, {samples} a step{on}; {about}",
         f"{'GiB':>4}  {'engine':<8} {'peak GiB':>9} {'tokens/s':>9}  {'':<28} setting",
     ]
 

@@ -23,21 +23,34 @@ _PARTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"),
 
 
 def footprint(
-    workload: Workload, config: Mapping[str, Any], knobs: PlanningKnobs, capacity_bytes: float | None, tokens: int, longest: int
+    workload: Workload,
+    config: Mapping[str, Any],
+    knobs: PlanningKnobs,
+    capacity_bytes: float | None,
+    tokens: int,
+    longest: int,
+    processes: int = 1,
 ) -> Footprint | None:
-    """What the planner expects of a pass on a GPU, every token supervised; None on a CPU, for all weights trained and for an 8-bit base."""
+    """What the planner expects of a pass on a GPU, every token supervised; None on a CPU, for all weights trained and for an 8-bit base.
+    Ranks that gather a base are taken to hide that behind their products.
+    """
     method = workload.method
     if knobs.operations != "fused" or capacity_bytes is None or not isinstance(method, Lora) or isinstance(method, LoraFp8):
         return None
     budget = knobs.memory_gib * 2**30 if knobs.memory_gib else USABLE * capacity_bytes
     load = Load(tokens, longest, tokens, knobs.loss_chunk)
     shape, host = read_shape(config, workload.data.sequence_length), math.inf if knobs.offload else 0.0
-    return forecast(shape, method, load, recompute=knobs.recompute, budget_bytes=budget, host_bytes=host)
+    parts = processes if knobs.base == "sharded" else 1
+    return forecast(shape, method, load, recompute=knobs.recompute, budget_bytes=budget, host_bytes=host, parts=parts)
 
 
-def forecast(shape: LlamaShape, method: Lora, load: Load, *, recompute: str, budget_bytes: float, host_bytes: float) -> Footprint:
-    """Of passes over ``load`` with adapters as ``method`` says. Where nothing fits into the budget: the least that would be needed."""
-    memory = MemoryModel(shape, _ranks(method), load, _static(shape, method, load), _ELEMENT)
+def forecast(
+    shape: LlamaShape, method: Lora, load: Load, *, recompute: str, budget_bytes: float, host_bytes: float, parts: int = 1
+) -> Footprint:
+    """Of passes over ``load`` with adapters as ``method`` says, by one of as many ranks as the base has ``parts``. Where nothing fits into
+    the budget: the least that would be needed.
+    """
+    memory = MemoryModel(shape, _ranks(method), load, _static(shape, method, load, parts), _ELEMENT)
     durations = Durations(memory)
     whole = durations.step([durations.layer(KEEP_ALL)] * shape.num_layers, load.loss_chunk)
     if recompute != "fit" or SLACK * memory.peak((KEEP_ALL,) * shape.num_layers) <= budget_bytes:
@@ -67,7 +80,7 @@ def _ranks(method: Lora) -> Ranks:
     return Ranks(*(_padded(names, method) for names in _PARTS))
 
 
-def _static(shape: LlamaShape, method: Lora, load: Load) -> int:
+def _static(shape: LlamaShape, method: Lora, load: Load, parts: int) -> int:
     """What is there all the time: weights, adapters and what trains them, angles, the packed row, workspaces."""
     hidden, layers = shape.hidden_size, shape.num_layers
     ends = shape.vocab_size * hidden * (1 if shape.tied_head else 2)
@@ -75,14 +88,23 @@ def _static(shape: LlamaShape, method: Lora, load: Load) -> int:
     base = trained = shared = 0.0
     for names, outputs, inputs in _groups(shape):
         room, columns = _padded(names, method), sum(outputs)
-        wide = (columns + room) * (inputs + room) * _ELEMENT
         adapted = sum(method.rank * (inputs + out) for name, out in zip(names, outputs, strict=True) if name in method.targets)
         trained += adapted
-        if isinstance(method, QLora):
-            base += columns * inputs * _NF4 + adapted * _ELEMENT
-            shared += wide
-        else:
-            base += wide
+        part, buffers = _base(isinstance(method, QLora), columns, inputs, room, parts)
+        base += part + (adapted * _ELEMENT if buffers else 0)  # beside a buffer that is shared A and B have copies of their own
+        shared += buffers
     angles = 4 * shape.head_dim * (load.longest + load.num_tokens)
     values = (ends + norms) * _ELEMENT + layers * (base + trained * _TRAINED) + shared
     return int(values + angles + 24 * load.num_tokens + WORKSPACES)
+
+
+def _base(in_nf4: bool, columns: int, inputs: int, room: int, parts: int) -> tuple[float, float]:
+    """Bytes of a group that a rank keeps in every layer, and of the buffers that the groups of all layers share."""
+    wide = (columns + room) * (inputs + room) * _ELEMENT
+    if in_nf4:
+        packed = columns * inputs * _NF4
+        return packed / parts, wide + (packed if parts > 1 else 0)
+    if parts == 1:
+        return wide, 0
+    rows = -(-columns // parts)
+    return rows * (inputs + room) * _ELEMENT, max(columns + room, parts * rows) * (inputs + room) * _ELEMENT

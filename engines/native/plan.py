@@ -44,6 +44,10 @@ class PlanningKnobs(Protocol):
         """Rows of logits at one time."""
 
     @property
+    def base(self) -> str:
+        """sharded: of several ranks, each keeps its part of the base."""
+
+    @property
     def replay(self) -> bool:
         """Whether uneven documents are filled up to sizes that steps share."""
 

@@ -23,18 +23,23 @@ class RandomFile:
 
     def get_slice(self, name: str) -> RandomSlice:
         """Of the tensor called ``name``."""
-        return RandomSlice(self.sizes[name])
+        return RandomSlice(self, name)
 
 
 @dataclass(frozen=True, slots=True)
 class RandomSlice:
-    """Knows the size of a tensor that is not drawn."""
+    """Knows the size of a tensor that is not drawn before rows of it are asked for."""
 
-    size: tuple[int, ...]
+    file: RandomFile
+    name: str
 
     def get_shape(self) -> tuple[int, ...]:
         """As safetensors says it."""
-        return self.size
+        return self.file.sizes[self.name]
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        """Some rows."""
+        return self.file.get_tensor(self.name)[rows]
 
 
 @dataclass(slots=True)

@@ -152,22 +152,27 @@ def _own(record: Record | None, capacity: float) -> Result | None:
 
 
 def _asked(configs: Mapping[str, Config], model: Mapping[str, Any], size: int, capacity: float, absent: dict[str, None]) -> Space:
-    machine = Machine(device="cuda", name="any", count=1, memory_gib=size)
     first = next(iter(configs.values()))
-    workload = Workload(model=first.model, data=first.data, method=first.method, train=first.train)
+    processes = first.engine.processes
+    machine = Machine(device="cuda", name="any", count=processes, memory_gib=size)
+    whole = Workload(model=first.model, data=first.data, method=first.method, train=first.train)
+    workload = share_of(whole, processes)
     scale = sized(model, workload)
 
     def facts(name: str, values: Mapping[str, Any]) -> Facts | None:
         config = configs[name]
-        spec = EngineSpec(name=name, module=config.engine.module, processes=1, environment={}, knobs={})
+        spec = EngineSpec(name=config.engine.name, module=config.engine.module, processes=1, environment={}, knobs={})
         engine, knobs = load(spec), {**config.engine.knobs, **values}
         if int(knobs["micro_batch"]) > workload.train.samples_per_step:
             return None
-        if reason := engine.unsupported(workload, parse(engine.Knobs, knobs, at="engine.knobs"), machine):
+        if processes > 1 and not hasattr(engine, "footprint"):
+            absent[f"{name}: what it needs on {processes} GPUs is not known"] = None
+            return None
+        if reason := engine.unsupported(whole, parse(engine.Knobs, knobs, at="engine.knobs"), machine):
             absent.update(dict.fromkeys(f"{name}: {one}" for one in reason.split("; ") if "pip install" in one))
             return None
         plain = replace(dense_facts(workload, int(knobs["micro_batch"])), scale=scale)
-        return with_footprint(plain, engine, workload, model, knobs, capacity)
+        return with_footprint(plain, engine, workload, model, knobs, capacity, processes)
 
     space = enumerate_space({name: config.engine.search for name, config in configs.items()}, facts)
     return Space(tuple(replace(one, work=work_of(workload)) for one in space.candidates), space.expected)
@@ -201,6 +206,12 @@ def _alike(config: Config, knobs: Mapping[str, Any]) -> bool:
     """Whether what is not searched is as the YAML has it: a run in float32, or with a memory budget of its own, teaches nothing here."""
     fixed = {knob: value for knob, value in config.engine.knobs.items() if knob not in config.engine.search}
     return all(knobs.get(knob, value) == value for knob, value in fixed.items())
+
+
+def share_of(workload: Workload, processes: int) -> Workload:
+    """Of a step the samples that one of ``processes`` trains on, where it has most."""
+    samples = -(-workload.train.samples_per_step // processes)
+    return workload.model_copy(update={"train": workload.train.model_copy(update={"samples_per_step": samples})})
 
 
 def work_of(workload: Workload) -> str:

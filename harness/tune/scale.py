@@ -84,11 +84,17 @@ def _lengths(workload: Workload, tokens: TokenFile) -> npt.NDArray[np.int64]:
 
 
 def with_footprint(
-    facts: Facts, engine: Engine[Any], workload: Workload, config: Mapping[str, Any], knobs: Mapping[str, Any], capacity: float | None
+    facts: Facts,
+    engine: Engine[Any],
+    workload: Workload,
+    config: Mapping[str, Any],
+    knobs: Mapping[str, Any],
+    capacity: float | None,
+    processes: int = 1,
 ) -> Facts:
-    """``facts`` with what an engine that plans its own memory expects of itself."""
+    """``facts`` with what an engine that plans its own memory expects of itself, in each of so many processes."""
     longest = min(workload.data.sequence_length, int(facts.largest))
-    own = footprint(engine, workload, config, knobs, capacity, int(facts.largest), longest)
+    own = footprint(engine, workload, config, knobs, capacity, int(facts.largest), longest, processes)
     return facts if own is None else replace(facts, own_bytes=float(own.peak_bytes), own_seconds=own.seconds / own.unhurried)
 
 

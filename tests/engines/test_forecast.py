@@ -7,11 +7,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from engines.native.bench import RANK, random_weights
+from engines.native.divided import Division
+from engines.native.footprint import WORKSPACES, Load, MemoryModel
+from engines.native.forecast import forecast
+from engines.native.loader import Placement
+from engines.native.plan import KEEP_ALL
+from engines.native.shape import read_shape
 from harness.config import single
 from harness.engine import footprint, load
 from harness.record import Record
+from harness.spec import Lora, QLora, parse
 from harness.store import load as load_results
+from tests.engines.test_qlora import WHOLE_BLOCKS
+from tests.engines.tiny import LORA
 
 TREE = Path(__file__).resolve().parents[2]
 RESULTS = TREE / "results"
@@ -43,6 +54,20 @@ def test_the_peak_is_known_before_anything_is_loaded(record: Record) -> None:
     assert record.measurement is not None
     measured = max(memory.peak_allocated_bytes or 0 for memory in record.measurement.memory)
     assert told.peak_bytes == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_divided_base_is_counted_as_it_is_loaded(method: str, parts: int) -> None:
+    """On the host, with a GPU's padding of ranks; the model's rest is that of any run."""
+    shape = read_shape(WHOLE_BLOCKS, 64)
+    division = Division(0, parts) if parts > 1 else None
+    place = Placement(torch.device("cpu"), torch.bfloat16, torch.float32, 64, division=division)
+    load = Load(256, 64, 256, 64)
+    weights = random_weights(shape, place, nf4=method == "qlora")
+    lora = parse(Lora if method == "lora" else QLora, {**LORA, "name": method, "rank": RANK, "alpha": 32.0})
+    found = forecast(shape, lora, load, recompute="none", budget_bytes=1e9, host_bytes=0, parts=parts)
+    assert found.peak_bytes - WORKSPACES == pytest.approx(MemoryModel.of(shape, weights, load).peak((KEEP_ALL,) * 2), rel=0.02)
 
 
 def test_there_are_runs_to_compare_with() -> None:

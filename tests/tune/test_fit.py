@@ -32,6 +32,16 @@ def test_settings_that_a_smaller_card_would_change_are_not_called_measured(capsy
     assert peak < 6
 
 
+def test_a_base_that_eight_gpus_share_fits_where_none_has_room_for_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["model=llama3_8b", "data=dense", "train.samples_per_step=32", "engine.processes=8", "engines=fused,fused/sharded,hf", "gib=12"]
+    head, _, replicated, sharded, unknown = table(capsys, *words, f"runs={tmp_path}")
+    assert "32 a step of 8 GPUs, peak and tokens/s of one of them" in head
+    assert "does not fit: needs at least" in replicated
+    assert "predicted" in sharded
+    assert float(sharded.split()[2]) < 11
+    assert unknown == "not considered: hf: what it needs on 8 GPUs is not known"
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
