@@ -211,6 +211,7 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
     """The model's config, its adapter, the decoder, the batches of this rank, and what was decided of its plans."""
     import torch
 
+    from engines.native import tiles
     from engines.native.budget import plans_for
     from engines.native.checkpoint import Placement, load_weights, read_config
     from engines.native.decoder import Decoder
@@ -233,6 +234,8 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
         adapter.check_nothing_is_left(weights)
     shares = Shares(job, shape, rank, micro_batch=knobs.micro_batch, shared=knobs.replay)
     plans, loss_chunk, chosen = plans_for(job, knobs, shape, weights, shares)
+    if knobs.operations == "fused":
+        chosen = {**chosen, "tiles": tiles.said(torch.cuda.get_device_name(device))}  # reads them: nothing is read while steps are timed
     decoder = Decoder(shape=shape, weights=weights, ops=_operations(knobs, adapter, fp8), plans=plans, loss_chunk=loss_chunk)
     return config, adapter, decoder, shares, chosen
 
