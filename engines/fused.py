@@ -225,6 +225,7 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
     """The model's config, its adapter, the decoder, the batches of this rank, and what was decided of its plans."""
     import torch
 
+    from engines.native import tiles
     from engines.native.budget import plans_for
     from engines.native.checkpoint import load_weights, read_config
     from engines.native.decoder import Decoder
@@ -249,6 +250,7 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
     placement = Placement(device, *types, multiple, _filling(knobs), fp8, _training(job, knobs), division)
     ops = _operations(knobs, adapter, fp8)
     shares = Shares(job, shape, rank, micro_batch=knobs.micro_batch, shared=knobs.replay, in_step=division is not None)
+    told = {"tiles": tiles.said(torch.cuda.get_device_name(device))} if knobs.operations == "fused" else {}  # reads them, before any launch
     with _rehearsal(job, knobs, shape, placement, adapter, ops, shares) as rehearsal:
         weights = load_weights(job.base, shape, placement, adapter)
         if adapter is not None:
@@ -256,6 +258,7 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
         plans, loss_chunk, chosen = plans_for(job, knobs, shape, weights, shares)
         if division is not None:
             expect_agreement(fingerprint(plans, loss_chunk), "what layers make again, and so on which weights to gather when")
+        chosen = {**chosen, **told}
         if rehearsal is not None:
             chosen["kernels_compiled_ahead"] = rehearsal.finish(plans, loss_chunk)
     decoder = Decoder(shape=shape, weights=weights, ops=ops, plans=plans, loss_chunk=loss_chunk)

@@ -33,6 +33,8 @@ def _sources(module: str) -> dict[str, Path]:
         if path is None or name in found:
             continue
         found[name] = path
+        if path.name == "__init__.py":  # what a package reads beside its code, as engines.native.tiles does
+            found |= {f"{name}/{file.name}": file for file in path.parent.glob("*.json")}
         waiting += [target for target in _imports(path) if target.split(".")[0] == top]
     return found
 

@@ -32,4 +32,7 @@ def test_what_is_imported_counts_and_what_is_not_does_not(package: Path) -> None
     assert current() == first
     (package / "shelf" / "kernel.py").write_text("x = 2\n")
     assert current() != first
+    second = current()
+    (package / "shelf" / "table.json").write_text("{}")
+    assert current() != second, "what a package reads beside its code counts too"
     assert engine_fingerprint(f"{package.name}.engine", None, ("numpy", "pydantic")) != current()

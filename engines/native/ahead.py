@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from engines.native.kernels import (
     swiglu,
     swiglu_gradients,
 )  # fmt: skip
+from engines.native.kernels.launching import Tile
 
 # Shared memory that one block may use, bytes (CUDA C++ Programming Guide, compute capabilities; CDNA 3 whitepaper).
 TARGETS: Mapping[str, tuple[GPUTarget, int]] = {
@@ -56,7 +57,7 @@ class Specimen:
 
     ``pointers``: argument name -> a letter of ``_DTYPES``, h bf16 and f fp32 among them; ``scalars`` are fp32, every other an int32,
     a multiple of 16 unless ``odd``. ``has_dot``: it multiplies matrices, so it needs tensor cores (not on sm_75: Triton has none there).
-    ``contracts``: products and sums may become one operation, rounded once.
+    ``contracts``: products and sums may become one operation, rounded once. ``num_stages``: null for the usual number of the target.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Specimen:
     odd: Sequence[str] = ()
     has_dot: bool = False
     contracts: bool = True
+    num_stages: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,35 @@ def specimens() -> tuple[Specimen, ...]:
     )  # fmt: skip
 
 
+def candidates() -> tuple[Specimen, ...]:
+    """Every cut that bench_kernels --tune may choose."""
+    known = {one.name: one for one in specimens()}
+
+    def tiled(name: str, tile: Tile) -> Specimen:
+        one = known[name]
+        label = f"{name}/{tile.tokens}t{tile.warps}w{tile.stages}s"
+        return replace(one, name=label, constants={**one.constants, "BT": tile.tokens}, num_warps=tile.warps, num_stages=tile.stages)
+
+    def swept(sweep: cross_entropy.Sweep) -> Specimen:
+        one = known["cross_entropy"]
+        constants = {**one.constants, "BLOCK": sweep.block, "FIRST": sweep.first, "SECOND": sweep.second}
+        label = f"cross_entropy/{sweep.block}c{sweep.warps}w{'h' if sweep.first else ''}"
+        return replace(one, name=label, constants=constants, num_warps=sweep.warps)
+
+    def cut(each: nf4.Cut) -> Specimen:
+        one = known["decode_nf4"]
+        return replace(
+            one, name=f"decode_nf4/{each.blocks}b{each.warps}w", constants={**one.constants, "BLOCKS": each.blocks}, num_warps=each.warps
+        )
+
+    return (
+        *(tiled("swiglu_gradients", tile) for tile in swiglu_gradients.TILES),
+        *(tiled(name, tile) for name in ("outer", "outer_normed") for tile in outer.TILES),
+        *map(swept, cross_entropy.SWEEPS),
+        *map(cut, nf4.CUTS),
+    )
+
+
 def compile_for(specimen: Specimen, target: str) -> Compiled:
     """Compile one kernel. Raises what Triton raises when it cannot."""
     gpu, most_shared = TARGETS[target]
@@ -199,7 +230,8 @@ def compile_for(specimen: Specimen, target: str) -> Compiled:
     constants = {(names.index(name),): value for name, value in specimen.constants.items()}
     even = [name for name in names if (signature[name] == "i32" and name not in specimen.odd) or signature[name].startswith("*")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
-    options = {"num_warps": specimen.num_warps, "num_stages": 3 if gpu.backend == "cuda" else 2, "enable_fp_fusion": specimen.contracts}
+    stages = specimen.num_stages or (3 if gpu.backend == "cuda" else 2)
+    options = {"num_warps": specimen.num_warps, "num_stages": stages, "enable_fp_fusion": specimen.contracts}
     made = triton.compile(ASTSource(specimen.kernel, signature, constants, attributes), target=gpu, options=options)
     registers, spilled = _usage_of_cubin(made) if gpu.backend == "cuda" else _usage_of_hsaco(made)
     shared = int(made.metadata.shared)
@@ -243,10 +275,10 @@ def _usage_of_hsaco(made: Any) -> tuple[int, int]:
     return counts["vgpr_count"], 4 * (counts["vgpr_spill_count"] + counts["sgpr_spill_count"])
 
 
-def compile_all(targets: Sequence[str]) -> Iterator[Compiled]:
-    """Every kernel for each of ``targets`` that can run it."""
+def compile_all(targets: Sequence[str], what: Sequence[Specimen]) -> Iterator[Compiled]:
+    """Every kernel of ``what`` for each of ``targets`` that can run it."""
     for target in targets:
-        for specimen in specimens():
+        for specimen in what:
             if not ((specimen.has_dot and target == "sm_75") or ("e" in specimen.pointers.values() and target in _WITHOUT_E4M3)):
                 yield compile_for(specimen, target)
 
@@ -255,11 +287,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line for each kernel and target; returns 1 when one of them spills or does not fit."""
     parser = argparse.ArgumentParser(prog="python -m engines.native.ahead", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; all of them by default")
+    parser.add_argument("--candidates", action="store_true", help="the cuts that bench_kernels --tune may choose, not the defaults")
     options = parser.parse_args(arguments)
     if unknown := set(options.targets) - set(TARGETS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(TARGETS)}")
     failed = 0
-    for made in compile_all(options.targets or tuple(TARGETS)):
+    for made in compile_all(options.targets or tuple(TARGETS), candidates() if options.candidates else specimens()):
         failed += made.problem is not None
         print(f"{made.target:<7} {made.name:<18} {made.registers:>4} registers {made.shared_bytes:>7} bytes shared  {made.problem or 'ok'}")
     return 1 if failed else 0

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from triton.errors import TritonError
 
+from engines.native import tiles
 from engines.native.bench import CONF, model_shape
-from engines.native.bench_kernels import liger, variants
+from engines.native.bench_kernels import liger, tune, variants
 from engines.native.bench_kernels.rows import ROWS
 from engines.native.bench_kernels.setting import DOCUMENT, Call, Row, Setting
 from engines.native.bench_kernels.table import COLUMNS, Measured, Section, facts, head, line, page
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: python -m engines.native.bench_kernels needs an NVIDIA GPU, and torch sees none", file=sys.stderr)
         return 2
     with torch.no_grad():
-        return _variants(options) if options.variants else _table(options)
+        return _tune(options) if options.tune else _variants(options) if options.variants else _table(options)
 
 
 def _table(options: argparse.Namespace) -> int:
@@ -127,18 +128,50 @@ def _variants(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _tune(options: argparse.Namespace) -> int:
+    """Time what may be chosen among, and perhaps keep it for this GPU."""
+    begin, clock, device = time.perf_counter(), Clock(), torch.cuda.get_device_name()
+    settings = [
+        Setting.of(model_shape(model, None), tokens, torch.device("cuda"), torch.bfloat16)
+        for model in options.model
+        for tokens in options.tokens
+    ]
+    found = []
+    for one in tune.every(settings, options.only or tuple(tune.CHOICES), clock.milliseconds, FAILURES):
+        found.append(one)
+        print(one.line(), flush=True)
+    print(f"{time.perf_counter() - begin:.0f} s; in use: {tiles.said(device)}")
+    if options.write:
+        words = " ".join(["python -m engines.native.bench_kernels --tune", *("--only" if options.only else "", *options.only)]).strip()
+        provenance = ", ".join(fact.removeprefix("- ") for fact in facts(clock.limits(), device))
+        print(f"written: {tiles.write(tune.table_of(found, device, provenance, words))}")
+    return 0  # a candidate that does not launch here is one that is not chosen
+
+
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m engines.native.bench_kernels", description=__doc__)
     parser.add_argument("--model", nargs="+", default=["llama3_8b", "llama3_1b"], help="names of conf/model")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 2048])
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(ROWS)}; with --variants {', '.join(variants.VARIANTS)}"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"of {', '.join(ROWS)}; with --variants {', '.join(variants.VARIANTS)}; with --tune {', '.join(tune.CHOICES)}",
     )
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table as Markdown")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        metavar="FILE",
+        help="write the table as Markdown to FILE; with --tune, and no FILE, this GPU's table of tiles",
+    )
+    parser.add_argument("--tune", action="store_true", help="time the cuts that kernels may choose among, and name the best")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes most of the time")
     parser.add_argument("--variants", action="store_true", help="time other tiles of some kernels instead, at the first number of tokens")
     options = parser.parse_args(arguments)
-    known = tuple(variants.VARIANTS if options.variants else ROWS)
+    known = tuple(tune.CHOICES if options.tune else variants.VARIANTS if options.variants else ROWS)
     if unknown := [name for name in options.only if name not in known]:
         parser.error(f"--only {' '.join(unknown)}: no such rows; known: {', '.join(known)}")
     models = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -146,7 +179,11 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--model {' '.join(unknown)}: not in conf/model; known: {', '.join(models)}")
     if wrong := [tokens for tokens in options.tokens if tokens < 16 or tokens % min(tokens, DOCUMENT)]:
         parser.error(f"--tokens {wrong[0]}: expected at least 16, above {DOCUMENT} a multiple of it, which is the length of a document")
-    if options.write and (options.only or options.no_compile or options.variants):
+    if options.tune and (options.variants or options.write not in (None, Path())):
+        parser.error("--tune goes without --variants, and its --write takes no file: the table lies where the engine looks for it")
+    if not options.tune and options.write == Path():
+        parser.error("--write needs a file: docs/kernels.md")
+    if options.write and not options.tune and (options.only or options.no_compile or options.variants):
         parser.error("--write is for the whole table: drop --only, --no-compile and --variants")
     return options
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engines.native import fused_ops
+from engines.native import fused_ops, tiles
 from engines.native.bench_kernels.setting import Call, Setting, restore
 from engines.native.kernels import cross_entropy, nf4, outer, swiglu_gradients
 from engines.native.kernels.cross_entropy import Sweep, cross_entropy_
@@ -30,17 +30,18 @@ _COMPILERS = 8  # threads that launch variants for the first time: Triton compil
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way; ``is_current`` marks the engine's."""
+    """One way; ``is_current`` marks the engine's. ``cut``: how a kernel's work is cut, where that is what differs."""
 
     label: str
     call: Call
     is_current: bool
+    cut: Tile | Sweep | Cut | None = None
 
 
 def compared(name: str, setting: Setting, milliseconds: Callable[[Call], float], failures: tuple[type[Exception], ...]) -> Iterator[str]:
     """A line for each variant, the fastest first, then those that failed."""
     chosen = VARIANTS[name](setting)
-    _compile(chosen)
+    launch_all(chosen)
     timed: list[tuple[float, Variant]] = []
     failed = []
     for variant in chosen:
@@ -54,7 +55,7 @@ def compared(name: str, setting: Setting, milliseconds: Callable[[Call], float],
     yield from failed
 
 
-def _compile(chosen: Sequence[Variant]) -> None:
+def launch_all(chosen: Sequence[Variant]) -> None:
     """Launch each once, several at a time; what one raises it raises again when it is timed."""
     chosen[0].call.run()
     with ThreadPoolExecutor(_COMPILERS) as pool:
@@ -68,12 +69,13 @@ def _swiglu_gradients(s: Setting) -> list[Variant]:
     thin, low = s.random(s.tokens, ranks), s.random(s.tokens, room)
     d_input, d_outputs = (torch.zeros(size, device=s.device) for size in ((ranks, columns), (2 * columns, ranks)))
     arrived, put_back = _lora(s.layer.down).arrived, restore(gate_up)
+    now = tiles.chosen("swiglu_gradients", s.device, s.tokens * columns, swiglu_gradients.TILE)
 
     def variant(tile: Tile) -> Variant:
         def run() -> object:
             return swiglu_gradients_(dh, gate_up, room, thin, low, d_input, d_outputs, arrived, tile)
 
-        return Variant(_label(tile), Call(run, put_back), tile == swiglu_gradients.TILE)
+        return Variant(_label(tile), Call(run, put_back), tile == now, tile)
 
     return [variant(Tile(*sizes)) for sizes in itertools.product((16, 32, 64), (4, 8), (1, 2, 3, 4))]
 
@@ -84,7 +86,8 @@ def _outer_down(s: Setting) -> list[Variant]:
     x, thin = s.random(s.tokens, hidden), s.random(s.tokens, ranks, room=group.num_outputs)
     norm = torch.rand(s.tokens, device=s.device) + 0.5, s.layer.mlp_norm.value
     gradient = torch.zeros(ranks, hidden, device=s.device).t()
-    return _outer(lambda tile: add_outer_(gradient, x, thin, _lora(group).arrived, norm, tile=tile))
+    now = tiles.chosen("outer_normed", s.device, s.tokens * hidden, outer.TILE)
+    return _outer(now, lambda tile: add_outer_(gradient, x, thin, _lora(group).arrived, norm, tile=tile))
 
 
 def _outer_up(s: Setting) -> list[Variant]:
@@ -93,12 +96,13 @@ def _outer_up(s: Setting) -> list[Variant]:
     x, thin = s.random(s.tokens, group.num_outputs, room=group.padded_rank), s.random(s.tokens, group.padded_rank)
     gradient = torch.zeros(group.num_outputs, lora.up.shape[1], device=s.device)
     starts = [block.output.start for block in lora.blocks[1:]]
-    return _outer(lambda tile: add_outer_(gradient, x, thin, lora.arrived, starts=starts, tile=tile))
+    now = tiles.chosen("outer", s.device, s.tokens * group.num_outputs, outer.TILE)
+    return _outer(now, lambda tile: add_outer_(gradient, x, thin, lora.arrived, starts=starts, tile=tile))
 
 
-def _outer(run: Callable[[Tile], object]) -> list[Variant]:
+def _outer(now: Tile, run: Callable[[Tile], object]) -> list[Variant]:
     def variant(tile: Tile) -> Variant:
-        return Variant(_label(tile), Call(lambda: run(tile)), tile == outer.TILE)
+        return Variant(_label(tile), Call(lambda: run(tile)), tile == now, tile)
 
     return [variant(Tile(tokens, 4, stages)) for tokens, stages in itertools.product((64, 128, 256), (2, 3, 4))]
 
@@ -108,10 +112,11 @@ def _cross_entropy(s: Setting) -> list[Variant]:
     logits, losses = s.random(rows, vocabulary), torch.empty(rows, dtype=torch.float32, device=s.device)
     targets = torch.randint(vocabulary, (rows,), device=s.device)
     scale, put_back = torch.full((), 1 / rows, device=s.device), restore(logits)
+    now = tiles.chosen("cross_entropy", s.device, rows * vocabulary, cross_entropy.SWEEP)
 
     def variant(sweep: Sweep) -> Variant:
         label = f"block {sweep.block}, {sweep.warps} warps{', hints to the cache' if sweep.first else ''}"
-        return Variant(label, Call(lambda: cross_entropy_(logits, targets, losses, scale, sweep), put_back), sweep == cross_entropy.SWEEP)
+        return Variant(label, Call(lambda: cross_entropy_(logits, targets, losses, scale, sweep), put_back), sweep == now, sweep)
 
     plain = [Sweep(*sizes) for sizes in itertools.product((4096, 8192, 16384), (8, 16, 32))]
     return [variant(each) for sweep in plain for each in (sweep, replace(sweep, first="evict_last", second="evict_first"))]
@@ -121,9 +126,10 @@ def _decode_nf4(s: Setting) -> list[Variant]:
     group = s.layer.down
     weight = placed(quantise(torch.randn(group.num_outputs, group.num_inputs).to(s.dtype)), s.device)
     into = s.random(group.num_outputs, group.num_inputs, room=group.padded_rank)
+    now = tiles.chosen("decode_nf4", s.device, group.num_outputs * group.num_inputs, nf4.CUT)
 
     def variant(cut: Cut) -> Variant:
-        return Variant(f"{cut.blocks} blocks, {cut.warps} warps", Call(lambda: decode_nf4(weight, into, cut)), cut == nf4.CUT)
+        return Variant(f"{cut.blocks} blocks, {cut.warps} warps", Call(lambda: decode_nf4(weight, into, cut)), cut == now, cut)
 
     return [variant(Cut(*sizes)) for sizes in itertools.product((8, 16, 32, 64, 128), (1, 2, 4, 8))]
 

@@ -8,12 +8,14 @@ Legend: L rows, V vocabulary. Kept for backward: nothing; the gradient is made h
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from engines.native import tiles
 from engines.native.kernels.launching import check_rows
 
 _LOWEST = -3.0e38  # stands for minus infinity, but its difference with itself is a number
@@ -30,6 +32,10 @@ class Sweep:
 
 
 SWEEP = Sweep(block=16384, warps=32)  # H100, 2,048 x 128,256 (2026-11-26, ms): 0.52; 8,192 columns and 16 warps 0.56 or more
+
+_HINTS = ("", ""), ("evict_last", "evict_first")
+# What --tune chooses among.
+SWEEPS = tuple(Sweep(*sizes, *hints) for *sizes, hints in itertools.product((8192, 16384), (16, 32), _HINTS))
 
 
 @triton.jit
@@ -61,15 +67,16 @@ def _cross_entropy(
         tl.store(start + columns, (p * factor).to(logits.dtype.element_ty), mask=columns < V)
 
 
-def cross_entropy_(logits_LV: Tensor, targets_L: Tensor, losses_L: Tensor, scale: Tensor, sweep: Sweep = SWEEP) -> None:
+def cross_entropy_(logits_LV: Tensor, targets_L: Tensor, losses_L: Tensor, scale: Tensor, sweep: Sweep | None = None) -> None:
     """Write float32 ``losses`` and leave ``scale`` (one float32 on the device) times the gradient in ``logits``.
 
-    A row whose target is negative counts nothing: loss and gradient are zero.
+    A row whose target is negative counts nothing: loss and gradient are zero. ``sweep``: null for this GPU's.
     """
     rows, vocabulary = logits_LV.shape
     check_rows("logits", logits_LV, rows, vocabulary)
     if targets_L.shape != (rows,) or losses_L.shape != (rows,):
         raise ValueError(f"targets {list(targets_L.shape)} and losses {list(losses_L.shape)} do not fit {rows} rows of logits")
+    sweep = sweep or tiles.chosen("cross_entropy", logits_LV.device, rows * vocabulary, SWEEP)
     block = min(sweep.block, triton.next_power_of_2(vocabulary))
     _cross_entropy[(rows,)](
         logits_LV, targets_L, losses_L, scale, vocabulary, logits_LV.stride(0),

@@ -9,6 +9,7 @@ Legend: N rows and K columns of the weight.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engines.native import tiles
 from engines.native.kernels.launching import check_rows
 from harness.nf4 import BLOCK, NESTED_BLOCK, Quantised
 
@@ -29,6 +31,7 @@ class Cut:
 
 
 CUT = Cut(blocks=32, warps=1)  # H200, 14,336 x 4,096 (2026-11-27, ms): 0.060, with 4 warps 0.069
+CUTS = tuple(Cut(*sizes) for sizes in itertools.product((16, 32, 64), (1, 2, 4)))  # what --tune chooses among
 _KEPT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -58,11 +61,12 @@ def _decode_nf4(
         tl.store(out + place // K * stride + place % K, values, mask=place < count)
 
 
-def decode_nf4(weight: Quantised, out: Tensor, cut: Cut = CUT) -> None:
-    """Write the values of ``weight`` [N, K] into ``out``, by way of the type that the weight was stored in."""
+def decode_nf4(weight: Quantised, out: Tensor, cut: Cut | None = None) -> None:
+    """Write the values of ``weight`` [N, K] into ``out``, by way of the type that it was stored in. ``cut``: null for this GPU's."""
     rows, columns = weight.shape
     check_rows("out", out, rows, columns)
     count = rows * columns
+    cut = cut or tiles.chosen("decode_nf4", out.device, count, CUT)
     _decode_nf4[(triton.cdiv(count, BLOCK * cut.blocks),)](
         weight.packed, weight.absmax, weight.nested_absmax, weight.code, weight.levels, out, weight.offset, count, columns, out.stride(0),
         BLOCKS=cut.blocks, BLOCK=BLOCK, NESTED=NESTED_BLOCK, WHOLE=columns % BLOCK == 0, KEPT=_KEPT[weight.dtype],

@@ -11,6 +11,7 @@ sums [splits, N, R] in order, so that the result does not depend on scheduling (
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -18,10 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engines.native import tiles
 from engines.native.kernels.launching import Tile, check_counters, check_rows, split_tokens
 
 COLUMNS = 64  # a tile; blocks must begin at multiples of it
 TILE = Tile(tokens=128, warps=4, stages=3)
+TILES = tuple(Tile(tokens, 4, stages) for tokens, stages in itertools.product((64, 128, 256), (2, 3)))  # what --tune chooses among
 _PROGRAMS = 528  # four for each of an H100's 132 multiprocessors
 _MAX_BLOCKS = 3
 
@@ -74,12 +77,13 @@ def add_outer_(
     arrived: Tensor,
     norm: tuple[Tensor, Tensor] | None = None,
     starts: Sequence[int] = (),
-    tile: Tile = TILE,
+    tile: Tile | None = None,
 ) -> None:
     """gradient[N, R] += x^T thin; with ``norm`` = (1/rms [T], w [N]) the x that counts is x w / rms. Any strides of ``gradient``.
 
     ``arrived``: int32 counters, one for each ``COLUMNS`` columns or more, zero before and after; nothing else may use them meanwhile.
     ``starts``: the columns where a second and a third block begin, multiples of ``COLUMNS``; block i reads the ranks from i R of ``thin``.
+    ``tile``: null for this GPU's.
     """
     (columns, ranks), tokens = gradient_NR.shape, len(x_TN)
     if x_TN.shape[1] != columns:
@@ -88,13 +92,14 @@ def add_outer_(
     check_rows("thin", thin_TR, tokens, ranks * (len(starts) + 1))
     if len(starts) >= _MAX_BLOCKS or any(start % COLUMNS for start in starts):
         raise ValueError(f"blocks begin at {list(starts)}; expected at most {_MAX_BLOCKS - 1} multiples of {COLUMNS}")
-    tiles = triton.cdiv(columns, COLUMNS)
-    check_counters(arrived, tiles)
-    splits, tokens_each = split_tokens(tokens, tiles, tile, _PROGRAMS)
+    num_tiles = triton.cdiv(columns, COLUMNS)
+    check_counters(arrived, num_tiles)
+    tile = tile or tiles.chosen("outer" if norm is None else "outer_normed", x_TN.device, tokens * columns, TILE)
+    splits, tokens_each = split_tokens(tokens, num_tiles, tile, _PROGRAMS)
     partial = torch.empty(splits if splits > 1 else 0, columns, ranks, dtype=torch.float32, device=x_TN.device)
     inverse, weight = (x_TN, x_TN) if norm is None else norm
     second, third = [*starts, columns, columns][:2]
-    _outer[(tiles, splits)](
+    _outer[(num_tiles, splits)](
         x_TN, thin_TR, inverse, weight, partial, arrived, gradient_NR, tokens, columns, ranks, second, third,
         x_TN.stride(0), thin_TR.stride(0), gradient_NR.stride(0), gradient_NR.stride(1), tokens_each,
         SPLITS=splits, NORMED=norm is not None, BT=tile.tokens, BN=COLUMNS, BR=max(16, triton.next_power_of_2(ranks)),

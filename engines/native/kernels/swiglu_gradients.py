@@ -12,17 +12,21 @@ scheduling. Kept for backward: gate_up, 2K values a row.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from engines.native import tiles
 from engines.native.kernels.launching import Tile, check_counters, check_rows, split_tokens
 from engines.native.kernels.swiglu import _differentiate, _zero_rooms
 
 COLUMNS = 64  # a tile
 # 64 tokens do not fit into registers. H100, 8,192 x 14,336 (2026-11-26, ms): 0.46, with 16 tokens 0.53, with 8 warps 0.57 or more.
 TILE = Tile(tokens=32, warps=4, stages=3)
+TILES = tuple(Tile(*sizes) for sizes in itertools.product((16, 32), (4, 8), (2, 3)))  # what --tune chooses among
 _PROGRAMS = 1056  # eight for each of an H100's 132 multiprocessors; with four 0.49 ms
 
 
@@ -105,12 +109,12 @@ def swiglu_gradients_(
     d_input_RK: Tensor,
     d_outputs_NR: Tensor,
     arrived: Tensor,
-    tile: Tile = TILE,
+    tile: Tile | None = None,
 ) -> Tensor:
     """The gradient [T, 2K + ``room``] in the place of ``gate_up``, whose rows must have that room in memory; dh is left as it is.
 
     Adds h^T thin, transposed, to ``d_input`` [R, K], and dg^T low[:, :R] and du^T low[:, R:2R], one below the other, to ``d_outputs``
-    [2K, R]. ``arrived``: int32 counters, one for each ``COLUMNS`` columns of h, zero before and after.
+    [2K, R]. ``arrived``: int32 counters, one for each ``COLUMNS`` columns of h, zero before and after. ``tile``: null for this GPU's.
     """
     (tokens, columns), ranks = dh_TK.shape, len(d_input_RK)
     check_rows("dh", dh_TK, tokens, columns)
@@ -120,11 +124,12 @@ def swiglu_gradients_(
     check_rows("d_outputs", d_outputs_NR, 2 * columns, ranks)
     if gate_up_TN.stride(0) < 2 * columns + room:
         raise ValueError(f"gate_up has rows of {gate_up_TN.stride(0)} elements in memory; expected {2 * columns} and a room of {room}")
-    tiles = triton.cdiv(columns, COLUMNS)
-    check_counters(arrived, tiles)
-    splits, tokens_each = split_tokens(tokens, tiles, tile, _PROGRAMS)
+    num_tiles = triton.cdiv(columns, COLUMNS)
+    check_counters(arrived, num_tiles)
+    tile = tile or tiles.chosen("swiglu_gradients", dh_TK.device, tokens * columns, TILE)
+    splits, tokens_each = split_tokens(tokens, num_tiles, tile, _PROGRAMS)
     partial = torch.empty(splits if splits > 1 else 0, 3, columns, ranks, dtype=torch.float32, device=dh_TK.device)
-    _swiglu_gradients[(tiles, splits)](
+    _swiglu_gradients[(num_tiles, splits)](
         dh_TK, gate_up_TN, thin_TR, low_TP, partial, arrived, d_input_RK, d_outputs_NR, tokens, columns, ranks,
         dh_TK.stride(0), gate_up_TN.stride(0), thin_TR.stride(0), low_TP.stride(0),
         d_input_RK.stride(1), d_input_RK.stride(0), d_outputs_NR.stride(0), tokens_each,
