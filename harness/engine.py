@@ -194,9 +194,10 @@ def requires(engine: object) -> tuple[str, ...]:
 
 
 def variant(engine: Engine[Any], knobs: Mapping[str, Any]) -> str | None:
-    """What ``engine`` calls ``knobs``; None when it has no names. It follows from the knobs, so it is never wrong about them."""
+    """What ``engine`` calls ``knobs``; None when it has no name for them. It follows from the knobs, so it is never wrong about them."""
     name = getattr(engine, "variant", None)
-    return None if name is None else str(name(parse(engine.Knobs, knobs, at="engine.knobs")))
+    said = None if name is None else name(parse(engine.Knobs, knobs, at="engine.knobs"))
+    return None if said is None else str(said)
 
 
 def declared_loss_norm(spec: EngineSpec) -> LossNorm | None:
