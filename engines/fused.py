@@ -12,6 +12,7 @@ from engines.native.forecast import footprint as footprint
 from engines.native.fp8_reasons import check_device, size_reasons
 from engines.native.hf_reasons import share_reasons
 from engines.native.lora_variants import variant_reasons
+from engines.native.named import variant as variant
 from harness.data.tokens import StepTokens
 from harness.engine import Chosen, Job, Machine, Probe
 from harness.errors import UnsupportedError

@@ -26,6 +26,28 @@ TABLES = {
 }  # fmt: skip
 
 
+GSM8K = "data.fields={prompt: question, completion: answer}"
+QUESTIONS = ("data=jsonl", GSM8K, "data.sequence_length=1024", "train.samples_per_step=64")
+# What docs and comments in the sweeps tell people to type beside the tables above: sweep, overrides, engines in a block, workloads.
+COMMANDS: list[tuple[str, tuple[str, ...], int, int]] = [
+    ("shapes", (), 3, 4),
+    ("shapes", ("data.sequence_length=4096", "train.samples_per_step=4"), 3, 2),
+    ("within", (), 2, 1),
+    ("within", ("method=qlora", "engine=fused/within-8.05,unsloth/default+padded"), 2, 1),
+    ("within", ("method=qlora", "engine=fused/within-2.31,unsloth/default+padded", "model=llama3_1b"), 2, 1),
+    ("within", ("method=qlora", "engine=fused,unsloth/default+padded", "train.samples_per_step=1"), 2, 1),
+    ("peers_full", (), 6, 1),
+    ("peers_full", ("engine=unsloth/nockpt+padded", "method.dtype=bfloat16"), 1, 1),
+    ("peers_gsm8k", ("method=qlora", "engine=fused,unsloth/nockpt+padded+grouped,axolotl/kernels+liger+packed"), 3, 1),
+    ("gpus", (), 10, 1),
+    ("gpus", ("engine.processes=8", "train.samples_per_step=32"), 10, 1),
+    ("gpus", ("engine=fused,fsdp/replicate,deepspeed/zero2", "engine.processes=1", "train.samples_per_step=4"), 3, 1),
+    ("gpus", QUESTIONS, 10, 1),
+    ("gpus", ("method=qlora", "engine=fused,axolotl/kernels+liger+ddp"), 2, 1),
+    ("gpus", ("method=full", "engine=fsdp/full_shard,deepspeed/zero3"), 2, 1),
+]
+
+
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
@@ -40,13 +62,13 @@ def _an_h100_with_every_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def find_spec(name: str, *given: Any) -> Any:
         return "found" if name in ("liger_kernel", "bitsandbytes") else found(name, *given)
 
-    monkeypatch.setattr(planner, "detect", lambda device, **kwargs: H100)
+    monkeypatch.setattr(planner, "detect", lambda device, count=1, **kwargs: H100.model_copy(update={"count": count}))
     monkeypatch.setattr(planner, "lack", lambda python, required: None)
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
 
 
 def planned(sweep: str, rows: Path, cache: Path, *overrides: str) -> list[Planned]:
-    data = [f"data.path={rows}"] if sweep == "peers_gsm8k" else []
+    data = [f"data.path={rows}"] if sweep == "peers_gsm8k" or "data=jsonl" in overrides else []
     return plan(requests([f"+sweep={sweep}", *data, "machine=cuda", *overrides, f"cache={cache}"], multirun=True)[1], [], "stale")
 
 
@@ -59,6 +81,38 @@ def test_every_cell_is_accepted_and_the_table_is_whole(sweep: str, model: str, r
     assert TABLES[sweep] <= set(blocks[0])
     assert blocks[1] == blocks[0][::-1]
     assert blocks[2] == blocks[0]
+
+
+@pytest.mark.parametrize(("sweep", "overrides", "engines", "workloads"), COMMANDS)
+def test_every_command_of_a_table_is_accepted(
+    sweep: str, overrides: tuple[str, ...], engines: int, workloads: int, rows: Path, cache: Path
+) -> None:
+    cells = planned(sweep, rows, cache, *overrides)
+    assert [(cell.request.cell.engine.title, cell.reason) for cell in cells if cell.action != "run"] == []
+    blocks: dict[tuple[str, int], list[str]] = {}
+    for cell in cells:
+        cell_ = cell.request.cell
+        blocks.setdefault((cell_.workload.key, cell_.repeat), []).append(cell_.engine.title)
+    assert {len(block) for block in blocks.values()} == {engines}
+    keys = {key for key, _ in blocks}
+    assert len(keys) == workloads
+    for key in keys:
+        assert blocks[key, 1] == blocks[key, 0][::-1]
+        assert blocks[key, 2] == blocks[key, 0]
+
+
+def test_every_variant_of_a_table_of_adapters_has_its_verdict(rows: Path, cache: Path) -> None:
+    """hf/ckpt and hf/default are what is judged by, the others are candidates; QLoRA's one more variant only keeps less."""
+    judged = {cell.request.cell.engine.title for cell in planned("parity_peers", rows, cache) if cell.action == "run"}
+    timed = set().union(*TABLES.values()) | {cell.request.cell.engine.title for cell in planned("shapes", rows, cache)}
+    assert timed - judged == {"hf/ckpt"}
+
+
+def test_what_is_within_a_budget_is_called_so(rows: Path, cache: Path) -> None:
+    named = {cell.request.cell.engine.title: cell.request.cell.engine.knobs for cell in planned("within", rows, cache, "repeat=0")}
+    assert named["fused/within-17.7"]["memory_gib"] == 17.7
+    (by_hand,) = planned("within", rows, cache, "repeat=0", "engine=fused", "engine.knobs.memory_gib=6.6")
+    assert by_hand.request.cell.engine.title == "fused/within-6.6"
 
 
 def test_the_questions_are_64_a_step_in_micro_batches_that_every_engine_takes(rows: Path, cache: Path) -> None:
