@@ -57,11 +57,6 @@ class Knobs(Spec):
     base: Base
 
 
-def variant(knobs: Knobs) -> str | None:
-    """``sharded``, where ranks share the base."""
-    return None if knobs.base == "replicated" else knobs.base
-
-
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
     """Every reason that can be told before the weights are open, or None."""
     reasons = [*_method_reasons(workload, knobs), *_model_reasons(workload), *_fused_reasons(workload, knobs, machine)]

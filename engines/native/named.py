@@ -1,4 +1,4 @@
-"""What the fused engine's settings are called, where they decide what it is compared with: ``within-17.7``, ``int8``."""
+"""What the fused engine's settings are called, where they decide what it is compared with: ``sharded``, ``within-17.7``, ``int8``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import Protocol
 
 class NamedKnobs(Protocol):
     """The knobs that have a part in the name."""
+
+    @property
+    def base(self) -> str:
+        """Replicated, or sharded."""
 
     @property
     def memory_gib(self) -> float | None:
@@ -18,6 +22,10 @@ class NamedKnobs(Protocol):
 
 
 def variant(knobs: NamedKnobs) -> str | None:
-    """The budget in GiB and 8-bit moments; None for the engine as it comes."""
-    names = [] if knobs.memory_gib is None else [f"within-{knobs.memory_gib:g}"]
-    return "+".join([*names, *([] if knobs.optimizer_state == "fp32" else [knobs.optimizer_state])]) or None
+    """A base that ranks share, the budget in GiB, 8-bit moments; None for the engine as it comes."""
+    names = [
+        "" if knobs.base == "replicated" else knobs.base,
+        "" if knobs.memory_gib is None else f"within-{knobs.memory_gib:g}",
+        "" if knobs.optimizer_state == "fp32" else knobs.optimizer_state,
+    ]
+    return "+".join(filter(None, names)) or None

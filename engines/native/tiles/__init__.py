@@ -80,7 +80,7 @@ def chosen(kernel: str, where: torch.device, size: int, default: C) -> C:
     On the meta device, where launches are rehearsed, that of the current GPU.
     """
     if where.type == "meta" and torch.cuda.is_available():
-        return _known(torch.cuda.get_device_name(), kernel, size, default)
+        where = torch.device("cuda", torch.cuda.current_device())
     return default if where.type != "cuda" else _known(torch.cuda.get_device_name(where), kernel, size, default)
 
 
