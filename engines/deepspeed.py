@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from engines.native.hf_reasons import attention_reasons, dropout_reasons, dtype_reasons, share_reasons
 from engines.native.lora_variants import variant_reasons
+from engines.native.recompute import Recompute, fraction, recompute_name
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
 from harness.spec import Lora, Positive, Spec, Workload
@@ -29,7 +30,7 @@ class Knobs(Spec):
     stage: Literal[1, 2, 3]
     offload_optimizer: Literal["none", "cpu"]
     offload_parameters: Literal["none", "cpu"]
-    recompute: Literal["none", "full"]
+    recompute: Recompute
     attention: Literal["sdpa", "eager", "varlen"]
     compute_dtype: Literal["float32", "bfloat16"]
     adapter_compute: Literal["autocast", "direct"]
@@ -44,7 +45,7 @@ def variant(knobs: Knobs) -> str:
         knobs.layout if knobs.layout == "packed" else "",
         knobs.attention if knobs.attention != "sdpa" else "",
         "adapters-direct" if knobs.adapter_compute == "direct" else "",
-        "ckpt" if knobs.recompute == "full" else "",
+        recompute_name(knobs.recompute),
     ]
     return "+".join(name for name in names if name)
 
@@ -67,9 +68,9 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     return "; ".join(reasons) or None
 
 
-def recomputed_fraction(workload: Workload, knobs: Knobs) -> float:
-    """Of the layers' forward pass, what the backward pass does again: gradient checkpointing repeats whole layers."""
-    return 1.0 if knobs.recompute == "full" else 0.0
+def recomputed_fraction(workload: Workload, knobs: Knobs) -> float | None:
+    """Of the layers' forward pass, what the backward pass does again."""
+    return fraction(knobs.recompute, workload, knobs.attention)
 
 
 def train(job: Job, knobs: Knobs, probe: Probe) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from engines.native.hf_reasons import attention_reasons, dropout_reasons, dtype_reasons, share_reasons
 from engines.native.lora_variants import variant_reasons
+from engines.native.recompute import Recompute, compiled_reasons, fraction, recompute_name
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
 from harness.spec import Lora, Positive, Spec, Workload
@@ -31,7 +32,7 @@ class Knobs(Spec):
     strategy: Literal["replicate", "shard_grad", "full_shard", "hybrid"]
     shard_ranks: Positive | None
     offload: Literal["none", "cpu"]
-    recompute: Literal["none", "full"]
+    recompute: Recompute
     attention: Literal["sdpa", "eager", "varlen"]
     compute_dtype: Literal["float32", "bfloat16"]
     adapter_compute: Literal["autocast", "direct"]
@@ -47,7 +48,7 @@ def variant(knobs: Knobs) -> str:
         knobs.attention if knobs.attention != "sdpa" else "",
         "adapters-direct" if knobs.adapter_compute == "direct" else "",
         "compile" if knobs.compile else "",
-        "ckpt" if knobs.recompute == "full" else "",
+        recompute_name(knobs.recompute),
     ]
     return "+".join(name for name in names if name)
 
@@ -67,6 +68,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
         reasons.append(
             f"compile=true has not been tried on sharded layers (strategy={knobs.strategy}); set compile=false or strategy=replicate"
         )
+    reasons += compiled_reasons(knobs.recompute, knobs.compile)
     if (knobs.strategy == "hybrid") is not (knobs.shard_ranks is not None):
         reasons.append("strategy=hybrid needs shard_ranks, the ranks that share one copy of the weights, and no other strategy has it")
     if machine.device == "cuda":
@@ -74,9 +76,9 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     return "; ".join(reasons) or None
 
 
-def recomputed_fraction(workload: Workload, knobs: Knobs) -> float:
-    """Of the layers' forward pass, what the backward pass does again: gradient checkpointing repeats whole layers."""
-    return 1.0 if knobs.recompute == "full" else 0.0
+def recomputed_fraction(workload: Workload, knobs: Knobs) -> float | None:
+    """Of the layers' forward pass, what the backward pass does again."""
+    return fraction(knobs.recompute, workload, knobs.attention)
 
 
 def train(job: Job, knobs: Knobs, probe: Probe) -> None:

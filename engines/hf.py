@@ -12,6 +12,7 @@ from engines.native.fp8_reasons import fp8_reasons
 from engines.native.hf_nf4 import bitsandbytes_reasons, load_model, optimizer_reasons
 from engines.native.hf_reasons import class_reasons, dropout_reasons
 from engines.native.lora_variants import variant_reasons
+from engines.native.recompute import Recompute, checkpoint_layers, compiled_reasons, fraction, recompute_name
 from harness.data.tokens import Batch, StepTokens, chunks, pack, pad
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
@@ -33,7 +34,7 @@ class Knobs(Spec):
 
     micro_batch: Positive
     layout: Literal["padded", "packed"]
-    recompute: Literal["none", "full"]
+    recompute: Recompute
     attention: Literal["sdpa", "eager", "cudnn", "varlen", "flash_attention_2", "flash_attention_3"]
     compute_dtype: Literal["float32", "bfloat16"]
     adapter_compute: Literal["autocast", "direct", "float32"]
@@ -51,23 +52,26 @@ def variant(knobs: Knobs) -> str:
         said = (knobs.kernels, knobs.layout, knobs.attention, f"adapters-{knobs.adapter_compute}", "compile" if knobs.compile else "none")
         names = [name for name in said if name not in ("none", "padded", "sdpa", "adapters-autocast")]
     states = ["adamw8bit"] if knobs.optimizer == "adamw_8bit" else []
-    return "+".join([*names, *(["ckpt"] if knobs.recompute == "full" else []), *states]) or "default"
+    again = [recompute_name(knobs.recompute)] if knobs.recompute != "none" else []
+    return "+".join([*names, *again, *states]) or "default"
 
 
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
     """Every reason why this cannot run here, or None."""
     config = workload.model.config or {}
     reasons = [*_dtype_reasons(workload, knobs), *_liger_reasons(knobs, machine, config), *dropout_reasons(config)]
-    reasons += fp8_reasons(workload, config)
+    reasons += fp8_reasons(workload, config) + compiled_reasons(knobs.recompute, knobs.compile)
+    if knobs.recompute == "selective" and (knobs.kernels == "liger" or knobs.attention in _FLASH):
+        reasons.append("recompute=selective keeps what torch's own operations make; set kernels=none and attention=sdpa, cudnn or varlen")
     reasons += variant_reasons(workload, rank_stabilised=True, ratio=True)
     reasons += optimizer_reasons(knobs.optimizer, machine.device)
     reasons += bitsandbytes_reasons(workload, knobs.compute_dtype, config, machine.device) + _attention_reasons(workload, knobs, machine)
     return "; ".join(reasons) or None
 
 
-def recomputed_fraction(workload: Workload, knobs: Knobs) -> float:
-    """Of the layers' forward pass, what the backward pass does again: gradient checkpointing repeats whole layers."""
-    return 1.0 if knobs.recompute == "full" else 0.0
+def recomputed_fraction(workload: Workload, knobs: Knobs) -> float | None:
+    """Of the layers' forward pass, what the backward pass does again."""
+    return fraction(knobs.recompute, workload, knobs.attention)
 
 
 def train(job: Job, knobs: Knobs, probe: Probe) -> None:
@@ -188,8 +192,7 @@ def _load(job: Job, knobs: Knobs) -> Any:
     if isinstance(method, Lora):
         assert job.adapter_init is not None
         model = with_adapter(model, job.adapter_init, getattr(torch, method.dtype), cast_inputs=knobs.adapter_compute != "direct")
-    if knobs.recompute == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(model, knobs.recompute)
     if knobs.kernels == "liger":
         from transformers.integrations.liger import apply_liger_kernel
 

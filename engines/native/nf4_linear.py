@@ -87,7 +87,8 @@ def decoded(packed: Packed, dtype: torch.dtype) -> Tensor:
 def _linear(x: Tensor, data: Tensor, bias: Tensor | None, rows: int, columns: int, offset: float, stored: torch.dtype) -> Tensor:
     """``x`` [..., K] times the weight, transposed: [..., N]."""
     weight = decoded(Packed(data, Form(rows, columns, offset, stored)), x.dtype)
-    return nn.functional.linear(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):  # the type of x says it all; autocast reaches this far or not, by what is around
+        return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 @torch.library.custom_op("engine_room::nf4_input_gradient", mutates_args=())
@@ -122,7 +123,7 @@ _linear.register_autograd(_backward, setup_context=_keep)
 
 
 class Nf4Linear(nn.Module):
-    """A frozen linear module. Like a plain one whose weight, decoded, is of ``dtype``; autocast finds its products in that type."""
+    """A frozen linear module, like a plain one whose weight, decoded, is of ``dtype``."""
 
     def __init__(self, packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -137,9 +138,10 @@ class Nf4Linear(nn.Module):
         return decoded(Packed(self.packed, self.form), self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] to [..., N], in ``dtype``."""
-        form = self.form
-        y: Tensor = _linear(x.to(self.dtype), self.packed, self.bias, form.rows, form.columns, form.offset, form.stored)
+        """[..., K] to [..., N], in ``dtype`` or in that of autocast."""
+        form, device = self.form, x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
+        y: Tensor = _linear(x.to(dtype), self.packed, self.bias, form.rows, form.columns, form.offset, form.stored)
         return y
 
     def extra_repr(self) -> str:

@@ -19,6 +19,7 @@ from engines.native.hf_reasons import class_reasons, dropout_reasons
 from engines.native.nf4_linear import Packed, load_packed, pack_linears
 from engines.native.plain_loop import to_device
 from engines.native.ranks import expect_agreement
+from engines.native.recompute import Recompute, checkpoint_layers
 from engines.native.shares import Cost, cost_of, fingerprint, split
 from harness.data.tokens import Batch, pack, pad
 from harness.engine import Job, Probe
@@ -51,8 +52,8 @@ class Shared(Protocol):
         """Whether PEFT casts the inputs of adapters up."""
 
     @property
-    def recompute(self) -> str:
-        """``full``: layers are computed again for backward."""
+    def recompute(self) -> Recompute:
+        """What of the layers is computed again for backward."""
 
 
 class Trained(states.State, Protocol):
@@ -88,8 +89,7 @@ def loaded(job: Job, knobs: Shared) -> tuple[Any, Cost]:
         model = with_adapter(model, job.adapter_init, getattr(torch, method.dtype), cast_inputs=knobs.adapter_compute != "direct")
     cost = cost_of(model.config.to_dict(), sum(parameter.numel() for parameter in model.parameters()))  # not of packed bytes
     pack_linears(model, packed, dtype)
-    if knobs.recompute == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(model, knobs.recompute)
     model.config.use_cache = False
     model.train()
     return model, cost

@@ -38,16 +38,17 @@ META = torch.device("meta")
 class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that are alive, and the most there were, beside those that were there before."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = META) -> None:
         super().__init__()
         self.now = self.most = 0
+        self._device = device
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.device == META:
+            if isinstance(leaf, Tensor) and leaf.device == self._device:
                 storage = leaf.untyped_storage()
                 if id(storage) not in self._known and id(storage) not in before:
                     self._known.add(id(storage))

@@ -93,12 +93,12 @@ ON_TWO = [
     *((family, method, {"stage": stage}) for family, method in (("qwen3", LORA), ("tied", FULL)) for stage in (1, 2, 3)),
     ("llama", LORA, {"stage": 1, "layout": "packed", "micro_batch": 1}),
     ("llama", {**LORA, "b_learning_rate_ratio": 8.0}, {"stage": 2, "offload_optimizer": "cpu"}),
-    ("llama", LORA, {"stage": 3, "layout": "packed", "offload_parameters": "cpu"}),
+    ("llama", LORA, {"stage": 3, "layout": "packed", "offload_parameters": "cpu", "recompute": "selective"}),
     ("tied", FULL, {"stage": 3, "recompute": "full", **ALL}),
-    ("falcon", {**LORA, "targets": FALCON_TARGETS}, {"stage": 2, "recompute": "full"}),
+    ("falcon", {**LORA, "targets": FALCON_TARGETS}, {"stage": 2, "recompute": 2}),
     *(("qwen3", QLORA, {"stage": stage}) for stage in (1, 2, 3)),
     ("llama_biases", QLORA, {"stage": 3, "layout": "packed", "recompute": "full", **ALL}),
-    ("falcon", {**QLORA, "targets": FALCON_TARGETS}, {"stage": 2}),
+    ("falcon", {**QLORA, "targets": FALCON_TARGETS}, {"stage": 2, "recompute": "selective"}),
     # Not MAMBA_TARGETS: transformers reads the weight of dt_proj past its adapter, which DeepSpeed's AdamW decays and torch's leaves alone.
     ("mamba", {**QLORA, "targets": ("in_proj", "x_proj")}, {"stage": 2, "recompute": "full"}),
 ]
@@ -160,9 +160,10 @@ def test_a_variant_is_called_what_its_file_is(option: str) -> None:
 def test_other_knobs_have_names_of_their_own() -> None:
     changed: list[dict[str, Any]] = [
         {"stage": 1, "layout": "packed", "attention": "varlen"}, {"adapter_compute": "direct"}, {"stage": 3, "offload_parameters": "cpu"},
+        {"recompute": "selective"},
     ]  # fmt: skip
     assert [engines.deepspeed.variant(parse(engines.deepspeed.Knobs, {**KNOBS, **one})) for one in changed] == [
-        "zero1+packed+varlen", "zero2+adapters-direct", "zero3+offload-parameters",
+        "zero1+packed+varlen", "zero2+adapters-direct", "zero3+offload-parameters", "zero2+ckpt-selective",
     ]  # fmt: skip
 
 

@@ -100,16 +100,16 @@ MAMBA_TARGETS = ("in_proj", "x_proj", "dt_proj")  # PEFT cannot adapt out_proj a
 ON_TWO = [
     *(("qwen3", LORA, {"strategy": strategy}) for strategy in ("replicate", "shard_grad", "full_shard")),
     *(("tied", FULL, {"strategy": strategy}) for strategy in ("replicate", "shard_grad", "full_shard")),
-    ("llama", LORA, {"strategy": "shard_grad", "layout": "packed", "micro_batch": 1}),
+    ("llama", LORA, {"strategy": "shard_grad", "layout": "packed", "micro_batch": 1, "recompute": "selective"}),
     ("llama", {**LORA, "b_learning_rate_ratio": 8.0}, {"strategy": "full_shard", "offload": "cpu"}),
     ("tied", FULL, {"strategy": "full_shard", "offload": "cpu", "recompute": "full"}),
     *(("falcon", {**LORA, "targets": FALCON_TARGETS}, {"strategy": strategy}) for strategy in ("replicate", "full_shard")),
     ("falcon", {**LORA, "targets": FALCON_TARGETS}, {"strategy": "shard_grad", "recompute": "full"}),
-    ("mamba", FULL, {"strategy": "full_shard"}),
+    ("mamba", FULL, {"strategy": "full_shard", "recompute": "selective"}),
     ("mamba", {**LORA, "targets": MAMBA_TARGETS}, {"strategy": "full_shard", "recompute": "full"}),
     *(("qwen3", QLORA, {"strategy": strategy}) for strategy in ("replicate", "shard_grad", "full_shard")),
-    ("llama_biases", QLORA, {"strategy": "full_shard", "offload": "cpu", "recompute": "full"}),
-    ("falcon", {**QLORA, "targets": FALCON_TARGETS}, {"strategy": "full_shard"}),
+    ("llama_biases", QLORA, {"strategy": "full_shard", "offload": "cpu", "recompute": "selective"}),
+    ("falcon", {**QLORA, "targets": FALCON_TARGETS}, {"strategy": "full_shard", "recompute": 2}),
     ("mamba", {**QLORA, "targets": MAMBA_TARGETS}, {"strategy": "full_shard", "recompute": "full"}),
 ]
 
@@ -208,10 +208,11 @@ def test_other_knobs_have_names_of_their_own() -> None:
     changed: list[dict[str, Any]] = [
         {}, {"strategy": "shard_grad"}, {"strategy": "full_shard", "offload": "cpu"}, {"layout": "packed", "attention": "varlen"},
         {"adapter_compute": "direct"}, {"recompute": "full", "compile": True}, {"strategy": "hybrid", "shard_ranks": 8},
+        {"recompute": "selective"}, {"recompute": 2},
     ]  # fmt: skip
     assert [engines.fsdp.variant(parse(engines.fsdp.Knobs, {**KNOBS, **one})) for one in changed] == [
         "replicate", "shard_grad", "full_shard+offload", "replicate+packed+varlen", "replicate+adapters-direct", "replicate+compile+ckpt",
-        "hybrid-8",
+        "hybrid-8", "replicate+ckpt-selective", "replicate+ckpt-every-2",
     ]  # fmt: skip
 
 
@@ -220,6 +221,7 @@ def test_other_knobs_have_names_of_their_own() -> None:
     [
         ({"offload": "cpu"}, LLAMA, CPU, "offload=cpu moves shards, strategy=replicate has none"),
         ({"compile": True, "strategy": "full_shard"}, LLAMA, CPU, "compile=true has not been tried on sharded layers"),
+        ({"compile": True, "recompute": "selective"}, LLAMA, CPU, "recompute=selective: a compiled layer chooses by itself"),
         ({"strategy": "hybrid"}, LLAMA, CPU, "strategy=hybrid needs shard_ranks"),
         ({"shard_ranks": 2}, LLAMA, CPU, "no other strategy has it"),
         ({"strategy": "hybrid", "shard_ranks": 3}, LLAMA, GPU.model_copy(update={"count": 4}), "does not divide 4 processes into groups"),

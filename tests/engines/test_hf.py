@@ -31,7 +31,17 @@ class TestHf(EngineConformance):
     engine = engines.hf
     knobs = KNOBS
 
-    @pytest.mark.parametrize("knob", [{"recompute": "full"}, {"attention": "eager"}, {"layout": "packed", "attention": "eager"}], ids=str)
+    @pytest.mark.parametrize(
+        "knob",
+        [
+            {"recompute": "full"},
+            {"recompute": "selective", "layout": "packed"},
+            {"recompute": 2},
+            {"attention": "eager"},
+            {"layout": "packed", "attention": "eager"},
+        ],
+        ids=str,
+    )
     def test_a_knob_changes_no_loss(self, job: Job, knob: dict[str, Any]) -> None:
         usual, other = self.run(with_train(job, "usual")), self.run(job, **knob)
         assert other.losses == pytest.approx(usual.losses, rel=2e-5)
@@ -202,10 +212,11 @@ def test_other_knobs_have_names_of_their_own() -> None:
     changed: list[dict[str, Any]] = [
         {}, {"kernels": "liger"}, {"compile": True}, {"layout": "packed"}, {"attention": "eager"}, {"adapter_compute": "direct"},
         {"adapter_compute": "float32"}, {"recompute": "full"}, {"kernels": "liger", "recompute": "full"},
-        {"optimizer": "adamw_8bit", "kernels": "liger"},
+        {"optimizer": "adamw_8bit", "kernels": "liger"}, {"recompute": "selective"}, {"recompute": 3, "layout": "packed"},
     ]  # fmt: skip
     assert [engines.hf.variant(parse(engines.hf.Knobs, {**KNOBS, **one})) for one in changed] == [
         "default", "liger", "compile", "packed", "eager", "adapters-direct", "adapters-float32", "ckpt", "liger+ckpt", "liger+adamw8bit",
+        "ckpt-selective", "packed+ckpt-every-3",
     ]  # fmt: skip
 
 
@@ -221,6 +232,8 @@ def test_other_knobs_have_names_of_their_own() -> None:
         ),
         ({"attention": "cudnn"}, {**LLAMA, "sliding_window": 8, "use_sliding_window": False}, LORA, None),
         ({"attention": "cudnn"}, {**LLAMA, "sliding_window": LONGEST}, LORA, None),
+        ({"recompute": "selective", "compile": True}, LLAMA, LORA, "recompute=selective: a compiled layer chooses by itself"),
+        ({"recompute": "selective", "kernels": "liger"}, LLAMA, LORA, "recompute=selective keeps what torch's own operations make"),
         ({"layout": "packed"}, {"model_type": "mamba"}, LORA, "'mamba' has no attention to keep documents apart"),
         ({"adapter_compute": "direct"}, LLAMA, FULL, "method=full has none"),
         ({"adapter_compute": "direct", "compute_dtype": "float32"}, LLAMA, LORA, "adapter_compute=direct is about bfloat16"),

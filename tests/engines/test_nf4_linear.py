@@ -60,8 +60,9 @@ def test_it_makes_the_bits_of_a_plain_module(size: tuple[int, int], dtype: torch
     assert ours.weight.equal(plain.weight)
 
 
-def test_autocast_finds_its_products_in_the_type_of_the_module() -> None:
-    ours, plain = module(48, 64, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_says_the_type_of_its_products(dtype: torch.dtype) -> None:
+    ours, plain = module(48, 64, dtype)
     x = torch.randn(5, 64, requires_grad=True)
     found = []
     for each in (ours, plain):
