@@ -26,7 +26,8 @@ def fraction(recompute: Recompute, workload: Workload, attention: str) -> float 
     """Of the layers' forward pass, in operations of products and attention, what backward does again; None where that depends on lengths,
     or on a number of layers that only the weights say.
 
-    ``selective`` counts as nothing: thin products, adapters' B, are what it repeats of them: 0.3 % of the parameters of Llama-3.1-8B's layers at rank 16.
+    ``selective`` counts as nothing. Of products it repeats the thin ones, adapters' B: at rank 16 0.3 % of the parameters of the layers of
+    Llama-3.1-8B.
     """
     if isinstance(recompute, int):
         layers = (workload.model.config or {}).get("num_hidden_layers")

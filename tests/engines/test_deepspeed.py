@@ -51,7 +51,7 @@ class OnItsGpus(EngineConformance):
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
-    @pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
+    @pytest.mark.parametrize("method", [LORA, QLORA, FULL], ids=["lora", "qlora", "full"])
     def test_a_gpu_computes_what_a_cpu_does(self, tmp_path: Path, method: dict[str, Any]) -> None:
         if torch.cuda.device_count() < self.count:
             pytest.skip(f"fewer than {self.count} NVIDIA GPUs here")

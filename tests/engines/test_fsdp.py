@@ -82,11 +82,10 @@ class TestShardedOnTwo(OnTwoRanks):
 class TestPackedBaseShardedOnTwo(QLoraConformance, OnTwoRanks):
     knobs: ClassVar = {**KNOBS, "strategy": "full_shard", "recompute": "full"}
 
-    test_a_gpu_computes_what_a_cpu_does = pytest.mark.multi_gpu(  # type: ignore[assignment]
-        pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two NVIDIA GPUs here")(
-            QLoraConformance.test_a_gpu_computes_what_a_cpu_does
-        )
-    )
+    @pytest.mark.multi_gpu
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two NVIDIA GPUs here")
+    def test_a_gpu_computes_what_a_cpu_does(self, job: Job) -> None:  # type: ignore[override]
+        super().test_a_gpu_computes_what_a_cpu_does(job)
 
 
 HF: dict[str, Any] = {

@@ -83,6 +83,30 @@ def test_gradients_are_the_same_and_memory_lies_between(tmp_path: Path, name: st
     assert everything > every_second > nothing
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("name", ["llama qlora", "llama lora", "falcon full eager"])
+def test_on_a_gpu_too(tmp_path: Path, name: str) -> None:
+    """Where the allocator counts. The same kernels in the same order: the same bits, but for sums that are not ordered."""
+    model = built(tmp_path, *METHODS[name]).to("cuda")
+    ids = torch.arange(480, device="cuda").view(8, 60)
+    kept, gradients = [], []
+    for recompute in ("none", "selective", "full"):
+        model.gradient_checkpointing_disable()
+        checkpoint_layers(model, recompute)  # type: ignore[arg-type]
+        model.train()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        kept.append(torch.cuda.memory_allocated() - before)
+        found = torch.autograd.grad(loss, [each for each in model.parameters() if each.requires_grad], allow_unused=True)
+        gradients.append(torch.cat([gradient.float().flatten() for gradient in found if gradient is not None]))
+        del loss, found
+    assert kept[0] > kept[1] > kept[2]
+    for other in gradients[1:]:
+        assert torch.linalg.vector_norm(other - gradients[0]) < 1e-3 * torch.linalg.vector_norm(gradients[0])
+
+
 class Count(TorchDispatchMode):
     """How often each operation runs."""
 
