@@ -86,6 +86,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_losses(
     assert (cut.status, rest.status, rest.reason) == ("crash", "ok", None)
     assert cut.measurement is not None
     assert rest.measurement is not None
+    for one in cut.measurement.ranks if engine == "fused" else ():
+        assert one.exchanging_seconds is not None
+        assert all(0 < spent < seconds for spent, seconds in zip(one.exchanging_seconds, one.seconds, strict=True))
     before, after = cut.measurement.steps, rest.measurement.steps
     (began,) = rest.measurement.resumed_at
     assert 20 <= began <= len(before.losses) < 100
