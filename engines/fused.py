@@ -119,6 +119,8 @@ class _Session:
         optimizer = optimizer_for(self._decoder.weights, job.workload, kernels=knobs.operations == "fused")
         self._state = states.Flat(self._decoder.weights, optimizer) if job.checkpoints else None
         exchange = replicas.exchange(probe) if job.processes > 1 else None
+        if knobs.base == "sharded":
+            self._decoder.weights.shared.watch(probe.exchanges)
         steps = Steps(self._decoder, angles, optimizer, job.workload.train.max_grad_norm, exchange)
         self._steps: Steps | ReplayedSteps = ReplayedSteps(steps) if knobs.replay else steps
 

@@ -117,6 +117,9 @@ class Probe(Protocol):
     def waits(self) -> AbstractContextManager[None]:
         """Around what one of several ranks does where it waits for the slowest, once a step. It never synchronises either."""
 
+    def exchanges(self) -> AbstractContextManager[None]:
+        """Around what else it exchanges with the others while its computing stands still, as often as it does; not inside ``waits``."""
+
 
 K = TypeVar("K")
 

@@ -112,6 +112,7 @@ class _Step(Spec):
     reserved_bytes: int | None = None
     compiles: int | None = None
     waiting_seconds: float | None = None
+    exchanging_seconds: float | None = None
     rss_bytes: int | None = None
 
 
@@ -196,12 +197,14 @@ def measurement(
 
 def _rank_steps(rank: int, events: Sequence[Event]) -> RankSteps:
     steps = [event for event in events if event["event"] == "step"]
-    waiting: list[Any] = [step.get("waiting_seconds") for step in steps]
-    return RankSteps(
-        rank=rank,
-        seconds=tuple(step["seconds"] for step in steps),
-        waiting_seconds=tuple(waiting) if waiting and None not in waiting else None,
-    )
+
+    def of_all(name: str) -> tuple[Any, ...] | None:
+        values = tuple(step.get(name) for step in steps)
+        return values if values and None not in values else None
+
+    seconds = tuple(step["seconds"] for step in steps)
+    waiting, exchanging = of_all("waiting_seconds"), of_all("exchanging_seconds")
+    return RankSteps(rank=rank, seconds=seconds, waiting_seconds=waiting, exchanging_seconds=exchanging)
 
 
 def _column(name: str, steps: Sequence[Event]) -> tuple[Any, ...] | None:

@@ -132,6 +132,10 @@ class _CountedProbe:
         """Nothing to count."""
         return self._probe.waits()
 
+    def exchanges(self) -> AbstractContextManager[None]:
+        """Nothing to count."""
+        return self._probe.exchanges()
+
     def counts(self, device: Literal["cpu", "cuda"]) -> Counts:
         """All steps so far."""
         return Counts(

@@ -60,9 +60,16 @@ class StepProbe:
     @contextlib.contextmanager
     def waits(self) -> Iterator[None]:
         """Around what a rank does where it waits for the slowest."""
-        self._clock.wait_begins()
+        self._clock.tick("waiting")
         yield
-        self._clock.wait_ends()
+        self._clock.tick("waiting")
+
+    @contextlib.contextmanager
+    def exchanges(self) -> Iterator[None]:
+        """Around what else ranks exchange while this one computes nothing."""
+        self._clock.tick("exchanging")
+        yield
+        self._clock.tick("exchanging")
 
     def finish(self) -> None:
         """Training is over: wait for the device and write what is left."""
@@ -89,9 +96,13 @@ class StepProbe:
                     "reserved_bytes": step.reserved_bytes,
                     "compiles": step.compiles,
                     "waiting_seconds": step.waiting_seconds,
+                    "exchanging_seconds": step.exchanging_seconds,
                     "rss_bytes": status_bytes("VmRSS"),
                 },
             )
+
+
+_With = Literal["waiting", "exchanging"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +115,7 @@ class _Passed:
     host_seconds: float | None = None
     reserved_bytes: int | None = None
     waiting_seconds: float | None = None
+    exchanging_seconds: float | None = None
 
 
 class _HostClock:
@@ -113,13 +125,11 @@ class _HostClock:
         self._last = 0.0
         self._compiles = 0
         self._passed: list[_Passed] = []
-        self._waited: float | None = None
+        self._ticks: dict[_With, list[float]] = {"waiting": [], "exchanging": []}
 
-    def wait_begins(self) -> None:
-        self._wait_began = time.perf_counter()
-
-    def wait_ends(self) -> None:
-        self._waited = (self._waited or 0.0) + time.perf_counter() - self._wait_began
+    def tick(self, what: _With) -> None:
+        """What a rank does with others begins, and the next time ends."""
+        self._ticks[what].append(time.perf_counter())
 
     def start(self, compiles: int) -> None:
         self._compiles = compiles
@@ -129,8 +139,14 @@ class _HostClock:
         norm = None if grad_norm is None else float(grad_norm)
         value = float(loss)
         now = time.perf_counter()
-        self._passed.append(_Passed(now - self._last, value, norm, tokens, compiles - self._compiles, waiting_seconds=self._waited))
-        self._last, self._compiles, self._waited = now, compiles, None
+        waited, exchanged = (sum(ticks[1::2]) - sum(ticks[::2]) if ticks else None for ticks in self._ticks.values())
+        passed = _Passed(
+            now - self._last, value, norm, tokens, compiles - self._compiles, waiting_seconds=waited, exchanging_seconds=exchanged
+        )
+        self._passed.append(passed)
+        self._last, self._compiles = now, compiles
+        for ticks in self._ticks.values():
+            ticks.clear()
 
     def passed(self, *, wait: bool) -> list[_Passed]:
         done, self._passed = self._passed, []
@@ -149,6 +165,7 @@ class _Issued:
     host_seconds: float
     reserved_bytes: int
     waits: tuple[Any, ...]
+    exchanges: tuple[Any, ...]
 
 
 class _CudaClock:
@@ -158,13 +175,11 @@ class _CudaClock:
         self._num_steps = num_steps
         self._pending: deque[_Issued] = deque()
         self._count = 0
-        self._waits: list[Any] = []
+        self._ticks: dict[_With, list[Any]] = {"waiting": [], "exchanging": []}
 
-    def wait_begins(self) -> None:
-        self._waits.append(_recorded())
-
-    def wait_ends(self) -> None:
-        self._waits.append(_recorded())
+    def tick(self, what: _With) -> None:
+        """As of the host's clock, on the stream that computes."""
+        self._ticks[what].append(_recorded())
 
     def start(self, compiles: int) -> None:
         import torch
@@ -184,10 +199,13 @@ class _CudaClock:
                 self._values[self._count, column].copy_(source, non_blocking=True)
         event = _recorded()
         now = time.perf_counter()
-        host, waits = now - self._host, tuple(self._waits)
-        step = _Issued(self._count, event, grad_norm is not None, tokens, compiles - self._compiles, host, reserved_bytes(), waits)
+        ticks = (tuple(self._ticks["waiting"]), tuple(self._ticks["exchanging"]))
+        step = _Issued(
+            self._count, event, grad_norm is not None, tokens, compiles - self._compiles, now - self._host, reserved_bytes(), *ticks
+        )
         self._pending.append(step)
-        self._waits.clear()
+        for each in self._ticks.values():
+            each.clear()
         self._host, self._compiles = now, compiles
         self._count += 1
 
@@ -198,8 +216,8 @@ class _CudaClock:
             step.event.synchronize()
             loss, norm = self._values[step.row].tolist()
             seconds = self._last.elapsed_time(step.event) / 1000
-            grad_norm, waited = norm if step.has_norm else None, _between(step.waits)
-            done.append(_Passed(seconds, loss, grad_norm, step.tokens, step.compiles, step.host_seconds, step.reserved_bytes, waited))
+            grad_norm, shared = norm if step.has_norm else None, (_between(step.waits), _between(step.exchanges))
+            done.append(_Passed(seconds, loss, grad_norm, step.tokens, step.compiles, step.host_seconds, step.reserved_bytes, *shared))
             self._last = step.event
         return done
 
@@ -213,10 +231,10 @@ def _recorded() -> Any:
     return event
 
 
-def _between(waits: tuple[Any, ...]) -> float | None:
+def _between(ticks: tuple[Any, ...]) -> float | None:
     """Seconds between the first and the second event, the third and the fourth, …; all have passed."""
-    pairs = zip(waits[::2], waits[1::2], strict=True)
-    return sum(began.elapsed_time(ended) for began, ended in pairs) / 1000 if waits else None
+    pairs = zip(ticks[::2], ticks[1::2], strict=True)
+    return sum(began.elapsed_time(ended) for began, ended in pairs) / 1000 if ticks else None
 
 
 def _uuids() -> list[str]:

@@ -42,12 +42,14 @@ class Steps(Spec):
 
 class RankSteps(Spec):
     """Of one rank of several, by its own clock: seconds of every step, and of these what it spent in the exchange of losses that follows
-    the backward pass, where it waits for the slowest; null where the engine does not say. The rank that waits least is that one.
+    the backward pass, where it waits for the slowest. The rank that waits least is that one. ``exchanging_seconds``: what else it spent in
+    exchanges, of gradients and weights, while it computed nothing. Null where the engine does not say.
     """
 
     rank: int
     seconds: tuple[float, ...]
     waiting_seconds: tuple[float, ...] | None
+    exchanging_seconds: tuple[float, ...] | None = None
 
 
 class Startup(Spec):

@@ -54,12 +54,16 @@ def test_what_a_rank_waits_is_part_of_its_step(tmp_path: Path) -> None:
         for _ in range(2):
             with probe.waits():
                 time.sleep(0.03)
+            for _ in range(3):
+                with probe.exchanges():
+                    time.sleep(0.02)
         probe.step(loss=1.0, grad_norm=None, tokens=TOKENS)
         probe.step(loss=1.0, grad_norm=None, tokens=TOKENS)
         probe.finish()
     first, second = events(log, "step")
     assert 0.06 <= first["waiting_seconds"] <= first["seconds"]
-    assert second["waiting_seconds"] is None
+    assert 0.12 <= first["exchanging_seconds"] <= first["seconds"] - first["waiting_seconds"]
+    assert (second["waiting_seconds"], second["exchanging_seconds"]) == (None, None)
 
 
 class FakeEvent:
@@ -134,14 +138,17 @@ def test_a_gpu_step_is_read_once_its_event_has_passed_and_never_waited_for(tmp_p
         probe = StepProbe(sink, ImportClock(), device="cuda", num_steps=3, began=time.monotonic(), data_seconds=0.0)
         probe.ready()
         for loss in (3.0, 2.0, 1.0):
+            with probe.exchanges():
+                FakeEvent.clock += 5.0
             probe.step(loss=loss, grad_norm=0.5, tokens=TOKENS)
             assert FakeEvent.synchronised == 0
         assert events(log, "step") == [], "nothing has passed yet, so nothing may have been read"
         FakeEvent.passed_until = FakeEvent.clock
         probe.finish()
     assert [(event["losses"], event["grad_norms"], event["seconds"]) for event in events(log, "step")] == [
-        (3.0, 0.5, 0.01), (2.0, 0.5, 0.01), (1.0, 0.5, 0.01),
+        (3.0, 0.5, 0.035), (2.0, 0.5, 0.035), (1.0, 0.5, 0.035),
     ]  # fmt: skip
+    assert [(event["exchanging_seconds"], event["waiting_seconds"]) for event in events(log, "step")] == [(0.015, None)] * 3
     memory = [event["memory"] for event in events(log, "memory")]
     assert [memory[-1][f"peak_{kind}_bytes"] for kind in ("allocated", "active", "reserved")] == [3 * 2**30, 4 * 2**30, 5 * 2**30]
     assert [one["num_alloc_retries"] for one in memory] == [1, 0, 3], "of each phase"

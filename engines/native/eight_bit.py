@@ -94,6 +94,11 @@ class EightBitState:
         self.first_scale = torch.zeros(num_elements // BLOCK, dtype=torch.float32, device=device)
         self.second_scale = torch.zeros_like(self.first_scale)
 
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """All of it, by name."""
+        return {name: getattr(self, name) for name in ("first", "second", "first_scale", "second_scale")}
+
     def moments(self, span: slice) -> tuple[Tensor, Tensor]:
         """The first moment and the root of the second of some blocks, float32."""
         blocks = slice(span.start // BLOCK, span.stop // BLOCK)
@@ -129,6 +134,11 @@ class PlainEightBit:
         """Moments zero; random numbers from ``schedule.seed``."""
         self._weights, self._schedule = weights, schedule
         self.state = EightBitState(len(weights), weights.device)
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """Both moments and their scales."""
+        return self.state.kept
 
     def update(self, span: slice, gradients: Tensor, scalars: Tensor) -> Tensor:
         """Update ``span`` of the weights; returns the sum of the squared gradients before clipping."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -19,6 +20,10 @@ class Rule(Protocol):
     def update(self, span: slice, gradients: Tensor, scalars: Tensor) -> Tensor:
         """Update ``span``, a whole number of blocks, from its ``gradients``; returns the sum of their squares before clipping."""
 
+    @property
+    def kept(self) -> Mapping[str, Tensor]:
+        """What it keeps from step to step beside the weights, by name."""
+
 
 class PlainFloat32:
     """AdamW on flat masters with moments of their type, in plain torch on any device; the products get a copy of theirs."""
@@ -27,6 +32,11 @@ class PlainFloat32:
         """Moments zero."""
         self._masters, self._values, self._schedule = masters, values, schedule
         self._first, self._second = torch.zeros_like(masters), torch.zeros_like(masters)
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """Both moments."""
+        return {"first": self._first, "second": self._second}
 
     def update(self, span: slice, gradients: Tensor, scalars: Tensor) -> Tensor:
         """Update ``span`` of the masters; returns the sum of the squared gradients before clipping."""
@@ -50,6 +60,11 @@ class AfterBackward:
         """Nothing has been added yet."""
         self._store, self._rule = store, rule
 
+    @property
+    def kept(self) -> Mapping[str, Tensor]:
+        """As the rule keeps it."""
+        return self._rule.kept
+
     def step(self, scalars: Tensor) -> None:
         """Update everything; the gradients have been used."""
         gradients = self._store.gradients
@@ -68,6 +83,11 @@ class InBackward:
         """Nothing is ready yet."""
         self._store, self._rule = store, rule
         self._squares: list[Tensor] = []
+
+    @property
+    def kept(self) -> Mapping[str, Tensor]:
+        """As the rule keeps it."""
+        return self._rule.kept
 
     def step(self, scalars: Tensor) -> None:
         """Everything has been updated."""

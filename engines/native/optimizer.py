@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,14 +21,9 @@ class Optimizer(Protocol):
     def step(self, scalars: Tensor) -> None:
         """Update the masters from their gradients, zero these, and hand the new values to the products."""
 
-
-@runtime_checkable
-class Moments(Protocol):
-    """An optimizer whose state is two tensors beside the masters."""
-
     @property
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """The first and the second, in the order of the masters."""
+    def kept(self) -> Mapping[str, Tensor]:
+        """What it keeps from step to step beside the masters, by name."""
 
 
 class AdamW:
@@ -41,9 +36,9 @@ class AdamW:
         self._rates = rates
 
     @property
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """What is kept from step to step."""
-        return self._first, self._second
+    def kept(self) -> dict[str, Tensor]:
+        """Both moments."""
+        return {"first": self._first, "second": self._second}
 
     def step(self, scalars: Tensor) -> None:
         """p <- p (1 - lr wd) - lr (m / c1) / (sqrt(v / c2) + epsilon), with the clipped gradient in m and v."""

@@ -74,6 +74,7 @@ def exchange(probe: Probe) -> Callable[[Tensor, Tensor], None]:
     def sum_over_ranks(loss: Tensor, gradients: Tensor) -> None:
         with probe.waits():
             distributed.all_reduce(loss)
-        distributed.all_reduce(gradients)
+        with probe.exchanges():
+            distributed.all_reduce(gradients)
 
     return sum_over_ranks

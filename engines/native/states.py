@@ -13,10 +13,9 @@ from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from engines.native.optimizer import Moments, Optimizer
-from engines.native.weights import Arena, DecoderWeights, trained_weights
+from engines.native.optimizer import Optimizer
+from engines.native.weights import DecoderWeights, trained_weights
 from harness.engine import Checkpoints
-from harness.errors import UnsupportedError
 
 _KEPT = 2  # the last step of the newest may be missing in the log of a killed run; the one before it is then what counts
 
@@ -120,25 +119,22 @@ class Plain:
 
 
 class Flat:
-    """Masters and moments of adapters in one arena: the same on every rank, so that rank 0 writes them and all read."""
+    """A decoder's masters in one buffer, and what their optimizer keeps: the same on every rank, so that rank 0 writes and all read."""
 
     def __init__(self, weights: DecoderWeights, optimizer: Optimizer) -> None:
-        """Raises UnsupportedError for weights that are trained elsewhere."""
-        if not isinstance(weights.arena, Arena) or not isinstance(optimizer, Moments):
-            raise UnsupportedError("save_every: fused saves the state of adapters; for method=full set save_every=null or engine=fsdp")
         self._weights = weights
-        first, second = optimizer.moments
-        self._tensors = {"masters": weights.arena.masters, "first": first, "second": second}
+        self._tensors = {"masters": weights.arena.masters, **optimizer.kept}
 
     def save_state(self, folder: Path) -> None:
-        """One file."""
+        """A file for each tensor: those of all weights are large, and the host has one of them at a time."""
         if _rank() == 0:
-            save_file({name: tensor.detach().cpu() for name, tensor in self._tensors.items()}, folder / "state.safetensors")
+            for name, tensor in self._tensors.items():
+                save_file({name: tensor.detach().cpu()}, folder / f"{name}.safetensors")
 
     def load_state(self, folder: Path) -> None:
         """In place, and to the products."""
-        for name, tensor in load_file(folder / "state.safetensors").items():
-            self._tensors[name].copy_(tensor)
+        for name, tensor in self._tensors.items():
+            tensor.detach().copy_(load_file(folder / f"{name}.safetensors")[name])
         for weight in trained_weights(self._weights):
             weight.publish()
 

@@ -11,6 +11,7 @@ order in which groups have to be filled follows from the plan alone, and what is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -71,12 +72,13 @@ class Order:
     and up and of the down projection once more. So none of that decides when a buffer is free (``section``), and ranks whose batches
     differ in size agree on which buffer is filled after which.
 
-    ``start``: how a buffer is filled ahead; None: not before it is its turn.
+    ``start``: how a buffer is filled ahead; None: not before it is its turn. ``stands_still``: around what products wait for.
     """
 
     def __init__(self, ahead: int = 1) -> None:
         """No pass has been seen."""
         self.start: Callable[[Callable[[], None]], Wait] | None = None
+        self.stands_still: Callable[[], AbstractContextManager[None]] = nullcontext
         self._ahead = ahead
         self._due: list[_Due] = []
         self._seen: list[list[Turn]] = []  # of this pass: each turn that was filled for, and those taken until the next was
@@ -146,7 +148,8 @@ class Shared:
     def arrive(self) -> None:
         """What is launched next finds the holder's values."""
         if self.pending is not None:
-            self.pending()
+            with self.order.stands_still():
+                self.pending()
             self.pending = None
 
 
@@ -172,6 +175,10 @@ class SharedBuffers:
         if found.buffer.shape != (rows, columns):
             raise ValueError(f"{kind}: a buffer of {list(found.buffer.shape)} is shared, one of {[rows, columns]} was asked for")
         return found
+
+    def watch(self, around: Callable[[], AbstractContextManager[None]]) -> None:
+        """``around``: entered where products wait for a buffer to be filled."""
+        self._order.stands_still = around
 
     def forget(self) -> None:
         """What the buffers hold is out of date, because adapters have changed."""
@@ -203,7 +210,8 @@ class Turn:
         first = shared.holder is not self or shared.pending is not None
         shared.arrive()
         if shared.holder is not self:
-            self._fill()
+            with shared.order.stands_still():
+                self._fill()
             shared.holder = self
         shared.order.taken(self, first=first)
 

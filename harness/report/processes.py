@@ -18,13 +18,16 @@ from harness.steady import steady
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One rank of the first repeat: its median ``step_seconds``, those of them that it did not wait (null: not known), and its peak of
-    memory over phases, the allocator's on a GPU, resident on a CPU.
+    """One rank of the first repeat: its median ``step_seconds``, those of them that it did not wait (null: not known), the share of the
+    steps that it waited and that it exchanged while it computed nothing, and its peak of memory over phases, the allocator's on a GPU,
+    resident on a CPU.
     """
 
     rank: int
     step_seconds: float
     busy_seconds: float | None
+    waiting_share: float | None
+    exchanging_share: float | None
     peak_bytes: int | None
 
 
@@ -60,6 +63,8 @@ def plain(of: Scaling | None) -> dict[str, Any]:
             "rank": one.rank,
             "step_seconds": finite(one.step_seconds),
             "busy_seconds": finite(one.busy_seconds),
+            "waiting_share": finite(one.waiting_share),
+            "exchanging_share": finite(one.exchanging_share),
             "peak_gib": None if one.peak_bytes is None else one.peak_bytes / 2**30,
         }
         for one in (of.ranks if of else ())
@@ -136,7 +141,12 @@ def _rank(of: RankSteps, measured: Measurement, window: range, record: Record) -
     sizes = [size for one in measured.memory if one.rank == of.rank and (size := getattr(one, name)) is not None]
     waiting = of.waiting_seconds
     busy = None if waiting is None else _median(of.seconds[i] - waiting[i] for i in window)
-    return Rank(of.rank, _median(of.seconds[i] for i in window), busy, max(sizes, default=None))
+    shares = _share(waiting, of.seconds, window), _share(of.exchanging_seconds, of.seconds, window)
+    return Rank(of.rank, _median(of.seconds[i] for i in window), busy, *shares, max(sizes, default=None))
+
+
+def _share(spent: Sequence[float] | None, seconds: Sequence[float], window: range) -> float | None:
+    return None if spent is None else sum(spent[i] for i in window) / sum(seconds[i] for i in window)
 
 
 def _median(values: Iterable[float]) -> float:
@@ -156,6 +166,17 @@ def _slowest(of: Scaling) -> str:
     return f"rank {slowest} is busy {number(busy[slowest], 3)} s a step, rank {fastest} {number(busy[fastest], 3)} s"
 
 
+def _exchanges(of: Scaling) -> str:
+    """Of each rank; nothing where the engine does not say."""
+    shares = [f"{one.rank}: {100 * one.exchanging_share:.1f}\u00a0%" for one in of.ranks if one.exchanging_share is not None]
+    return ", ".join(shares)
+
+
+def _waits(of: Scaling) -> str:
+    shares = [f"{one.rank}: {100 * one.waiting_share:.1f}\u00a0%" for one in of.ranks if one.waiting_share is not None]
+    return ", ".join(shares)
+
+
 def _memory(of: Scaling) -> str:
     sizes = [f"{one.rank}: {gib(one.peak_bytes)}" for one in of.ranks if one.peak_bytes is not None]
     return ", ".join(sizes)
@@ -166,5 +187,7 @@ _COLUMNS: Mapping[str, Callable[[Scaling], str]] = {
     "tokens/s a {}": lambda of: plain_rate(of.tokens_per_second_per_process),
     "scaling efficiency": _efficiency,
     "slowest and fastest rank": _slowest,
+    "of a step in exchanges by rank": _exchanges,
+    "waiting for the slowest": _waits,
     "peak GiB by rank": _memory,
 }

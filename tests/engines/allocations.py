@@ -27,7 +27,7 @@ from engines.native.lora import Adapter
 from engines.native.ops import Attended, HeadNorms, Heads, Input, Normed, NormSource
 from engines.native.packed import Packed
 from engines.native.plan import Plan
-from engines.native.random_files import RandomSlice
+from engines.native.random_files import RandomFile
 from engines.native.shape import LlamaShape
 from engines.native.store import Training
 from engines.native.weights import Linear, Weight
@@ -194,19 +194,6 @@ def _plain_swiglu(gate_up_TN: Tensor, linear: Linear) -> Input:
     return Input(gate_up_TN.new_empty(len(gate_up_TN), linear.num_inputs), None)
 
 
-class _Shapes:
-    """Stands for an open file: every tensor on the meta device."""
-
-    def __init__(self, sizes: dict[str, tuple[int, ...]]) -> None:
-        self._sizes = sizes
-
-    def get_tensor(self, name: str) -> Tensor:
-        return torch.empty(self._sizes[name], device=META)
-
-    def get_slice(self, name: str) -> RandomSlice:
-        return RandomSlice(self._sizes[name])
-
-
 def _full_weight_gradients(dy_TW: Tensor, source: Tensor | NormSource, linear: Linear) -> None:
     """A normed input is made again."""
     if isinstance(source, NormSource):
@@ -218,14 +205,14 @@ def meta_decoder(shape: LlamaShape, fp8: Mode | None = None, training: Training 
     sizes = dict(tensor_sizes(shape))
     if training is not None:
         place = Placement(META, torch.bfloat16, torch.float32, training=training)
-        everything = build_weights(dict.fromkeys(sizes, _Shapes(sizes)), shape, place, None)
+        everything = build_weights(dict.fromkeys(sizes, RandomFile(sizes, "meta")), shape, place, None)
         ops = replace(
             ALLOCATIONS, weight_gradients=_full_weight_gradients, norm=_plain_norm, attention=_plain_attention, swiglu=_plain_swiglu
         )
         return Decoder(shape=shape, weights=everything, ops=ops, plans=(), loss_chunk=1)
     adapters = {name: torch.empty(size, device=META) for name, size in adapter_sizes(sizes).items()}
     placement = Placement(META, torch.bfloat16, torch.float32, RANK_MULTIPLE if fp8 else 64, fp8=fp8)
-    weights = build_weights(dict.fromkeys(sizes, _Shapes(sizes)), shape, placement, Adapter({}, adapters, RANK, 2.0))
+    weights = build_weights(dict.fromkeys(sizes, RandomFile(sizes, "meta")), shape, placement, Adapter({}, adapters, RANK, 2.0))
     return Decoder(shape=shape, weights=weights, ops=FP8_ALLOCATIONS if fp8 else ALLOCATIONS, plans=(), loss_chunk=1)
 
 

@@ -23,7 +23,7 @@ from harness.record import Record
 from harness.spec import Cell, EngineSpec, parse
 from harness.watch import OnEvent
 from tests.engines.test_fsdp import KNOBS
-from tests.engines.tiny import RecordingProbe, make_job, plain_training, with_train
+from tests.engines.tiny import FULL, LORA, RecordingProbe, make_job, plain_training, with_train
 
 TWO = Machine(device="cpu", name="Test CPU", count=2, memory_gib=8)
 LONG = 20_000  # steps that nobody waits for
@@ -57,13 +57,22 @@ def test_a_rank_that_is_killed_ends_the_cell_at_once_and_is_named(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("engine", "knobs"), [("fsdp", {"strategy": "full_shard"}), ("deepspeed", {"stage": 2})], ids=["fsdp", "deepspeed"]
+    ("engine", "method", "knobs"),
+    [
+        ("fsdp", LORA, {"strategy": "full_shard"}),
+        ("deepspeed", LORA, {"stage": 2}),
+        ("fused", LORA, {"base": "sharded"}),
+        ("fused", FULL, {}),
+    ],
+    ids=["fsdp", "deepspeed", "fused-sharded", "fused-full"],
 )
-def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_losses(tmp_path: Path, engine: str, knobs: dict[str, Any]) -> None:
+def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_losses(
+    tmp_path: Path, engine: str, method: dict[str, Any], knobs: dict[str, Any]
+) -> None:
     """The record has the steps of both processes, says where the second began, and has no rate."""
     if engine == "deepspeed" and lack(None, ["deepspeed"]):
         pytest.skip("deepspeed is not installed: pip install deepspeed")
-    job = make_job(tmp_path, steps=100)
+    job = make_job(tmp_path, method=method, steps=100)
     seen: list[bool] = []
 
     def kill_rank_1(event: Event) -> None:
@@ -77,6 +86,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_losses(tmp_
     assert (cut.status, rest.status, rest.reason) == ("crash", "ok", None)
     assert cut.measurement is not None
     assert rest.measurement is not None
+    for one in cut.measurement.ranks if engine == "fused" else ():
+        assert one.exchanging_seconds is not None
+        assert all(0 < spent < seconds for spent, seconds in zip(one.exchanging_seconds, one.seconds, strict=True))
     before, after = cut.measurement.steps, rest.measurement.steps
     (began,) = rest.measurement.resumed_at
     assert 20 <= began <= len(before.losses) < 100
@@ -120,6 +132,10 @@ def run(
     )
     (tokens,) = (job.out.parent / "tokens").glob("*.safetensors")
     made = Prepared(
-        tokens=str(tokens), base=str(job.base), adapter_init=str(job.adapter_init), base_sha256="b" * 64, adapter_init_sha256="a" * 64
+        tokens=str(tokens),
+        base=str(job.base),
+        adapter_init=str(job.adapter_init) if job.adapter_init else None,
+        base_sha256="b" * 64,
+        adapter_init_sha256="a" * 64 if job.adapter_init else None,
     )
     return run_cell(request, TWO, made, root, on_event)

@@ -26,7 +26,6 @@ from engines.native.store import Store, Training
 from harness.data.tokens import IGNORE, Sample, TokenFile, pack
 from harness.data.write import write_token_file
 from harness.engine import Checkpoints, Job
-from harness.errors import UnsupportedError
 from harness.spec import parse
 from tests.engines.conformance import SAME
 from tests.engines.ranks import Ranks, started
@@ -60,23 +59,32 @@ def test_two_ranks_make_the_steps_of_one(two: Ranks, tmp_path: Path, method: dic
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_rest_of_a_run_is_that_of_the_whole(two: Ranks, tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(
+    ("processes", "method", "knobs", "limit"),
+    [
+        (1, LORA, {}, 0.5),
+        (2, LORA, {}, 0.5),
+        (2, FULL, {}, 0.5),
+        (1, FULL, {"compute_dtype": "bfloat16"}, 0.5),
+        (1, FULL, {"compute_dtype": "bfloat16", "optimizer_state": "int8"}, 0.5),
+        (1, FULL, {"micro_batch": 5}, None),
+    ],
+    ids=["lora", "lora-ranks", "full-ranks", "full-masters", "full-int8", "full-in-backward"],
+)
+def test_the_rest_of_a_run_is_that_of_the_whole(
+    two: Ranks, tmp_path: Path, processes: int, method: dict[str, Any], knobs: dict[str, Any], limit: float | None
+) -> None:
     """To the bit, and the weights that are saved."""
     engine: Any = two if processes == 2 else engines.fused
-    job, places = make_job(tmp_path, steps=6), Checkpoints(folder=tmp_path / "checkpoints", every=2)
-    whole = trained(engine, KNOBS, replace(job, checkpoints=places))
+    job = make_job(tmp_path, "tied" if method is FULL else "llama", method, steps=6, max_grad_norm=limit)
+    places, settings = Checkpoints(folder=tmp_path / "checkpoints", every=2), {**KNOBS, **knobs}
+    whole = trained(engine, settings, replace(job, checkpoints=places))
     assert sorted(path.name for path in places.folder.iterdir()) == ["step-00000002", "step-00000004"]
-    rest = trained(engine, KNOBS, replace(with_train(job, "rest"), checkpoints=replace(places, made=4)))
+    rest = trained(engine, settings, replace(with_train(job, "rest"), checkpoints=replace(places, made=4)))
     assert (rest.losses, rest.grad_norms, rest.tokens) == (whole.losses[4:], whole.grad_norms[4:], whole.tokens[4:])
-    saved, expected = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "rest", job.out))
+    saved, expected = (load_file(next(folder.glob("*.safetensors"))) for folder in (tmp_path / "rest", job.out))
+    assert set(saved) == set(expected)
     assert all(torch.equal(saved[name], value) for name, value in expected.items())
-
-
-def test_the_state_of_all_weights_is_not_saved(tmp_path: Path) -> None:
-    places = Checkpoints(folder=tmp_path / "checkpoints", every=2)
-    with pytest.raises(UnsupportedError, match="save_every: fused saves the state of adapters"):
-        trained(engines.fused, KNOBS, replace(make_job(tmp_path, "llama", FULL), checkpoints=places))
 
 
 def test_every_gpu_needs_a_sample() -> None:

@@ -69,6 +69,9 @@ class RecordingProbe:
     def waits(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def exchanges(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def step(self, *, loss: torch.Tensor | float, grad_norm: torch.Tensor | float | None, tokens: StepTokens) -> None:
         assert self.is_ready, "step() came before ready()"
         self.losses.append(float(loss))

@@ -12,13 +12,18 @@ from harness.store import Results
 from tests import records
 
 
-def several(rate: float, processes: int = 2, **changed: Any) -> Record:
+def several(rate: float, processes: int = 2, *, exchanging: bool = False, **changed: Any) -> Record:
     """Rank 1 waits for nobody, the others for it."""
     one = records.record(records.engine("fsdp", processes=processes), rate=rate, **changed)
     assert one.measurement is not None
     seconds = one.measurement.steps.seconds
     ranks = tuple(
-        RankSteps(rank=rank, seconds=seconds, waiting_seconds=tuple(0.0 if rank == 1 else 0.25 * value for value in seconds))
+        RankSteps(
+            rank=rank,
+            seconds=seconds,
+            waiting_seconds=tuple(0.0 if rank == 1 else 0.25 * value for value in seconds),
+            exchanging_seconds=tuple(0.125 * value for value in seconds) if exchanging else None,
+        )
         for rank in range(processes)
     )
     measured = one.measurement.model_copy(
@@ -49,6 +54,17 @@ def test_two_processes_are_measured_against_one_on_the_same_steps() -> None:
     assert "900.0 tokens/s a process; 90.0 % of the same steps in one process" in shown
     assert "rank 1 is busy" in shown
     assert "### Several processes" in markdown(results)
+
+
+def test_what_ranks_spend_in_exchanges_is_a_share_of_their_steps() -> None:
+    silent, telling = together(several(1800.0)), together(several(1800.0, exchanging=True))
+    (found,) = rows(telling)
+    assert [(one["waiting_share"], one["exchanging_share"]) for one in found["ranks"]] == [(0.25, 0.125), (0.0, 0.125)]
+    assert [one["exchanging_share"] for one in rows(silent)[0]["ranks"]] == [None, None]
+    assert "of a step in exchanges by rank" in markdown(telling)
+    assert "0: 12.5 %, 1: 12.5 %" in markdown(telling)
+    assert "in exchanges" not in markdown(silent)
+    assert "0: 25.0 %, 1: 0.0 %" in markdown(silent)
 
 
 def test_on_gpus_one_process_is_another_machine_and_may_have_a_share_of_the_samples() -> None:

@@ -70,9 +70,9 @@ class FlatAdamW:
         self._plan = plan.to(masters.device)
 
     @property
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """What is kept from step to step."""
-        return self._first, self._second
+    def kept(self) -> dict[str, Tensor]:
+        """Both moments."""
+        return {"first": self._first, "second": self._second}
 
     def step(self, scalars: Tensor) -> None:
         """Update from ``scalars`` on the device, float32: learning rate, c1, c2, clip factor; gradients are zero afterwards."""

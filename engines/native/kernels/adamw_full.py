@@ -146,6 +146,11 @@ class Float32Kernel:
         self._masters, self._values, self._schedule = masters, values, schedule
         self._first, self._second = torch.zeros_like(masters), torch.zeros_like(masters)
 
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """Both moments."""
+        return {"first": self._first, "second": self._second}
+
     def update(self, span: slice, gradients: Tensor, scalars: Tensor) -> Tensor:
         """Update ``span`` of the masters from ``gradients`` [its length]; returns the sum of their squares before clipping."""
         schedule, count = self._schedule, _count(span, gradients)
@@ -167,6 +172,11 @@ class EightBitKernel:
             raise ValueError(f"weights are {weights.dtype}; expected bfloat16")
         self._weights, self._schedule = weights.view(torch.int16), schedule
         self.state = EightBitState(len(weights), weights.device)
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """Both moments and their scales."""
+        return self.state.kept
 
     def update(self, span: slice, gradients: Tensor, scalars: Tensor) -> Tensor:
         """As ``Float32Kernel.update``, of a whole number of blocks."""
