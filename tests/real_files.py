@@ -16,7 +16,10 @@ SAMPLE = ROOT / "harness" / "data" / "samples" / "python_docs.jsonl"
 
 
 def conf(group: str, name: str, /, **changes: Any) -> dict[str, Any]:
-    return {**yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text()), **changes}
+    raw: dict[str, Any] = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
+    if group == "train":
+        assert raw.pop("epochs") is None  # a way to say steps, and no part of a workload
+    return {**raw, **changes}
 
 
 def model(name: str = "tiny_llama", /, **changes: Any) -> Model:

@@ -47,6 +47,8 @@ def sentences(group: Group) -> Sentences:
 
 def _no_winner(group: Group) -> Sentences:
     ran = [variant for variant in group.variants if variant.runs]
+    if not ran and any(entry.record.status == "ok" for variant in group.variants for entry in variant.failures):
+        return Sentences("No rate was measured: what ran to its end had gone on from a checkpoint.", ())
     if not ran:
         return Sentences(f"Nothing was measured: of {len(group.variants)} variants none ran to the end.", ())
     details = tuple(f"{one.label} ({rate(one.tokens_per_second)}): {_verdict(one)}." for one in ran)

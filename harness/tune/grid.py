@@ -52,8 +52,11 @@ class Grid:
         return result_of(records[min(ask.round, len(records) - 1)], ask.steps)
 
     def total_seconds(self, candidate: Candidate, planned_steps: int) -> float | None:
-        """The planned run by all steps of all repeats; None when it does not run."""
-        results = [result_of(record) for record in self.records[candidate]]
+        """The planned run by all steps of all repeats; None when it does not run. Where a cell was measured again because it was among the
+        best (harness.tune.remeasure), the measurement that chose it does not count: it is too good by its noise.
+        """
+        records = self.records[candidate]
+        results = [result_of(record) for record in [record for record in records if record.cell.repeat > 0] or records]
         steps = [result.step_seconds for result in results if result.step_seconds is not None]
         startups = [result.startup_seconds for result in results if result.startup_seconds is not None]
         return statistics.median(startups) + planned_steps * statistics.median(steps) if steps and startups else None

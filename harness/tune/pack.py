@@ -13,9 +13,9 @@ from harness.record import Record, loads
 from harness.store import load, write_at_once
 
 SUFFIX = ".jsonl.gz"
-USAGE = """python -m harness.tune.pack OUT.jsonl.gz FOLDER [FOLDER ...]
+USAGE = """python -m harness.tune.pack OUT.jsonl.gz PLACE [PLACE ...]
 
-Every record under the folders (lanes of one grid) as a line of OUT, which python -m harness.tune.replay reads as it does a folder."""
+Every record under the places, folders (lanes of one grid) or packed files, as a line of OUT, which python -m harness.tune.replay reads."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,18 +24,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(words) < 2 or not words[0].endswith(SUFFIX):
         print(USAGE)
         return 2
-    results = load(*map(Path, words[1:]))
-    for problem in results.problems:
-        print(f"warning: left out: {problem}", file=sys.stderr)
-    if not results.stored:
-        print("no records", file=sys.stderr)
-        return 6
     try:
-        write(Path(words[0]), [stored.record for stored in results.stored])
-    except StoreError as error:
+        places = [records_of(Path(word)) for word in words[1:]]
+        records = list({(one.cell.key, one.provenance.started_utc): one for found, _ in places for one in found}.values())
+        for problem in (problem for _, problems in places for problem in problems):
+            print(f"warning: left out: {problem}", file=sys.stderr)
+        if not records:
+            print("no records", file=sys.stderr)
+            return 6
+        write(Path(words[0]), records)
+    except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(results.stored)} records in {words[0]}")
+        return 2 if isinstance(error, StoreError) else 6
+    print(f"{len(records)} records in {words[0]}")
     return 0
 
 

@@ -58,6 +58,7 @@ class Runner:
     budget_seconds: float | None
     on_view: Callable[[View, Sequence[Looked], float], None]
     machine: Machine = field(init=False)
+    view: View | None = field(init=False, default=None)
     looked: list[Looked] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -86,6 +87,7 @@ class Runner:
         view, stopped = self._search(began)
         spent = self._spent(began)
         path = path_of(self.root, self.machine, workload)
+        self.view = view
         if view.incumbent is None:
             return None, path
         return self._tuned(view, stopped, spent, (*self.entrants.left_out, *unable)), path

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
+from harness.tune.memory_model import SURE
 from harness.tune.runner import Looked, kind_of
 from harness.tune.search import View
 from harness.tuned import Tuned
@@ -35,6 +36,14 @@ def state(view: View, looked: Sequence[Looked], spent: float, budget: float | No
             f"{forecast.bound_seconds:,.0f} s, {forecast.memory.middle / _GIB:.1f} GiB"
         )
     return lines
+
+
+def needs(view: View, capacity: float | None) -> str:
+    """Why nothing could be tried: what the thriftiest candidate needs, by prediction, and what there is."""
+    least, forecast = min(view.forecasts.items(), key=lambda item: item[1].memory.middle)
+    there = "" if capacity is None else f"; {capacity / _GIB:.1f} GiB are there"
+    memory = f"{forecast.memory.middle / _GIB:.1f} GiB, up to {forecast.memory.high(SURE) / _GIB:.1f}"
+    return f"the least is needed, by prediction, by {least.title}: {memory}{there}"
 
 
 def summary(tuned: Tuned) -> list[str]:

@@ -75,6 +75,10 @@ def test_a_lone_variant_and_no_variant() -> None:
     )
     failed = records.stored(records.record(status="oom", reason="too big"))
     assert said(results([failed])) == "Nothing was measured: of 1 variants none ran to the end."
+    whole = records.record()
+    assert whole.measurement is not None
+    resumed = whole.model_copy(update={"measurement": whole.measurement.model_copy(update={"resumed_at": (5,)})})
+    assert said(results([records.stored(resumed)])) == "No rate was measured: what ran to its end had gone on from a checkpoint."
 
 
 def test_a_fast_cheat_does_not_win_and_the_report_says_why() -> None:
