@@ -10,13 +10,14 @@ from pydantic import Field
 from engines.native.base_reasons import Base, base_reasons
 from engines.native.forecast import footprint as footprint
 from engines.native.fp8_reasons import check_device, size_reasons
+from engines.native.fused_reasons import method_reasons, model_reasons, state_reasons
 from engines.native.hf_reasons import share_reasons
 from engines.native.lora_variants import variant_reasons
 from engines.native.named import variant as variant
 from harness.data.tokens import StepTokens
 from harness.engine import Chosen, Job, Machine, Probe
 from harness.errors import UnsupportedError
-from harness.spec import Lora, LoraFp8, Positive, Spec, Workload
+from harness.spec import LoraFp8, Positive, Spec, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 _RANK_MULTIPLE = 64  # see Placement
 _FP8_RANK_MULTIPLE = 16  # see engines.native.fp8
-_TARGETS = frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
 
 
 loss_norm = "token_global"
@@ -59,11 +59,14 @@ class Knobs(Spec):
 
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
     """Every reason that can be told before the weights are open, or None."""
-    reasons = [*_method_reasons(workload, knobs), *_model_reasons(workload), *_fused_reasons(workload, knobs, machine)]
+    reasons = [*method_reasons(workload, knobs.compute_dtype), *model_reasons(workload), *_fused_reasons(workload, knobs, machine)]
     gpus = machine.count if machine.device == "cuda" else None
     reasons += share_reasons(workload, gpus) if gpus is not None else []
     reasons += base_reasons(workload, knobs.base, replay=knobs.replay, processes=gpus)
-    reasons += [*_state_reasons(workload, knobs), *variant_reasons(workload, rank_stabilised=True, ratio=True)]
+    reasons += [
+        *state_reasons(workload, knobs.optimizer_state, knobs.compute_dtype),
+        *variant_reasons(workload, rank_stabilised=True, ratio=True),
+    ]
     return "; ".join(reasons) or None
 
 
@@ -165,18 +168,6 @@ class _Session:
             save_weights(self._decoder.weights, self._config, model.dtype, out)
 
 
-def _method_reasons(workload: Workload, knobs: Knobs) -> list[str]:
-    method, reasons = workload.method, []
-    if method.dtype == "float16":
-        reasons.append("method.dtype=float16 needs loss scaling, which fused does not do; use float32 or bfloat16")
-    elif knobs.compute_dtype == "float32" and method.dtype != "float32":
-        reasons.append(f"compute_dtype=float32 does not train {method.dtype} weights; set method.dtype=float32 or compute_dtype=bfloat16")
-    unknown = sorted(set(method.targets) - _TARGETS) if isinstance(method, Lora) else []
-    if unknown:
-        reasons.append(f"method.targets has {', '.join(unknown)}; fused adapts {', '.join(sorted(_TARGETS))}")
-    return reasons
-
-
 def _fused_reasons(workload: Workload, knobs: Knobs, machine: Machine) -> list[str]:
     """What the kernels and the replay do not do."""
     reasons = []
@@ -189,34 +180,9 @@ def _fused_reasons(workload: Workload, knobs: Knobs, machine: Machine) -> list[s
             reasons.append("operations=fused needs an NVIDIA GPU and compute_dtype=bfloat16; use operations=reference")
         if workload.method.dtype != "float32":
             reasons.append(f"operations=fused trains float32 masters, method.dtype is {workload.method.dtype}; use operations=reference")
-        if isinstance(workload.method, LoraFp8) and not _model_reasons(workload):
+        if isinstance(workload.method, LoraFp8) and not model_reasons(workload):
             reasons += size_reasons(workload)
     return reasons
-
-
-def _state_reasons(workload: Workload, knobs: Knobs) -> list[str]:
-    """Where 8-bit moments, and weights without masters, have no place."""
-    if knobs.optimizer_state == "fp32":
-        return []
-    if isinstance(workload.method, Lora):
-        return ["optimizer_state=int8 is for method=full: an adapter's moments are small beside the base; use optimizer_state=fp32"]
-    if knobs.compute_dtype != "bfloat16" or workload.method.dtype != "float32":
-        return [
-            "optimizer_state=int8 keeps the weights in bfloat16, rounded at random; it needs compute_dtype=bfloat16, method.dtype=float32"
-        ]
-    return []
-
-
-def _model_reasons(workload: Workload) -> list[str]:
-    from engines.native.shape import read_shape  # free of torch
-
-    if workload.model.config is None:
-        return []
-    try:
-        read_shape(workload.model.config, workload.data.sequence_length)
-    except UnsupportedError as error:
-        return [str(error)]
-    return []
 
 
 def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | None, Decoder, Shares, dict[str, Chosen]]:

@@ -42,6 +42,7 @@ class Derived:
     loss_fraction: float | None
     model_seconds: float | None
     first_step_seconds: float | None
+    second_step_seconds: float | None
     host_bound_fraction: float | None
     flops_per_second: float | None
     mfu: float | None
@@ -75,6 +76,7 @@ def derive(record: Record) -> Derived | None:
         loss_fraction=_ratio(sum(steps.tokens_loss), sum(steps.tokens_input)),
         model_seconds=max(0.0, parts[0] - parts[1] - parts[2]) if None not in parts else None,  # type: ignore[operator]
         first_step_seconds=steps.seconds[0] if steps.seconds else None,
+        second_step_seconds=steps.seconds[1] if len(steps.seconds) > 1 else None,
         host_bound_fraction=_host_bound_fraction(steps, window.steps),
         num_alloc_retries=_sum_of_known(memory.num_alloc_retries for memory in measured.memory),
         sm_clock_mhz=_clock(measured, window.steps),

@@ -57,7 +57,7 @@ def test_every_figure_of_a_gpu_run_by_hand() -> None:
     found = derived(gpu_record())
     assert (found.num_steady_steps, found.judged, found.step_seconds, found.tokens_per_second) == (NUM_STEPS - 1, True, 1.0, TOKENS)
     assert (found.pad_fraction, found.loss_fraction) == (pytest.approx(0.2), 0.75)
-    assert (found.model_seconds, found.first_step_seconds) == (5.5, 1.0)
+    assert (found.model_seconds, found.first_step_seconds, found.second_step_seconds) == (5.5, 1.0, 1.0)
     assert found.flops_per_second == pytest.approx(NEEDED)
     assert found.mfu == pytest.approx(NEEDED / 989.4e12)
     assert found.mfu_causal == pytest.approx((NEEDED - ATTENTION / 2) / 989.4e12)

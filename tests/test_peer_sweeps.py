@@ -130,3 +130,18 @@ def test_what_is_refused_says_why(rows: Path, cache: Path) -> None:
     assert not {"unsloth/nockpt+padded", "hf/ckpt"} & set(refused)
     (plain,) = planned("peers", rows, cache, "repeat=0", "method=full", "method.dtype=bfloat16", "engine=axolotl/plain")
     assert plain.action == "run"
+
+
+def test_what_tells_the_suspects_of_a_lost_run_apart_is_accepted(rows: Path, cache: Path) -> None:
+    cells = planned("axolotl_nan", rows, cache)
+    assert [cell.reason for cell in cells if cell.action != "run"] == []
+    assert sorted(cell.request.cell.engine.title for cell in cells) == [
+        "axolotl/kernels+ckpt", "axolotl/kernels+liger+ckpt", "axolotl/plain+ckpt", "axolotl/plain+liger+ckpt",
+    ]  # fmt: skip
+    single = planned(
+        "axolotl_nan", rows, cache, "engine.knobs.lora_kernels=[mlp],[qkv],[o]", "engine.knobs.liger=[]",
+        "model.name=llama3_8b_2", "model.config.num_hidden_layers=2", "engine.knobs.recompute=none",
+    )  # fmt: skip
+    assert [cell.action for cell in single] == ["run"] * 3
+    other = planned("axolotl_nan", rows, cache, "engine.knobs.lora_kernels=[mlp,qkv,o]", "engine.knobs.attention=eager,flex_attention")
+    assert [cell.reason for cell in other if cell.action != "run"] == []

@@ -83,9 +83,11 @@ class Kernels:
         self._asked: dict[tuple[int, str], Future[None]] = {}
 
     def compile(self, launches: Mapping[tuple[int, str], Launch]) -> None:
-        """Begin with those that were not asked for before."""
+        """Begin with those that were not asked for before; the calling thread stands on the same device."""
         for key, launch in launches.items():
             if key not in self._asked:
+                # Made here, once: two threads that each make a kernel's cache would leave one of them with what nobody finds again.
+                _ = launch.kernel.device_caches[driver.active.get_current_device()]
                 self._asked[key] = self._pool.submit(self._compile, launch)
 
     def wait(self) -> int:
@@ -102,7 +104,7 @@ class Kernels:
         self._first.result()
         kernel = launch.kernel.preload(launch.specialisation)
         if kernel is not None:  # else a hook of somebody else's forbade it
-            assert kernel.run is not None  # asking for it makes the launcher and loads both
+            _ = kernel.run  # asking for it makes the launcher and loads both
 
 
 def threads_for(processes: int) -> int:

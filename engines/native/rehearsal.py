@@ -78,7 +78,7 @@ class Rehearsal:
         decoder, sizes = self._begun.result()
         if (plans, loss_chunk) != self._assumed:
             self._kernels.wait()  # nothing is compiled while launches are noted
-            self._play(decoder, sizes, plans, loss_chunk)
+            self._stage.submit(self._play, decoder, sizes, plans, loss_chunk).result()
         return self._kernels.wait()
 
     def __enter__(self) -> Self:

@@ -114,6 +114,7 @@ def _startup(variant: Variant, found: list[Derived]) -> dict[str, float | None]:
         "data": _middle(startups, "data_seconds"),
         "model": _middle(found, "model_seconds"),
         "first_step": _middle(found, "first_step_seconds"),
+        "second_step": _middle(found, "second_step_seconds"),
     }
 
 

@@ -31,7 +31,7 @@ def test_every_kernel_for_every_target(tmp_path: Path) -> None:
     for file in files:
         source = (KERNELS / f"{file}.py").read_text()
         launched = {line.split("[")[0].strip() for line in source.splitlines() if line.strip().startswith("_") and "[(" in line}
-        compiled = (TREE / "engines" / "native" / "ahead.py").read_text()
+        compiled = (TREE / "engines" / "native" / "specimens.py").read_text()
         assert launched, file
         assert all(f"{file}.{kernel}," in compiled for kernel in launched), (file, launched)
 

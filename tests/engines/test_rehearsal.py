@@ -14,8 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from engines.native.rehearsal import sizes_of
+import engines.fused
+from engines.native import checkpoint, rehearsal
+from engines.native.plan import KEEP_INPUT, Plan
+from engines.native.rehearsal import Piece, sizes_of
 from harness.data.tokens import IGNORE, Batch
+from harness.spec import parse
+from tests.engines.test_fused import KNOBS
+from tests.engines.tiny import make_job
 
 TREE = Path(__file__).parents[2]
 # Kernels that a step launches in each case, with all their specialisations; what a GPU's records counted (LoRA: 16) is among them.
@@ -70,6 +76,37 @@ def test_without_a_rehearsal_the_step_would_have_compiled_as_many(made: dict[str
     for case, found in made.items():
         if case not in ("qlora", "subset", "full_int8"):  # these get another plan than was assumed
             assert found["needed"] == found["told"], case
+
+
+def test_the_engine_rehearses_while_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    class Recorded:
+        def __init__(self, piece: Piece) -> None:
+            told.append((piece.recompute, piece.loss_chunk, piece.shared, len(list(piece.batches()))))
+
+        def __enter__(self) -> Recorded:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            told.append("closed")
+
+        def finish(self, plans: tuple[Plan, ...], loss_chunk: int) -> int:
+            told.append((plans, loss_chunk))
+            return 16
+
+    monkeypatch.setattr(rehearsal, "Rehearsal", Recorded)
+    load = checkpoint.load_weights
+    monkeypatch.setattr(checkpoint, "load_weights", lambda *given: [told.append("loaded"), load(*given)][1])
+    job = make_job(tmp_path, steps=3, samples_per_step=4)
+    knobs = parse(engines.fused.Knobs, {**KNOBS, "operations": "fused", "compute_dtype": "bfloat16", "recompute": "full"})
+    *_, chosen = engines.fused._load(job, knobs, 0)
+    assert told == [("full", knobs.loss_chunk, False, 6), "loaded", ((KEEP_INPUT,) * 2, knobs.loss_chunk), "closed"]
+    assert chosen["kernels_compiled_ahead"] == 16
+    told.clear()
+    *_, chosen = engines.fused._load(job, parse(engines.fused.Knobs, KNOBS), 0)
+    assert told == ["loaded"]
+    assert "kernels_compiled_ahead" not in chosen
 
 
 def test_one_size_for_each_number_of_tokens() -> None:
