@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from engines.native.optimizer import Optimizer
 from engines.native.weights import DecoderWeights, trained_weights
 from harness.engine import Checkpoints
+from harness.errors import UnsupportedError
 
 _KEPT = 2  # the last step of the newest may be missing in the log of a killed run; the one before it is then what counts
 
