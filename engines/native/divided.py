@@ -63,11 +63,14 @@ class Gathered:
         return self.part, self.whole
 
 
-def joined(weights: Sequence[Quantised], division: Division) -> Tensor:
-    """The bytes of ``weights`` behind one another, each tensor's from a multiple of 16 on, and zeros up to as many for every rank."""
+def joined(weights: Sequence[Quantised], division: Division, device: str = "cpu") -> Tensor:
+    """The bytes of ``weights`` behind one another, each tensor's from a multiple of 16 on, and zeros up to as many for every rank.
+
+    ``device``: cpu, or meta, where no byte is read.
+    """
     spans = list(_spans(weights))
     total = division.count * _aligned(division.part(spans[-1][-1].stop))
-    whole = torch.zeros(total, dtype=torch.uint8)
+    whole = torch.zeros(total, dtype=torch.uint8, device=device)
     for weight, places in zip(weights, spans, strict=True):
         for name, place in zip(_SHARDED, places, strict=True):
             tensor: Tensor = getattr(weight, name)

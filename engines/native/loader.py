@@ -100,7 +100,7 @@ class Loader:
             if place.division is None:
                 here = [moved(weight, self._uploads.placed) for weight in weights]
             else:
-                stored = joined(weights, place.division)
+                stored = joined(weights, place.division, "meta" if place.device.type == "meta" else "cpu")
                 whole = self.shared.get(f"{_kind(spans, adapted)} packed", 1, len(stored), torch.uint8, place.device).buffer[0]
                 here = found_in(whole, weights)
                 gathers.append(Gathered(stored[place.division.span(len(stored))].to(place.device, copy=True), whole, place.division.gather))

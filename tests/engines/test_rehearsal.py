@@ -96,6 +96,7 @@ def test_the_engine_rehearses_while_it_loads(tmp_path: Path, monkeypatch: pytest
             return 16
 
     monkeypatch.setattr(rehearsal, "Rehearsal", Recorded)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *given: "a GPU without a table")
     load = checkpoint.load_weights
     monkeypatch.setattr(checkpoint, "load_weights", lambda *given: [told.append("loaded"), load(*given)][1])
     job = make_job(tmp_path, steps=3, samples_per_step=4)
