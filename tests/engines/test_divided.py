@@ -21,6 +21,7 @@ from engines.native.divided import Division, Gathered
 from engines.native.loader import Placement
 from engines.native.lora import read_adapter
 from engines.native.nf4 import Decoded
+from engines.native.ops import Ops
 from engines.native.packed import Angles
 from engines.native.plan import KEEP_ALL, Names, Plan
 from engines.native.reference import REFERENCE
@@ -110,9 +111,11 @@ def test_its_name_is_an_option() -> None:
 
 @dataclass
 class Everyone:
-    """All ranks of a division in one process: each one's parts in the order in which they were first gathered."""
+    """All ranks of a division in one process, ``place`` and ``ops`` as each one's; ``gathers``: which parts, in the order of launches."""
 
     count: int
+    place: Placement = field(default_factory=lambda: Placement(DEVICE, torch.float32, torch.float32))
+    ops: Ops = REFERENCE
     loaded: list[list[Gathered]] = field(default_factory=list)
     gathers: list[int] = field(default_factory=list)
 
@@ -124,9 +127,9 @@ class Everyone:
     def _decoder(self, job: Job, plan: Plan, rank: int) -> Decoder:
         assert job.adapter_init is not None
         shape = read_shape(read_config(job.base), LONGEST)
-        placement = Placement(DEVICE, torch.float32, torch.float32, division=Division(rank, self.count, self.gather))
+        placement = replace(self.place, division=Division(rank, self.count, self.gather))
         weights = load_weights(job.base, shape, placement, read_adapter(job.adapter_init))
-        return Decoder(shape=shape, weights=weights, ops=REFERENCE, plans=(plan,) * shape.num_layers, loss_chunk=5)
+        return Decoder(shape=shape, weights=weights, ops=self.ops, plans=(plan,) * shape.num_layers, loss_chunk=5)
 
     def gather(self, part: Tensor, whole: Tensor) -> None:
         (place,) = {index for one in self.loaded for index, source in enumerate(one) if source.part is part}
