@@ -24,6 +24,7 @@ from engines.native.nf4 import Decoded
 from engines.native.ops import Ops
 from engines.native.packed import Angles
 from engines.native.plan import KEEP_ALL, Names, Plan
+from engines.native.ranks import least
 from engines.native.reference import REFERENCE
 from engines.native.shape import read_shape
 from engines.native.shares import IDLE
@@ -38,7 +39,8 @@ from tests.engines.conformance import SAME
 from tests.engines.ranks import Ranks, started
 from tests.engines.test_fsdp import trained
 from tests.engines.test_fused import DEVICE, KNOBS, decoder, packed
-from tests.engines.tiny import CPU, FULL, GPU, LLAMA, LONGEST, LORA, QLORA, make_job, make_workload, with_train
+from tests.engines.tiny import CPU, FULL, GPU, LLAMA, LONGEST, LORA, QLORA, RecordingProbe, make_job, make_workload, with_train
+from tests.fakes import agreeing
 
 SHARDED = {**KNOBS, "base": "sharded"}
 FEW = ("v_proj", "down_proj", "q_proj")
@@ -96,6 +98,14 @@ def test_the_rest_of_a_run_is_that_of_the_whole(two: Ranks, tmp_path: Path) -> N
 def test_says_what_it_does_not_do(method: dict[str, Any], knobs: dict[str, Any], machine: Machine, said: str | None) -> None:
     found = engines.fused.unsupported(make_workload(LLAMA, method), parse(engines.fused.Knobs, {**SHARDED, **knobs}), machine)
     assert found is None if said is None else said in str(found)
+
+
+def test_ranks_plan_with_what_the_poorest_has(tmp_path: Path) -> None:
+    probe = RecordingProbe()
+    with started(agreeing) as ranks:
+        ranks.train(make_job(tmp_path), None, probe)
+    assert probe.losses == [0.5]
+    assert least(7.0) == 7.0, "one process has no group"
 
 
 def test_one_process_has_nobody_to_share_with(tmp_path: Path) -> None:
