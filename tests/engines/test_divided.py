@@ -21,8 +21,10 @@ from engines.native.divided import Division, Gathered
 from engines.native.loader import Placement
 from engines.native.lora import read_adapter
 from engines.native.nf4 import Decoded
+from engines.native.ops import Ops
 from engines.native.packed import Angles
 from engines.native.plan import KEEP_ALL, Names, Plan
+from engines.native.ranks import least
 from engines.native.reference import REFERENCE
 from engines.native.shape import read_shape
 from engines.native.shares import IDLE
@@ -37,7 +39,8 @@ from tests.engines.conformance import SAME
 from tests.engines.ranks import Ranks, started
 from tests.engines.test_fsdp import trained
 from tests.engines.test_fused import DEVICE, KNOBS, decoder, packed
-from tests.engines.tiny import CPU, FULL, GPU, LLAMA, LONGEST, LORA, QLORA, make_job, make_workload, with_train
+from tests.engines.tiny import CPU, FULL, GPU, LLAMA, LONGEST, LORA, QLORA, RecordingProbe, make_job, make_workload, with_train
+from tests.fakes import agreeing
 
 SHARDED = {**KNOBS, "base": "sharded"}
 FEW = ("v_proj", "down_proj", "q_proj")
@@ -97,6 +100,14 @@ def test_says_what_it_does_not_do(method: dict[str, Any], knobs: dict[str, Any],
     assert found is None if said is None else said in str(found)
 
 
+def test_ranks_plan_with_what_the_poorest_has(tmp_path: Path) -> None:
+    probe = RecordingProbe()
+    with started(agreeing) as ranks:
+        ranks.train(make_job(tmp_path), None, probe)
+    assert probe.losses == [0.5]
+    assert least(7.0) == 7.0, "one process has no group"
+
+
 def test_one_process_has_nobody_to_share_with(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"set engine\.processes or base=replicated"):
         trained(engines.fused, SHARDED, make_job(tmp_path))
@@ -110,9 +121,11 @@ def test_its_name_is_an_option() -> None:
 
 @dataclass
 class Everyone:
-    """All ranks of a division in one process: each one's parts in the order in which they were first gathered."""
+    """All ranks of a division in one process, ``place`` and ``ops`` as each one's; ``gathers``: which parts, in the order of launches."""
 
     count: int
+    place: Placement = field(default_factory=lambda: Placement(DEVICE, torch.float32, torch.float32))
+    ops: Ops = REFERENCE
     loaded: list[list[Gathered]] = field(default_factory=list)
     gathers: list[int] = field(default_factory=list)
 
@@ -124,9 +137,9 @@ class Everyone:
     def _decoder(self, job: Job, plan: Plan, rank: int) -> Decoder:
         assert job.adapter_init is not None
         shape = read_shape(read_config(job.base), LONGEST)
-        placement = Placement(DEVICE, torch.float32, torch.float32, division=Division(rank, self.count, self.gather))
+        placement = replace(self.place, division=Division(rank, self.count, self.gather))
         weights = load_weights(job.base, shape, placement, read_adapter(job.adapter_init))
-        return Decoder(shape=shape, weights=weights, ops=REFERENCE, plans=(plan,) * shape.num_layers, loss_chunk=5)
+        return Decoder(shape=shape, weights=weights, ops=self.ops, plans=(plan,) * shape.num_layers, loss_chunk=5)
 
     def gather(self, part: Tensor, whole: Tensor) -> None:
         (place,) = {index for one in self.loaded for index, source in enumerate(one) if source.part is part}
