@@ -123,7 +123,7 @@ def sizes_of(batches: Iterable[Batch], *, shared: bool) -> list[Sizes]:
     for batch in batches:
         lengths = batch.lengths[0]
         labelled = int((batch.labels[0] != IGNORE).sum())
-        plain = Sizes(sum(lengths), len(lengths), max(lengths), labelled)
+        plain = Sizes(sum(lengths), len(lengths), max(lengths), max(1, labelled))  # as Angles.pack
         sizes = shared_sizes(batch) if shared and len(set(lengths)) > 1 else plain
         found.setdefault(sizes.num_tokens, sizes)
     return list(found.values())
