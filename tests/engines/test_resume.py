@@ -24,7 +24,7 @@ from tests.engines import test_deepspeed, test_fsdp
 from tests.engines.ranks import Ranks, started
 from tests.engines.test_fsdp import trained
 from tests.engines.test_hf import KNOBS as HF
-from tests.engines.tiny import FULL, LORA, RecordingProbe, make_job, with_train
+from tests.engines.tiny import FULL, LORA, QLORA, RecordingProbe, make_job, with_train
 
 without_deepspeed = pytest.mark.skipif(lack(None, ["deepspeed"]) is not None, reason="deepspeed is not installed: pip install deepspeed")
 KNOBS: dict[ModuleType, dict[str, Any]] = {engines.fsdp: test_fsdp.KNOBS, engines.deepspeed: test_deepspeed.KNOBS}
@@ -40,11 +40,11 @@ def ranks() -> Iterator[dict[ModuleType, Ranks]]:
     ("engine", "method", "knobs"),
     [
         (engines.fsdp, LORA, {"strategy": "replicate"}),
-        (engines.fsdp, LORA, {"strategy": "full_shard", "layout": "packed"}),
+        (engines.fsdp, QLORA, {"strategy": "full_shard", "layout": "packed"}),
         (engines.fsdp, FULL, {"strategy": "shard_grad"}),
         (engines.fsdp, FULL, {"strategy": "full_shard", "offload": "cpu"}),
         pytest.param(engines.deepspeed, LORA, {"stage": 2}, marks=without_deepspeed),
-        pytest.param(engines.deepspeed, LORA, {"stage": 3}, marks=without_deepspeed),
+        pytest.param(engines.deepspeed, QLORA, {"stage": 3}, marks=without_deepspeed),
         pytest.param(engines.deepspeed, FULL, {"stage": 3}, marks=without_deepspeed),
         pytest.param(engines.deepspeed, FULL, {"stage": 2, "compute_dtype": "bfloat16"}, marks=without_deepspeed),
         pytest.param(engines.deepspeed, FULL, {"stage": 1, "offload_optimizer": "cpu"}, marks=without_deepspeed),
