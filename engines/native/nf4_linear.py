@@ -1,8 +1,9 @@
 """Linear modules whose frozen weight stays packed in NF4: decoded for each product, in forward and again in backward, and never kept.
 
-A module holds its weight as one flat parameter: all bytes of it, viewed as bfloat16. FSDP2 shards and gathers that as any other (before
-torch 2.13 it takes floating point only), and nothing rounds it, because nobody computes in it. What was gathered is whole again, so a
-shard may end anywhere, inside a block too. The products are operations of torch's dispatcher: compilers and checkpointing see one
+A module holds its weight as one flat parameter: all bytes of it, viewed as float32. FSDP2 shards and gathers that as any other (before
+torch 2.13 it takes floating point only), and nothing rounds it, because nobody computes in it. Not bfloat16: on a GPU FSDP2 copies by
+``_foreach_copy_`` what it gathers, which takes values of 16 bits through float32, and bytes that look like a NaN come back as another.
+What was gathered is whole again, so a shard may end anywhere, inside a block too. The products are operations of torch's dispatcher: compilers and checkpointing see one
 product where decoding and multiplying are two.
 
 Legend: N output and K input columns of a linear module.
@@ -22,7 +23,7 @@ from harness.errors import UnsupportedError
 from harness.nf4 import BLOCK, NESTED_BLOCK, PARTS, STATE, Quantised, decode, from_tensors, stored_tensors
 
 _ALIGNED = 16  # bytes: parts begin at multiples of it, for kernels that load many at once
-_CARRIER = torch.bfloat16  # what bytes are viewed as
+_CARRIER = torch.float32  # what bytes are viewed as
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """All bytes of a weight as one flat tensor of bfloat16, and what it takes to read them."""
+    """All bytes of a weight as one flat tensor of float32, and what it takes to read them."""
 
     data: Tensor
     form: Form

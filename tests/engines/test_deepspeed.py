@@ -103,8 +103,8 @@ ON_TWO = [
     ("mamba", {**QLORA, "targets": ("in_proj", "x_proj")}, {"stage": 2, "recompute": "full"}),
 ]
 
-# ZeRO-3 leaves parameters of less than 100,000 values whole on every rank; the bytes of this one's MLP are 135,776 bfloat16 values each.
-WIDE = {**LLAMA, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 1}
+# ZeRO-3 leaves parameters of less than 100,000 values whole on every rank; the bytes of this one's MLP are 135,504 float32 values each.
+WIDE = {**LLAMA, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1}
 ON_TWO.append(("wide", {**QLORA, "targets": ("q_proj", "down_proj")}, {"stage": 3, "recompute": "selective"}))
 
 

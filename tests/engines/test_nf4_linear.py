@@ -43,8 +43,19 @@ def test_the_bytes_are_all_there(size: tuple[int, int], stored: torch.dtype) -> 
 
 def test_a_value_takes_hardly_more_than_half_a_byte() -> None:
     packed = joined(quantise(torch.randn(512, 512)))
-    assert packed.data.dtype == torch.bfloat16  # what every FSDP2 shards
+    assert packed.data.dtype == torch.float32  # what every FSDP2 shards
     assert packed.data.nbytes == 512 * 512 // 2 + 512 * 512 // 64 + 4 * 16 + 4 * (256 + 16)
+
+
+def test_bytes_that_look_like_a_nan_pass_through_the_type_of_arithmetic() -> None:
+    """As on a GPU, where ``_foreach_copy_``, by which FSDP2 fills what it gathers, reads and writes each value by way of float32."""
+    weight = quantise(torch.randn(48, 64))
+    every = torch.arange(len(weight.packed) // 2).repeat_interleave(2).reshape(-1, 2)
+    codes = torch.stack([0x80 + every[:, 0] % 0x80, 0x7F + 0x80 * (every[:, 1] % 2)], 1).to(torch.uint8)  # NaNs of many kinds, in 16 bits
+    before = joined(replace(weight, packed=codes.reshape(weight.packed.shape))).data
+    assert before.view(torch.bfloat16).isnan().sum() > 100
+    after = before.to(torch.float32).to(before.dtype)
+    assert after.view(torch.uint8).equal(before.view(torch.uint8))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -79,7 +90,7 @@ def test_backward_reads_the_bytes_that_are_there_then() -> None:
     other = replace(weight, packed=weight.packed.flip(0))
     ours, x = Nf4Linear(joined(weight), None, torch.float32), torch.randn(5, 64, requires_grad=True)
     y = ours(x)
-    ours.packed.data = torch.empty(0, dtype=torch.bfloat16)
+    ours.packed.data = torch.empty(0, dtype=torch.float32)
     ours.packed.data = joined(other).data
     (found,) = torch.autograd.grad(y.sum(), x)
     assert found.equal(torch.ones(5, 48) @ decode(other))
