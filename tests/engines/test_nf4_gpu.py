@@ -11,6 +11,7 @@ import torch
 import engines.hf
 from engines.native.kernels.nf4 import decode_nf4
 from engines.native.nf4 import placed
+from engines.native.nf4_linear import Nf4Linear, joined
 from harness.nf4 import decode, from_tensors, quantise, to_tensors
 from harness.spec import parse
 from tests.engines.test_qlora import BF16, WHOLE_BLOCKS
@@ -41,6 +42,27 @@ def test_bitsandbytes_decodes_our_bytes() -> None:
     tensors = {key.removeprefix("w."): value for key, value in to_tensors("w", weight).items() if key != "w"}
     theirs = functional.dequantize_4bit(weight.packed.unsqueeze(1).cuda(), functional.QuantState.from_dict(tensors, CUDA))
     assert theirs.cpu().equal(decode(weight))
+
+
+def test_copies_between_tensors_of_packed_bytes_leave_every_byte() -> None:
+    """As FSDP2 fills what it gathers. Random bytes hold NaNs of many kinds."""
+    packed = joined(quantise(torch.randn(1024, 4096)))
+    packed.data.view(torch.uint8).random_()
+    given, into = packed.data.to(CUDA), torch.zeros_like(packed.data, device=CUDA)
+    torch._foreach_copy_([into], [given])
+    assert into.view(torch.uint8).equal(given.view(torch.uint8))
+    assert into.cpu().view(torch.uint8).equal(packed.data.view(torch.uint8))
+
+
+def test_a_packed_module_multiplies_by_its_decoded_values() -> None:
+    weight = quantise(0.02 * torch.randn(1024, 4096).bfloat16())
+    module = Nf4Linear(joined(weight), None, torch.bfloat16).to(CUDA)
+    x = torch.randn(64, 4096, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    y, values = module(x), decode(weight).to(CUDA)
+    assert module.weight.equal(values)
+    torch.testing.assert_close(y, x @ values.t(), rtol=2e-2, atol=2e-2)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], dy @ values, rtol=2e-2, atol=2e-2)
 
 
 def test_hf_through_bitsandbytes_is_lora_on_the_decoded_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
