@@ -2,9 +2,9 @@
 
 A module holds its weight as one flat parameter: all bytes of it, viewed as float32. FSDP2 shards and gathers that as any other (before
 torch 2.13 it takes floating point only), and nothing rounds it, because nobody computes in it. Not as bfloat16: what FSDP2 gathers it
-copies by ``_foreach_copy_``, which on a GPU takes 16-bit values through float32, and bytes that look like a NaN would come back as those
-of another. What was gathered is whole again, so a shard may end anywhere, inside a block too. The products are operations of torch's
-dispatcher: compilers and checkpointing see one product where decoding and multiplying are two.
+copies by ``_foreach_copy_``, which on a GPU takes 16-bit values through float32, so that bytes that look like a NaN come back as those of
+another (pytorch/pytorch#159333). What was gathered is whole again, so a shard may end anywhere, inside a block too. The products are
+operations of torch's dispatcher: compilers and checkpointing see one product where decoding and multiplying are two.
 
 Legend: N output and K input columns of a linear module.
 """
