@@ -134,7 +134,7 @@ def rehearse(job: Job, table: Ops, options: dict[str, Any], plan: Plan, counted:
     plans = (plan,) * shape.num_layers
     with Rehearsal(piece) as rehearsal:
         weights = load_weights(job.base, shape, placement, adapter)
-        told = rehearsal.finish(plans, 16)
+        told, switched = rehearsal.finish(plans, 16), sys.getswitchinterval()
     ahead, launches = counted.since(), NoGpu.launches
     decoder = Decoder(shape=shape, weights=weights, ops=on_a_cpu(table), plans=plans, loss_chunk=16)
     train = job.workload.train
@@ -151,6 +151,7 @@ def rehearse(job: Job, table: Ops, options: dict[str, Any], plan: Plan, counted:
         "launches": NoGpu.launches - launches,
         "needed": len(NoGpu.launched),
         "late": counted.since(),
+        "switched": (switched, sys.getswitchinterval()),
     }
 
 

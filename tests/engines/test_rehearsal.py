@@ -78,6 +78,12 @@ def test_without_a_rehearsal_the_step_would_have_compiled_as_many(made: dict[str
             assert found["needed"] == found["told"], case
 
 
+def test_threads_that_upload_wait_less_for_the_interpreter_meanwhile(made: dict[str, dict[str, Any]]) -> None:
+    for found in made.values():
+        meanwhile, afterwards = found["switched"]
+        assert meanwhile < afterwards == pytest.approx(sys.getswitchinterval())
+
+
 def test_the_engine_rehearses_while_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
 
