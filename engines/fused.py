@@ -55,6 +55,7 @@ class Knobs(Spec):
     fp8: Literal["forward", "forward_and_input_gradients"]
     optimizer_state: Literal["fp32", "int8"]
     base: Base
+    compile_ahead: bool
 
 
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
@@ -233,7 +234,7 @@ def _rehearsal(
     job: Job, knobs: Knobs, shape: LlamaShape, placement: Placement, adapter: Adapter | None, ops: Ops, shares: Shares
 ) -> AbstractContextManager[Rehearsal | None]:
     """Compiles the kernels beside the loading of the weights; without kernels there is nothing to rehearse."""
-    if knobs.operations == "reference":
+    if knobs.operations == "reference" or not knobs.compile_ahead:
         return nullcontext()
     from engines.native.rehearsal import Piece, Rehearsal
 
