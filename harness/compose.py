@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from harness.errors import ConfigError, nearest
 from harness.machine import has_cuda
@@ -144,7 +144,10 @@ def _diagnose(overrides: Sequence[str]) -> list[str]:
 
 
 def _is_unknown(override: Override, config: DictConfig) -> bool:
-    return OmegaConf.select(config, override.key_or_group, default=config) is config
+    try:
+        return OmegaConf.select(config, override.key_or_group, default=config, throw_on_missing=True) is config
+    except MissingMandatoryValue:  # a key that waits for its value, as data.path of data=jsonl
+        return False
 
 
 def _line(override: Override) -> str:

@@ -53,6 +53,12 @@ def test_a_mistake_beside_a_variant_is_the_only_one_named(cache: Path) -> None:
     assert str(caught.value) == "train.stepz: unknown key; did you mean 'train.steps'?"
 
 
+def test_a_key_that_waits_for_its_value_is_not_called_unknown(cache: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ask(cache, "data=jsonl", "data.path=mine.jsonl", "train.epoch=3")
+    assert str(caught.value) == "train.epoch: unknown key; did you mean 'train.epochs'?"
+
+
 def test_an_engine_without_names_keeps_the_keys_of_its_cells() -> None:
     """A field that is new and empty changes no key: what is recorded stays recorded."""
     assert "variant" not in records.record(records.engine("hf")).cell.model_dump(exclude_defaults=True)["engine"]
