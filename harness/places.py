@@ -57,12 +57,16 @@ class Prepared(Spec):
 
 
 class PrepareRequest(Spec):
-    """``python -m harness.prepare REQUEST.json``: make everything ``workload`` needs under ``cache``, write ``out``."""
+    """``python -m harness.prepare REQUEST.json``: make everything ``workload`` needs under ``cache``, write a Prepared to ``out``.
+
+    ``only_count``: tokenise, and write the DataCounts.
+    """
 
     workload: Workload
     sources: Sources
     cache: str
     out: str
+    only_count: bool = False
 
 
 class ScoreItem(Spec):

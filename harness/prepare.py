@@ -16,7 +16,7 @@ from harness.errors import ConfigError, DataError, HarnessError, StoreError
 from harness.places import Prepared, PrepareRequest
 from harness.spec import Data, Lora, LoraFp8, Model, QLora, Workload, parse
 from harness.weights.adapter import Adapter, find_adapter, prepare_adapter
-from harness.weights.base_model import Base, as_fp8, find_base, prepare_base
+from harness.weights.base_model import Base, as_fp8, find_base, prepare_base, tokenizing
 from harness.weights.nf4_base import find_nf4, prepare_nf4
 from harness.weights.sources import fingerprint, resolve_source, write_atomically
 
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         request = read_request(Path(arguments[0]))
-        write_atomically(Path(request.out), prepare(request).model_dump_json(indent=1) + "\n")
+        made = count(request) if request.only_count else prepare(request)
+        write_atomically(Path(request.out), made.model_dump_json(indent=1) + "\n")
     except HarnessError as error:
         print(error, file=sys.stderr)
         return 2
@@ -52,13 +53,26 @@ def read_request(path: Path) -> PrepareRequest:
 def prepare(request: PrepareRequest) -> Prepared:
     """Make (or find in ``request.cache``) base, tokens and initial adapter. Imports torch only when something has to be made."""
     cache, workload = Path(request.cache).expanduser(), request.workload
+    tokens = _tokens(request)  # rows that cannot be used are told before gigabytes of weights are made
     base = prepare_base(workload.model, request.sources, cache)
     adapter = prepare_adapter(workload, base, cache)
-    tokens = _tokens(workload, request.sources.data, base, cache)
     base = prepare_nf4(base, workload.model.dtype, cache) if isinstance(workload.method, QLora) else base
     made = _prepared(workload, base, adapter, tokens)
     print(made.notes[-1], flush=True)
     return made
+
+
+def count(request: PrepareRequest) -> DataCounts:
+    """What becomes of the rows, for which they are tokenised; no weights are made."""
+    return _counts(_tokens(request))
+
+
+def find_count(request: PrepareRequest) -> DataCounts | None:
+    """What ``count`` would return where base and tokens are in the cache, after the same checks."""
+    cache, data = Path(request.cache).expanduser(), request.workload.data
+    base = find_base(request.workload.model, request.sources, cache)
+    tokens = _find_tokens(_entry(data, _data_paths(data, request.sources.data), base, cache)) if base else None
+    return _counts(tokens) if tokens else None
 
 
 def find(request: PrepareRequest) -> Prepared | None:
@@ -77,7 +91,7 @@ def find(request: PrepareRequest) -> Prepared | None:
 
 def _prepared(workload: Workload, base: Base, adapter: Adapter | None, tokens: Path) -> Prepared:
     base = as_fp8(base) if isinstance(workload.method, LoraFp8) else base
-    counts = parse(DataCounts, TokenFile.open(tokens).metadata["counts"])
+    counts = _counts(tokens)
     said = f"data ({_layouts(workload.data, counts)}): {counts.sentence()}"
     return Prepared(
         tokens=str(tokens),
@@ -88,6 +102,10 @@ def _prepared(workload: Workload, base: Base, adapter: Adapter | None, tokens: P
         data=counts,
         notes=(f"base weights: {base.description}", *_tokenizer_note(workload.model), said),
     )
+
+
+def _counts(tokens: Path) -> DataCounts:
+    return parse(DataCounts, TokenFile.open(tokens).metadata["counts"])
 
 
 def _layouts(data: Data, counts: DataCounts) -> str:
@@ -102,14 +120,15 @@ def _tokenizer_note(model: Model) -> tuple[str, ...]:
     return (f"tokenizer: {model.tokenizer}, not the weights' own",)
 
 
-def _tokens(workload: Workload, sources: Sequence[str], base: Base, cache: Path) -> Path:
-    data = workload.data
-    paths = _data_paths(data, sources)
-    entry = _entry(data, paths, base, cache)
-    found = _find_tokens(entry)
-    if found is not None:
-        return found
-    made = _build(data, paths, base, cache / "tokens")
+def _tokens(request: PrepareRequest) -> Path:
+    cache, data = Path(request.cache).expanduser(), request.workload.data
+    paths = _data_paths(data, request.sources.data)
+    with tokenizing(request.workload.model, request.sources, cache) as base:
+        entry = _entry(data, paths, base, cache)
+        found = _find_tokens(entry)
+        if found is not None:
+            return found
+        made = _build(data, paths, base, cache / "tokens")
     write_atomically(entry, json.dumps({"sha256": made.stem}))
     return made
 

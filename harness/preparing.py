@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.config import Config, Count, Request
+from harness.data.counts import DataCounts
+from harness.errors import HarnessError
 from harness.launch import run_door
 from harness.places import Prepared, PrepareRequest
-from harness.prepare import find
+from harness.prepare import find, find_count
 from harness.spec import content_key, parse
 from harness.turns import turn
 
@@ -32,18 +34,33 @@ def prepared(request: Request, cache: str, folder: Path, *, held: int | None, sa
 
 
 def counting(say: Callable[[str], None]) -> Count:
-    """Counts the samples of an epoch by preparing the data; once, however many engines and schedules ask about the same."""
-    known: dict[tuple[str, str], int] = {}
+    """Counts the samples of an epoch by tokenising the data; once, however many engines and schedules ask about the same."""
+    known: dict[tuple[str, str], DataCounts | HarnessError] = {}
 
     def count(config: Config, asked: Request) -> int:
-        workload, root = asked.cell.workload, Path(config.runs).expanduser().resolve()
-        key = content_key(workload.model), content_key(workload.data)
+        key = content_key(asked.cell.workload.model), content_key(asked.cell.workload.data)
         if key not in known:
-            say(f"train.epochs: preparing {workload.data.name} to count its samples")  # what they are is said when the run prepares
-            with turn(root, lambda: say("waiting: another sweep is measuring here")) as held:
-                made = prepared(asked, config.cache, root / "work" / "prepare", held=held, say=lambda _: None)
-            assert made.data is not None  # of what is prepared by this version
-            known[key] = made.data.samples_train
-        return known[key]
+            try:
+                known[key] = _counts(config, asked, say)
+            except HarnessError as error:  # of the data: every cell has it, and it is found out once
+                known[key] = error
+        counts = known[key]
+        if isinstance(counts, HarnessError):
+            raise counts
+        return counts.samples_train
 
     return count
+
+
+def _counts(config: Config, asked: Request, say: Callable[[str], None]) -> DataCounts:
+    workload, root = asked.cell.workload, Path(config.runs).expanduser().resolve()
+    job = root / "work" / "prepare" / f"{workload.key}.count.json"
+    out, cache = str(job.with_suffix(".counted.json")), str(Path(config.cache).expanduser().resolve())
+    wanted = PrepareRequest(workload=workload, sources=asked.sources, cache=cache, out=out, only_count=True)
+    found = find_count(wanted)
+    if found is None:
+        say(f"train.epochs: tokenising {workload.data.name} to count its samples")  # what they are is said when the run prepares
+        with turn(root, lambda: say("waiting: another sweep is measuring here")) as held:
+            run_door("harness.prepare", wanted, job, held=held, network=True)
+        found = parse(DataCounts, json.loads(Path(out).read_text(encoding="utf-8")))
+    return found

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from harness.errors import ConfigError, HarnessError, StoreError, WeightsError
 from harness.places import Sources
 from harness.weights import fingerprint
-from harness.weights.base_model import Base, building, prepare_base
+from harness.weights.base_model import Base, building, prepare_base, tokenizing
 from harness.weights.sources import write_atomically
 from harness.weights.tensors import read_tensors
 from tests.real_files import ROOT, conf, model
@@ -137,7 +137,7 @@ def test_incomplete_folders_are_refused(folder: Path, cache: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "model-00002-of-00002.safetensors of model.safetensors.index.json is missing" in refused(folder, cache)
     (folder / "config.json").write_text("{")
-    assert "config.json or the index of its weights cannot be read" in refused(folder, cache)
+    assert "config.json cannot be read" in refused(folder, cache)
 
 
 def test_quantised_folders_are_refused(folder: Path, cache: Path) -> None:
@@ -204,6 +204,25 @@ def test_the_hub_gives_a_folder_like_any_other(folder: Path, tiny: Base, cache: 
     assert base.sha256 == tiny.sha256
     assert (asked["repository"], asked["revision"]) == ("org/model", "v1")
     assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["allow_patterns"])
+
+
+def test_what_tokenising_needs_is_that_of_the_base_and_brings_no_weights(
+    folder: Path, tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def downloaded(_repository: str, **options: Any) -> str:
+        assert "*.safetensors" not in options["allow_patterns"]
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", downloaded)
+    named = ({"weights": f"dir:{folder}", "tokenizer": f"dir:{folder}", "config": None}, {"weights": "hub:org/model", "config": None})
+    for changes in ({}, *named):
+        with tokenizing(model(**changes), Sources(), tmp_path) as seen:
+            assert (seen.vocab_size, seen.tokenizer_sha256) == (tiny.vocab_size, tiny.tokenizer_sha256)
+            assert seen.path != tiny.path
+        assert not seen.path.exists()
+    assert not (tmp_path / "base").exists()
 
 
 def test_whoever_comes_second_keeps_the_first_ones_folder(tmp_path: Path) -> None:

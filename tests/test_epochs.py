@@ -96,3 +96,13 @@ def test_samples_are_counted_once_for_all_engines_after_the_split(cache: Path, t
     assert len(samples) == 1
     assert 0 < samples.pop() < 40
     assert sum("to count its samples" in line for line in said) == 1
+
+
+def test_rows_that_cannot_be_used_are_found_out_once(cache: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1 + 1?"}\n')
+    said: list[str] = []
+    words = ["model=tiny_llama", "machine=cpu", "data=jsonl", f"data.path={rows}", "train.epochs=1,2", f"cache={cache}"]
+    with pytest.raises(ConfigError, match=r"rows.jsonl:1: found the keys prompt; expected"):
+        requests([*words, f"runs={tmp_path / 'runs'}"], multirun=True, count=counting(said.append))
+    assert len(said) == 1

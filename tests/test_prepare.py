@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness import prepare as door
+from harness.data.counts import DataCounts
 from harness.data.tokens import TokenFile
 from harness.errors import ConfigError, DataError, StoreError
 from harness.places import Prepared, PrepareRequest
@@ -156,10 +158,33 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_a_weight_is_drawn(
     assert "the model has 4,000 entries, the tokenizer tiny has 4,096; choose a model.tokenizer that fits" in capsys.readouterr().err
 
 
+def test_rows_that_cannot_be_used_are_told_before_a_weight_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.weights.base_model.write_model", lambda *_: pytest.fail("weights were drawn"))
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"text": "one"}\n{"text": 2}\n')
+    work = workload(data=conf("data", "jsonl", path=str(mine)))
+    with pytest.raises(DataError, match=r"mine.jsonl:2: 'text' is a number"):
+        door.prepare(request(work, tmp_path / "cache", tmp_path / "out.json"))
+
+
+def test_rows_are_counted_without_weights_and_their_tokens_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = request(workload(), tmp_path / "cache", tmp_path / "out.json").model_copy(update={"only_count": True})
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.weights.base_model.write_model", lambda *_: pytest.fail("weights were drawn"))
+        assert door.main([written(tmp_path, asked)]) == 0
+    counts = parse(DataCounts, json.loads((tmp_path / "out.json").read_text()))
+    assert door.find_count(asked) is None, "the tokenizer of a base that is not there has to be looked at again"
+    with monkeypatch.context() as patch:
+        patch.setattr(door, "_build", lambda *_: pytest.fail("tokenised twice"))
+        made = door.prepare(asked)
+    assert made.data == counts == door.find_count(asked)
+
+
 @pytest.mark.parametrize("name", ["llama3_1b", "mistral_7b", "falcon_7b", "mamba_1b4", "smollm2_135m"])
 def test_the_record_says_which_tokenizer_stands_in_for_the_shapes_own(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = model(name)
     base = Base(tmp_path, "b" * 64, "as the test says", {"vocab_size": 5000}, "c" * 64)
+    monkeypatch.setattr(door, "tokenizing", lambda *_: nullcontext(base))
     monkeypatch.setattr(door, "prepare_base", lambda *_: base)
     monkeypatch.setattr(door, "prepare_adapter", lambda *_: None)
     work = workload(data=conf("data", "dense", num_samples=2, sequence_length=9)).model_copy(update={"model": spec})

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from harness.errors import StoreError, WeightsError
@@ -75,12 +76,28 @@ def find_base(model: Model, sources: Sources, cache: Path) -> Base | None:
     return read_base(_places(model, sources, cache)[2])
 
 
+@contextmanager
+def tokenizing(model: Model, sources: Sources, cache: Path) -> Iterator[Base]:
+    """What tokenising needs of the base of ``model``, its tokenizer and the rows of its embedding, without making or fetching weights;
+    where the base is there, that one. A GGUF file tells its configuration with its weights only: then it is made. Raises as ``prepare_base``.
+    """
+    found = find_base(model, sources, cache)
+    weights = None if found else _locate(model.weights, sources.weights, weights=False)
+    if found or (weights is not None and weights.suffix == ".gguf"):
+        yield found or prepare_base(model, sources, cache)
+        return
+    tokenizer = _located_tokenizer(model, sources)
+    with TemporaryDirectory(prefix="tokenizing-") as place:
+        folder, config = Path(place), _config_alone(model, weights)
+        (folder / "config.json").write_text(json.dumps(config))
+        write_tokenizer(tokenizer, folder, vocab_size=config.get("vocab_size"))
+        yield Base(folder, "", "not made yet", config, fingerprint_of_tokenizer(folder))
+
+
 def _places(model: Model, sources: Sources, cache: Path) -> tuple[Path | None, Path, Path]:
     """Where the weights (None: random) and the tokenizer lie, unchanged since the plan, and the folder of the base that is made of them."""
     weights = _locate(model.weights, sources.weights)
-    tokenizer = _locate(model.tokenizer, sources.tokenizer, weights=False)
-    if tokenizer is None:
-        raise WeightsError(f"model.tokenizer: '{model.tokenizer}' names no tokenizer; expected dir:, hub: or package:")
+    tokenizer = _located_tokenizer(model, sources)
     identity: dict[str, Any] = {"format": FORMAT, "dtype": model.dtype, "config": model.config}
     content = fingerprint(weights, cache) if weights else None
     if model.fingerprint not in (None, content):
@@ -124,6 +141,13 @@ def _remove_abandoned(folder: Path) -> None:
             continue
 
 
+def _located_tokenizer(model: Model, sources: Sources) -> Path:
+    tokenizer = _locate(model.tokenizer, sources.tokenizer, weights=False)
+    if tokenizer is None:
+        raise WeightsError(f"model.tokenizer: '{model.tokenizer}' names no tokenizer; expected dir:, hub: or package:")
+    return tokenizer
+
+
 def _locate(source: str, path: str | None, *, weights: bool = True) -> Path | None:
     if path is not None:
         if Path(path).exists():
@@ -163,6 +187,17 @@ def fingerprint_of_tokenizer(folder: Path) -> str:
     """Content hash of the tokenizer files in ``folder``, whatever else lies there."""
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return _hash({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
+
+
+def _config_alone(model: Model, weights: Path | None) -> dict[str, Any]:
+    """The configuration that the base will have, of a folder or of the model's own values."""
+    from harness.weights.structure import read_config
+
+    if weights is None:
+        return dict(read_config(model.config or {}, "model.config").to_dict())
+    config = _config_file(weights)
+    _check_config(model, config, weights.name)
+    return config
 
 
 def _from_config(model: Model, tokenizer: Path, folder: Path) -> tuple[dict[str, Any], str]:
@@ -210,16 +245,22 @@ def _folder_config(source: Path) -> dict[str, Any]:
         pickled = sorted(file.name for file in source.iterdir() if file.suffix in PICKLED)
         why = f"found {pickled[0]}, but pickled weights can run code and are refused" if pickled else "found none"
         raise WeightsError(f"{source}: expected *.safetensors, {why}; convert the model with save_pretrained()")
+    config, index = _config_file(source), source / "model.safetensors.index.json"
     try:
-        config = dict(json.loads((source / "config.json").read_text()))
-        index = source / "model.safetensors.index.json"
         wanted = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{source}: config.json or the index of its weights cannot be read ({error}); restore the folder") from error
+        raise WeightsError(f"{source}: the index of its weights cannot be read ({error}); restore the folder") from error
     missing = sorted(name for name in wanted if not (source / name).is_file())
     if missing:
         raise WeightsError(f"{source}: {', '.join(missing)} of model.safetensors.index.json is missing; complete the download")
     return config
+
+
+def _config_file(source: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((source / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsError(f"{source}: config.json cannot be read ({error}); restore the folder") from error
 
 
 def _check_config(model: Model, found: dict[str, Any], source: str) -> None:
