@@ -28,15 +28,19 @@ Options = Mapping[str, Mapping[str, Mapping[str, Any]]]  # group -> option -> it
 def options(conf: Path = CONF) -> Options:
     """The values of every option of every group of ``conf``; nothing when there is no such folder.
 
-    Of ``engine`` also the variants: the values of the engine, but for the knobs that a variant changes.
+    Of ``engine`` also the variants, whole: the values that they start from, and what they change.
     """
     found = {group: {path.stem: _read(path) for path in sorted((conf / group).glob("*.yaml"))} for group in GROUPS}
-    variants = {
-        f"{path.parent.name}/{path.stem}": {**engine, "knobs": {**engine["knobs"], **_read(path).get("knobs", {})}}
-        for path in sorted((conf / "engine").glob("*/*.yaml"))
-        if (engine := found["engine"].get(path.parent.name))
-    }
+    variants = {(name := f"{path.parent.name}/{path.stem}"): _variant(conf, name) for path in sorted((conf / "engine").glob("*/*.yaml"))}
     return {**found, "engine": {**found["engine"], **variants}}
+
+
+def _variant(conf: Path, name: str) -> dict[str, Any]:
+    """The values of an engine or of a variant: those of what it starts from, another variant perhaps, and its own over them."""
+    own = dict(_read(conf / "engine" / f"{name}.yaml"))
+    starts = [line.removeprefix("/engine/").removesuffix("@_here_") for line in own.pop("defaults", ()) if line != "_self_"]
+    below = _variant(conf, starts[0]) if starts else {}
+    return {**below, **own, "knobs": {**below.get("knobs", {}), **own.get("knobs", {})}}
 
 
 def command(cell: Cell, machine: Machine, repeats: Sequence[int], known: Options) -> str:
