@@ -27,6 +27,7 @@ from harness.store import check_writable, load, recorded, save, writing
 from harness.turns import turn
 
 _GIB = 2**30
+_IN_LABEL = ("engine=", "model=", "data=", "method=", "repeat=")  # what the label of a cell says of a sweep's values
 
 
 class Exit(IntEnum):
@@ -247,18 +248,23 @@ def _left(sweep: Sweep, records: Sequence[Record]) -> set[tuple[str, str]]:
 
 def _show(planned: Sequence[Planned], console: Console) -> None:
     """``plan=only``: the cells, why some are impossible, and what the rest will take."""
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     for cell in planned:
-        reason = f"  ({cell.reason})" if cell.reason else ""
-        console.print(f"{cell.action:<12} {label(cell)}{reason}", markup=False, highlight=False)
+        own = [word for word in cell.request.overrides if not word.startswith(_IN_LABEL)]
+        reason = [f"({cell.reason})"] if cell.reason else []
+        say("  ".join([f"{cell.action:<12} {label(cell)}", *([" ".join(own)] if own else []), *reason]))
     waiting = [cell for cell in planned if cell.action == "run"]
     known = [cell.seconds for cell in waiting if cell.seconds is not None]
     time = str(timedelta(seconds=round(sum(known)))) if known else "not known"
     unknown = f", {len(waiting) - len(known)} without an earlier record to predict from" if len(known) < len(waiting) else ""
-    console.print(f"{len(waiting)} of {len(planned)} cells to run; time (predicted): {time}{unknown}", markup=False, highlight=False)
+    say(f"{len(waiting)} of {len(planned)} cells to run; time (predicted): {time}{unknown}")
     models = {cell.request.cell.workload.model.name: cell.request for cell in waiting}
     for name, request in models.items():
         disk, memory = weights_bytes(request), least_memory_bytes(request)
-        console.print(f"{name}: weights on disk {_gib(disk)}, memory at least {_gib(memory)} (predicted)", markup=False, highlight=False)
+        say(f"{name}: weights on disk {_gib(disk)}, memory at least {_gib(memory)} (predicted)")
 
 
 def _gib(size: int | None) -> str:

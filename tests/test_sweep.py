@@ -73,6 +73,7 @@ def test_plan_only_runs_nothing_and_says_why(cache: Path, tmp_path: Path) -> Non
     done = harness(cache, runs, "-m", "engine.knobs.behaviour=ok,unsupported", "plan=only")
     assert done.returncode == 0
     assert "1 of 2 cells to run" in done.stdout
+    assert "#0  engine.knobs.behaviour=ok\n" in done.stdout, "cells of a sweep are told apart"
     assert "this fake cannot do that" in done.stdout
     assert not runs.exists()
 
