@@ -79,7 +79,8 @@ def find_base(model: Model, sources: Sources, cache: Path) -> Base | None:
 @contextmanager
 def tokenizing(model: Model, sources: Sources, cache: Path) -> Iterator[Base]:
     """What tokenising needs of the base of ``model``, its tokenizer and the rows of its embedding, without making or fetching weights;
-    where the base is there, that one. A GGUF file tells its configuration with its weights only: then it is made. Raises as ``prepare_base``.
+    where the base is there, that one. A GGUF file tells its configuration with its weights only: it is made then. Raises what
+    ``prepare_base`` raises.
     """
     found = find_base(model, sources, cache)
     weights = None if found else _locate(model.weights, sources.weights, weights=False)
