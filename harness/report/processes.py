@@ -34,13 +34,15 @@ class Rank:
 @dataclass(frozen=True, slots=True)
 class Scaling:
     """Of a variant on ``processes``. ``efficiency``: its rate a process over that of ``against``, the same engine and knobs in one process;
-    null where nobody measured that. ``against`` names the record, and says whether it had all samples of a step or one process' share.
+    null where nobody measured that. ``against`` names the record; ``work``: that it did the same steps, or
+    steps of one process' share of the samples.
     """
 
     processes: int
     tokens_per_second_per_process: float | None
     efficiency: float | None
     against: str | None
+    work: str
     ranks: tuple[Rank, ...]
 
 
@@ -51,9 +53,9 @@ def scaling(variant: Variant, group: Group, groups: Sequence[Group]) -> Scaling 
         return None
     rate = variant.tokens_per_second
     each = rate / processes if rate else None
-    one, how = _one_process(variant, group, groups)
+    one, work = _one_process(variant, group, groups)
     efficiency = each / one.tokens_per_second if each and one and one.tokens_per_second else None
-    return Scaling(processes, each, efficiency, f"{how}: {one.runs[0].path}" if one else None, _ranks(variant))
+    return Scaling(processes, each, efficiency, one.runs[0].path if one else None, work, _ranks(variant))
 
 
 def plain(of: Scaling | None) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def plain(of: Scaling | None) -> dict[str, Any]:
     return {
         "tokens_per_second_per_process": finite(of.tokens_per_second_per_process) if of else None,
         "scaling_efficiency": finite(of.efficiency) if of else None,
-        "scaling_against": of.against if of else None,
+        "scaling_against": f"{of.work} in one process: {of.against}" if of and of.against else None,
         "ranks": ranks,
     }
 
@@ -107,7 +109,7 @@ def _one_process(variant: Variant, group: Group, groups: Sequence[Group]) -> tup
     alone = spec.model_copy(update={"processes": 1})
     work = group.workload
     share = _share_of(work, spec.processes)
-    for wanted, how in ((work, "the same steps in one process"), (share, "a share of the samples in one process")):
+    for wanted, how in ((work, "the same steps"), (share, "a share of the samples")):
         for other in groups:
             if wanted is None or not _same_but_count(other.machine, group.machine) or other.workload.key != wanted.key:
                 continue
@@ -154,7 +156,7 @@ def _median(values: Iterable[float]) -> float:
 
 
 def _efficiency(of: Scaling) -> str:
-    return "" if of.efficiency is None else f"{100 * of.efficiency:.1f}\u00a0% of {of.against}"
+    return "" if of.efficiency is None else f"{100 * of.efficiency:.1f}\u00a0% of {of.work} in one process"
 
 
 def _slowest(of: Scaling) -> str:
@@ -168,17 +170,17 @@ def _slowest(of: Scaling) -> str:
 
 def _exchanges(of: Scaling) -> str:
     """Of each rank; nothing where the engine does not say."""
-    shares = [f"{one.rank}: {100 * one.exchanging_share:.1f}\u00a0%" for one in of.ranks if one.exchanging_share is not None]
+    shares = [f"{one.rank}:\u00a0{100 * one.exchanging_share:.1f}\u00a0%" for one in of.ranks if one.exchanging_share is not None]
     return ", ".join(shares)
 
 
 def _waits(of: Scaling) -> str:
-    shares = [f"{one.rank}: {100 * one.waiting_share:.1f}\u00a0%" for one in of.ranks if one.waiting_share is not None]
+    shares = [f"{one.rank}:\u00a0{100 * one.waiting_share:.1f}\u00a0%" for one in of.ranks if one.waiting_share is not None]
     return ", ".join(shares)
 
 
 def _memory(of: Scaling) -> str:
-    sizes = [f"{one.rank}: {gib(one.peak_bytes)}" for one in of.ranks if one.peak_bytes is not None]
+    sizes = [f"{one.rank}:\u00a0{gib(one.peak_bytes)}" for one in of.ranks if one.peak_bytes is not None]
     return ", ".join(sizes)
 
 
