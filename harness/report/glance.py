@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from harness.rank import Group, Variant, Verdict, compare_variants
+from harness.record import Provenance
 from harness.report.numbers import gib, plain_rate, times
 from harness.report.text import memory_bytes
 from harness.stats import Comparison
+from harness.tuned import name_of
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
     """A workload on a machine. ``first``: the fastest that can win; ``beside``: who shares its place; ``next``: the best of another engine;
-    ``beyond``: what else is known of its parity."""
+    ``beyond``: what else is known of its parity; ``outdated``: where its engines were measured on the same kind of work after they had
+    changed."""
 
     id: str
     title: str
@@ -32,11 +36,12 @@ class Line:
     parity_kind: str
     beyond: str
     day: str
+    outdated: str
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The lines of one machine."""
+    """The lines of one machine, those that are outdated last."""
 
     name: str
     lines: tuple[Line, ...]
@@ -44,7 +49,7 @@ class Machine:
 
 def glance(groups: Sequence[Group]) -> tuple[Machine, ...]:
     """``groups`` (which are sorted by machine) at a glance."""
-    return tuple(Machine(name, tuple(map(_line, found))) for name, found in groupby(groups, key=lambda group: group.machine.key))
+    return tuple(Machine(name, _lines(list(found))) for name, found in groupby(groups, key=lambda group: group.machine.key))
 
 
 def identifier(group: Group) -> str:
@@ -69,7 +74,41 @@ def facts(group: Group) -> tuple[str, ...]:
     )
 
 
-def _line(group: Group) -> Line:
+def _lines(groups: Sequence[Group]) -> tuple[Line, ...]:
+    alike = defaultdict(list)
+    for group in groups:
+        alike[name_of(group.workload)].append(group)
+    made = [_line(group, _outdated(group, alike[name_of(group.workload)])) for group in groups]
+    return tuple(sorted(made, key=lambda line: bool(line.outdated)))
+
+
+def _outdated(group: Group, alike: Sequence[Group]) -> str:
+    mine = _newest(group)
+    later = [other for other in alike if _has_changed(mine, _newest(other))]
+    if not later:
+        return ""
+    last = max(later, key=_day)
+    return f"since then engines have changed: see {_day(last)}, {last.workload.train.steps} steps"
+
+
+def _newest(group: Group) -> dict[str, Provenance]:
+    """Of every engine that has a rate here, where its newest record is from."""
+    records = [run.record for variant in group.variants for run in variant.runs]
+    return {one.cell.engine.name: one.provenance for one in sorted(records, key=lambda one: one.provenance.started_utc)}
+
+
+def _has_changed(before: Mapping[str, Provenance], after: Mapping[str, Provenance]) -> bool:
+    """Whether one of the engines of ``before`` is there ``after`` with another source."""
+    pairs = [(before[name], after[name]) for name in before.keys() & after.keys()]
+    return any(new.started_utc > old.started_utc and new.engine_fingerprint != old.engine_fingerprint for old, new in pairs)
+
+
+def _day(group: Group) -> str:
+    """When it was measured last."""
+    return max((entry.record.provenance.started_utc[:10] for one in group.variants for entry in (*one.runs, *one.failures)), default="")
+
+
+def _line(group: Group, outdated: str) -> Line:
     able = [variant for variant in group.variants if variant.runs and variant.can_win]
     first = able[0] if able else None
     rival = next((one for one in able if first and one.engine.title != first.engine.title), None)
@@ -90,7 +129,8 @@ def _line(group: Group) -> Line:
         parity=parity,
         parity_kind=verdict.kind.replace(" ", "-") if verdict else "",
         beyond=beyond or _light(verdict),
-        day=max((entry.record.provenance.started_utc[:10] for one in group.variants for entry in (*one.runs, *one.failures)), default=""),
+        day=_day(group),
+        outdated=outdated,
     )
 
 

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from harness.errors import StoreError
 from harness.rank import Group
-from harness.report.glance import glance
+from harness.report.glance import glance, identifier
 from harness.report.history import history
 from harness.report.judged import judged
 from harness.report.plots import looks, plots
@@ -51,11 +51,14 @@ def save_one(results: Results, out: Path, name: str) -> Path:
 def _content(results: Results, groups: tuple[Group, ...] | None = None) -> dict[str, Any]:
     """What both templates show."""
     groups, known = judged(results) if groups is None else groups, options()
-    look = looks(groups)
+    look, at_a_glance = looks(groups), glance(groups)
+    outdated = {line.id: line.outdated for machine in at_a_glance for line in machine.lines}
     records = [stored.record for stored in results.stored]
     return {
-        "sections": [section(group, groups, known, results.floors, plots(group, look), look) for group in groups],
-        "glance": glance(groups) if len(groups) > 1 else (),
+        "sections": [
+            section(group, groups, known, results.floors, plots(group, look), look, outdated[identifier(group)]) for group in groups
+        ],
+        "glance": at_a_glance if len(groups) > 1 else (),
         "problems": results.problems,
         "history": history(results).lines,
         "tunings": [tuning(found) for found in results.tuned],

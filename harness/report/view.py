@@ -95,14 +95,17 @@ def section(
     floors: Floors,
     drawn: Sequence[Plot] = (),
     look: Mapping[str, Look] | None = None,
+    outdated: str = "",
 ) -> Section:
-    """The view of ``group`` among ``groups``; ``known`` are the options of conf/, ``floors`` what was measured of this machine's limits."""
+    """The view of ``group`` among ``groups``; ``known`` are the options of conf/, ``floors`` what was measured of this machine's limits,
+    ``outdated`` where its engines were measured after they had changed.
+    """
     return Section(
         id=identifier(group),
         title=title(group),
         machine=group.machine.key,
         facts=(*facts(group), f"workload {group.workload.key}"),
-        sentences=_sentences(group),
+        sentences=_sentences(group, outdated),
         memory_name=memory_name(group),
         rows=tuple(_row(variant, group, (look or {}).get(variant.label)) for variant in group.variants if variant.runs),
         behind=details(group, floors),
@@ -113,10 +116,11 @@ def section(
     )
 
 
-def _sentences(group: Group) -> Sentences:
-    """The answer, and what to choose where memory is short."""
+def _sentences(group: Group, outdated: str) -> Sentences:
+    """The answer, whether it is an old one, and what to choose where memory is short."""
     said, short = sentences(group), told(group)
-    return said if short is None else replace(said, details=(*said.details, short))
+    old = (f"{outdated[0].upper()}{outdated[1:]}.",) if outdated else ()
+    return replace(said, details=(*old, *said.details, *(() if short is None else (short,))))
 
 
 def _failure(variant: Variant, entry: Entry) -> Failure:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from harness.record import Record
 from harness.report.glance import Line, glance
 from harness.report.judged import judged
 from harness.report.page import html, markdown
-from harness.store import Results
+from harness.store import Results, Stored
 from tests.records import CPU, engine, record, repeats, results, stored, workload
 
 FASTER = [*repeats(engine("hf"), [100.0, 101.0, 99.0]), *repeats(engine("fused"), [200.0, 201.0, 199.0])]
@@ -66,3 +69,29 @@ def test_a_machine_has_its_workloads_together() -> None:
     (machine,) = glance(judged(results([*FASTER, *second])))
     assert machine.name == CPU.key
     assert len(machine.lines) == 2
+
+
+def test_an_older_sitting_of_the_same_work_stands_last_and_names_the_newer() -> None:
+    """Which of two contradicting lines counts is seen: engines change, and old records stay."""
+
+    def sitting(rates: list[float], steps: int, day: str, source: str, minute: int) -> list[Stored]:
+        made = repeats(engine("fused"), rates, work=workload(steps=steps))
+        return [replace(one, record=_of(one.record, f"{day}T10:{minute:02}:00.000+00:00", source)) for one in made]
+
+    old, new = sitting([100.0], 12, "2026-11-23", "a", 0), sitting([200.0], 40, "2026-11-27", "b", 1)
+    (machine,) = glance(judged(results([*old, *new])))
+    assert [(one.rate, one.outdated) for one in machine.lines] == [
+        ("200.0", ""),
+        ("100.0", "since then engines have changed: see 2026-11-27, 40 steps"),
+    ]
+    (machine,) = glance(judged(results([*old, *sitting([200.0], 40, "2026-11-27", "a", 1)])))
+    assert not any(one.outdated for one in machine.lines), "the same engine: longer, and as true as the other"
+    page = html(results([*old, *new]))
+    assert "since then engines have changed: see 2026-11-27, 40 steps" in page
+    assert page.count("Since then engines have changed") == 1, "the section says it, too"
+
+
+def _of(one: Record, started_utc: str, source: str) -> Record:
+    return one.model_copy(
+        update={"provenance": one.provenance.model_copy(update={"started_utc": started_utc, "engine_fingerprint": source})}
+    )
