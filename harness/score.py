@@ -189,7 +189,11 @@ def with_adapter(base: Any, folder: Path) -> Any:
     try:
         model = PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise WeightsError(f"{folder}: not an adapter that PEFT can load on this base: {error}") from error
+        what, *others = str(error).splitlines() or [""]
+        more = f" {others[0].strip()} ({len(others)} such lines)" if others else ""
+        raise WeightsError(
+            f"{folder}: not an adapter that PEFT can load on this base; give the model=… of its training. {what}{more}"
+        ) from error
     own = {name.replace(".default.", ".") for name, _ in model.named_parameters() if ".lora_" in name}
     if own != wanted:
         raise WeightsError(f"{folder}: its tensors are not those its adapter_config.json describes: {', '.join(sorted(own ^ wanted)[:3])}")
