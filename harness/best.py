@@ -42,7 +42,7 @@ def best_engine(
     if tuned is None:
         cap = f" memory_gib={memory_cap_gib}" if memory_cap_gib else ""
         words = [line for line in overrides if not line.startswith(_NOT_TUNES)]
-        command = f"python -m harness.tune {shlex.join(words)} budget_minutes=20{cap}"
+        command = f"{shlex.join(['python', '-m', 'harness.tune', *words])} budget_minutes=20{cap}"
         raise ConfigError(f"engine=best: nothing is tuned for {name_of(workload)} on {machine.key}; run: {command}")
     about_machine = [line for line in overrides if line.startswith(("machine", "hydra.searchpath"))]
     engine: dict[str, Any] = plain(compose_one([*about_machine, f"engine={tuned.engine}"]))["engine"]

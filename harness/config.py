@@ -181,7 +181,7 @@ def _counted(config: Config, epochs: float | None, count: Count) -> Config:
     try:
         return config.model_copy(update={"train": parse(Train, {**train.model_dump(), "steps": steps}, at="train")})
     except ConfigError as error:
-        raise ConfigError(f"{error} (train.epochs={epochs:g} of {samples:,} samples: {steps:,} steps)") from error
+        raise ConfigError(f"{error} (train.epochs={epochs:g} of {samples:,} samples: {steps:,} step{'s' if steps > 1 else ''})") from error
 
 
 def _with_best(config: Config, overrides: Sequence[str], say: Say) -> Config:

@@ -80,18 +80,18 @@ def _head(config: Config, about: str) -> list[str]:
     on = f" of {processes} GPUs, peak and tokens/s of one of them" if processes > 1 else ""
     return [
         f"{config.model.name} {config.method.name}, samples of {length} tokens, {samples} a step{on}; {about}",
-        f"{'GiB':>4}  {'engine':<8} {'peak GiB':>9} {'tokens/s':>9}  {'':<28} setting",
+        f"{'GiB':>4}  {'engine':<13} {'peak GiB':>9} {'tokens/s':>9}  {'':<28} setting",
     ]
 
 
 def _text(line: Line) -> str:
     if line.setting is None:
-        return f"{line.size_gib:>4}  {line.engine:<8} does not fit: needs at least {line.needs_bytes / _GIB:.1f} GiB (predicted)"
+        return f"{line.size_gib:>4}  {line.engine:<13} does not fit: needs at least {line.needs_bytes / _GIB:.1f} GiB (predicted)"
     peak = f"{line.peak_bytes / _GIB:.1f}" if line.peak_bytes else "?"
     rate = f"{line.tokens_per_second:,.0f}" if line.tokens_per_second else "?"
     spread = f" ± {100 * line.deviation:.0f} %" if line.deviation is not None else ""
     how = "measured" if line.measured else "predicted" if line.sure else "predicted, may not fit"
-    return f"{line.size_gib:>4}  {line.engine:<8} {peak:>9} {rate:>9}  {how + spread:<28} {line.setting}"
+    return f"{line.size_gib:>4}  {line.engine:<13} {peak:>9} {rate:>9}  {how + spread:<28} {line.setting}"
 
 
 if __name__ == "__main__":

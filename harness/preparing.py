@@ -55,7 +55,7 @@ def counting(say: Callable[[str], None]) -> Count:
 def _counts(config: Config, asked: Request, say: Callable[[str], None]) -> DataCounts:
     workload, root = asked.cell.workload, Path(config.runs).expanduser().resolve()
     job = root / "work" / "prepare" / f"{workload.key}.count.json"
-    out, cache = str(job.with_suffix(".counted.json")), str(Path(config.cache).expanduser().resolve())
+    out, cache = str(job.with_name(f"{workload.key}.counted.json")), str(Path(config.cache).expanduser().resolve())
     wanted = PrepareRequest(workload=workload, sources=asked.sources, cache=cache, out=out, only_count=True)
     found = find_count(wanted)
     if found is None:

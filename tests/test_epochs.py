@@ -69,7 +69,7 @@ def test_training_by_epochs_is_in_earnest(cache: Path) -> None:
         (["train.steps=null"], "train.steps and train.epochs are both null"),
         (["train.epochs=0"], "train.epochs: got 0; expected a number above 0"),
         (["train.epochs=soon"], "train.epochs: got 'soon'"),
-        (["train.epochs=0.1"], "train.epochs=0.1 of 10 samples: 1 steps"),
+        (["train.epochs=0.1"], "train.epochs=0.1 of 10 samples: 1 step)"),
         (["train.epochs=0.1"], "warmup_steps"),
     ],
 )

@@ -16,7 +16,7 @@ _GIB = 2**30
 
 def state(view: View, looked: Sequence[Looked], spent: float, budget: float | None, planned_steps: int) -> list[str]:
     """Where it stands: the incumbent, what is ruled out and why, the bound, and what comes next."""
-    of = f" of {budget / 60:.0f}" if budget is not None else ""
+    of = f" of {budget / 60:g}" if budget is not None else ""
     lines = [f"[{len(looked)} runs, {spent / 60:.1f}{of} min]"]
     if view.incumbent is not None:
         lines[0] += f" best: {view.incumbent.title}, {view.incumbent_seconds:,.0f} s for {planned_steps} steps"
