@@ -127,23 +127,43 @@ def requests(overrides: Sequence[str], *, multirun: bool, count: Count = not_cou
     Raises ConfigError with every problem of every cell, each once.
     """
     tuned, overrides = without_best(overrides)
-    found: list[Request] = []
-    settings: list[Settings] = []
+    asked: list[tuple[Config, Request, float | None]] = []
     problems: dict[str, None] = {}
     entries = functools.cache(num_entries)  # a sweep asks about few tokenizers often
     for own, composed in compose_all(overrides, multirun=multirun):
         try:
-            config = _whole(plain(composed), [*overrides, *own], tuned, count, say)
-            found.append(request(config, own))
-            _check_vocabulary(found[-1], entries)
-            settings.append(Settings(**{name: getattr(config, name) for name in Settings.model_fields}))
+            config, epochs = _whole(plain(composed), [*overrides, *own], tuned, say)
+            asked.append((config, request(config, own), epochs))
+            _check_vocabulary(asked[-1][1], entries)
         except HarnessError as error:
             problems.update(dict.fromkeys(str(error).splitlines()))
+    settings = [Settings(**{name: getattr(config, name) for name in Settings.model_fields}) for config, _, _ in asked]
     if len(set(settings)) > 1:
         problems["plan, rerun, keep, runs, cache and lane hold for a whole sweep: give each one value"] = None
     if problems:
         raise ConfigError("\n".join(problems))
-    return settings[0], in_lane(found, settings[0].lane)
+    return settings[0], in_lane(_in_steps(asked, count, say), settings[0].lane)
+
+
+def _in_steps(asked: Sequence[tuple[Config, Request, float | None]], count: Count, say: Say) -> list[Request]:
+    """The requests, with steps for epochs: counted when all else is known to be right, because it can take long."""
+    found: list[Request] = []
+    said: dict[str, None] = {}
+    problems: dict[str, None] = {}
+    for config, one, epochs in asked:
+        try:
+            counted = _counted(config, epochs, count)
+        except HarnessError as error:
+            problems.update(dict.fromkeys(str(error).splitlines()))
+            continue
+        found.append(one if epochs is None else request(counted, one.overrides))
+        if epochs is not None:
+            said[f"train.epochs={epochs:g}: {counted.train.steps:,} steps of {counted.train.samples_per_step} samples"] = None
+    if problems:
+        raise ConfigError("\n".join(problems))
+    for line in said:
+        say(line)
+    return found
 
 
 def single(overrides: Sequence[str], count: Count = not_counted) -> Config:
@@ -153,15 +173,14 @@ def single(overrides: Sequence[str], count: Count = not_counted) -> Config:
     return _counted(_config(raw), epochs, count)
 
 
-def _whole(raw: dict[str, Any], overrides: Sequence[str], tuned: bool, count: Count, say: Say) -> Config:
-    """With what tune found in place of the engine, and epochs as steps. Either says that somebody trains to use what comes out."""
+def _whole(raw: dict[str, Any], overrides: Sequence[str], tuned: bool, say: Say) -> tuple[Config, float | None]:
+    """With what tune found in place of the engine, and the epochs that are yet to be counted. Either says that somebody trains to use what
+    comes out.
+    """
     epochs = take_epochs(raw["train"], overrides)
     config = _config(raw)
     config = _with_best(config, overrides, say) if tuned else config
-    config = _counted(config, epochs, count)
-    if epochs is not None:
-        say(f"train.epochs={epochs:g}: {config.train.steps:,} steps of {config.train.samples_per_step} samples")
-    return _in_earnest(config, overrides) if tuned or epochs is not None else config
+    return (_in_earnest(config, overrides) if tuned or epochs is not None else config), epochs
 
 
 def _in_earnest(config: Config, overrides: Sequence[str]) -> Config:

@@ -106,3 +106,20 @@ def test_rows_that_cannot_be_used_are_found_out_once(cache: Path, tmp_path: Path
     with pytest.raises(ConfigError, match=r"rows.jsonl:1: found the keys prompt; expected"):
         requests([*words, f"runs={tmp_path / 'runs'}"], multirun=True, count=counting(said.append))
     assert len(said) == 1
+
+
+def test_nothing_is_counted_beside_another_mistake(cache: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        requests(
+            [*SMALL, "train.epochs=0,2", "engine.knobs.micro_batch=0", f"cache={cache}"],
+            multirun=True,
+            count=lambda *_: pytest.fail("tokenised for a sweep that cannot run"),
+        )
+    assert {line.partition(":")[0] for line in str(caught.value).splitlines()} == {"train.epochs", "engine.knobs.micro_batch"}
+
+
+def test_a_sweep_says_its_steps_once(cache: Path) -> None:
+    said: list[str] = []
+    words = [*SMALL, "train.epochs=2,3", "engine=hf,fused", f"cache={cache}"]
+    requests(words, multirun=True, count=lambda *_: 10, say=said.append)
+    assert said == ["train.epochs=2: 5 steps of 4 samples", "train.epochs=3: 8 steps of 4 samples"]
