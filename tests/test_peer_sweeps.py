@@ -39,10 +39,10 @@ COMMANDS: list[tuple[str, tuple[str, ...], int, int]] = [
     ("peers_full", (), 6, 1),
     ("peers_full", ("engine=unsloth/nockpt+padded", "method.dtype=bfloat16"), 1, 1),
     ("peers_gsm8k", ("method=qlora", "engine=fused,unsloth/nockpt+padded+grouped,axolotl/kernels+liger+packed"), 3, 1),
-    ("gpus", (), 10, 1),
-    ("gpus", ("engine.processes=8", "train.samples_per_step=32"), 10, 1),
+    ("gpus", (), 11, 1),
+    ("gpus", ("engine.processes=8", "train.samples_per_step=32"), 11, 1),
     ("gpus", ("engine=fused,fsdp/replicate,deepspeed/zero2", "engine.processes=1", "train.samples_per_step=4"), 3, 1),
-    ("gpus", QUESTIONS, 10, 1),
+    ("gpus", QUESTIONS, 11, 1),
     ("gpus", ("method=qlora", "engine=fused,axolotl/kernels+liger+ddp"), 2, 1),
     ("gpus", ("method=full", "engine=fsdp/full_shard,deepspeed/zero3"), 2, 1),
 ]
