@@ -13,8 +13,8 @@ def labels(engines: Sequence[EngineSpec]) -> tuple[str, ...]:
     """A name for each engine: its own, plus whatever differs between the variants of that engine; what is null goes without saying."""
     names = {engine.title for engine in engines}
     differ = {name: _differing([_settings(engine) for engine in engines if engine.title == name]) for name in names}
-    whole = [_label(engine, differ[engine.title]) for engine in engines]
-    brief = [_label(engine, differ[engine.title], leave_out=None) for engine in engines]
+    whole = [_label(engine, differ[engine.title], nulls=True) for engine in engines]
+    brief = [_label(engine, differ[engine.title], nulls=False) for engine in engines]
     return tuple(whole[place] if brief.count(name) > 1 else name for place, name in enumerate(brief))
 
 
@@ -24,10 +24,10 @@ def _differing(family: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if len({_canonical(one.get(key, "unset")) for one in family}) > 1]
 
 
-def _label(engine: EngineSpec, differ: Sequence[str], *, leave_out: object = ...) -> str:
+def _label(engine: EngineSpec, differ: Sequence[str], *, nulls: bool) -> str:
     mine = _settings(engine)
     values = {key: mine.get(key, "unset") for key in differ}
-    return " ".join([engine.title, *(f"{key}={_plain(value)}" for key, value in values.items() if value is not leave_out)])
+    return " ".join([engine.title, *(f"{key}={_plain(value)}" for key, value in values.items() if nulls or value is not None)])
 
 
 def _settings(engine: EngineSpec) -> dict[str, Any]:

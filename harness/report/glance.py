@@ -20,7 +20,8 @@ from harness.tuned import name_of
 class Line:
     """A workload on a machine. ``first``: the fastest that can win; ``beside``: who shares its place; ``next``: the best of another engine;
     ``beyond``: what else is known of its parity; ``outdated``: where its engines were measured on the same kind of work after they had
-    changed."""
+    changed.
+    """
 
     id: str
     title: str

@@ -168,20 +168,13 @@ def _slowest(of: Scaling) -> str:
     return f"rank {slowest} is busy {number(busy[slowest], 3)} s a step, rank {fastest} {number(busy[fastest], 3)} s"
 
 
-def _exchanges(of: Scaling) -> str:
-    """Of each rank; nothing where the engine does not say."""
-    shares = [f"{one.rank}:\u00a0{100 * one.exchanging_share:.1f}\u00a0%" for one in of.ranks if one.exchanging_share is not None]
-    return ", ".join(shares)
+def _by_rank(say: Callable[[Rank], str]) -> Callable[[Scaling], str]:
+    """What ``say`` says of each rank; nothing where it does not know."""
+    return lambda of: ", ".join(f"{one.rank}:\u00a0{said}" for one in of.ranks if (said := say(one)))
 
 
-def _waits(of: Scaling) -> str:
-    shares = [f"{one.rank}:\u00a0{100 * one.waiting_share:.1f}\u00a0%" for one in of.ranks if one.waiting_share is not None]
-    return ", ".join(shares)
-
-
-def _memory(of: Scaling) -> str:
-    sizes = [f"{one.rank}:\u00a0{gib(one.peak_bytes)}" for one in of.ranks if one.peak_bytes is not None]
-    return ", ".join(sizes)
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}\u00a0%"
 
 
 _COLUMNS: Mapping[str, Callable[[Scaling], str]] = {
@@ -189,7 +182,7 @@ _COLUMNS: Mapping[str, Callable[[Scaling], str]] = {
     "tokens/s a {}": lambda of: plain_rate(of.tokens_per_second_per_process),
     "scaling efficiency": _efficiency,
     "slowest and fastest rank": _slowest,
-    "of a step in exchanges by rank": _exchanges,
-    "waiting for the slowest": _waits,
-    "peak GiB by rank": _memory,
+    "of a step in exchanges by rank": _by_rank(lambda one: _percent(one.exchanging_share)),
+    "waiting for the slowest": _by_rank(lambda one: _percent(one.waiting_share)),
+    "peak GiB by rank": _by_rank(lambda one: gib(one.peak_bytes)),
 }

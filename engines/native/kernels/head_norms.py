@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engines.native.kernels.launching import check_heads, check_rows
-from engines.native.kernels.rotary import _turn_back
+from engines.native.kernels.rotary import _lay_values
 
 _HEADS = 8  # heads a program
 _WARPS = 4
@@ -91,11 +91,7 @@ def _norm_rotate_back(
         _norm_back(dk, x + skipped, key_weight, epsilon, start, G, row + skipped, token, dk_stride, x_stride, cos, sin, HALF, BLOCK, HEADS)
     else:
         start = (program - query_programs - key_programs) * HEADS
-        _turn_back(dv, start, G, row + (C + G) * 2 * HALF, token, dv_stride, cos * 0 + 1, sin * 0, HALF, BLOCK, HEADS)
-        if P > 0:
-            if start == 0:
-                spare = tl.arange(0, PAD)
-                tl.store(row + (C + 2 * G) * 2 * HALF + spare, tl.zeros((PAD,), out.dtype.element_ty), mask=spare < P)
+        _lay_values(dv, start, C, G, row, token, dv_stride, cos, sin, HALF, BLOCK, HEADS, P, PAD)
 
 
 def norm_rotate(

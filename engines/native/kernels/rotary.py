@@ -46,6 +46,19 @@ def _turn_back(source, start, count, out, token, source_stride, cos, sin, HALF: 
 
 
 @triton.jit
+def _lay_values(
+    dv, start, C, G, row, token, dv_stride, cos, sin,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
+    """The gradients of some values as they are, behind queries and keys; with the first of them the zeros behind all."""
+    _turn_back(dv, start, G, row + (C + G) * 2 * HALF, token, dv_stride, cos * 0 + 1, sin * 0, HALF, BLOCK, HEADS)
+    if P > 0:
+        if start == 0:
+            spare = tl.arange(0, PAD)
+            tl.store(row + (C + 2 * G) * 2 * HALF + spare, tl.zeros((PAD,), row.dtype.element_ty), mask=spare < P)
+
+
+@triton.jit
 def _rotate_back(
     dq, dk, dv, cosine, sine, out, C, G, dq_stride, dk_stride, dv_stride, out_stride, query_programs, key_programs,
     HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr, PAD: tl.constexpr,
@@ -62,11 +75,7 @@ def _rotate_back(
         _turn_back(dk, (program - query_programs) * HEADS, G, row + C * 2 * HALF, token, dk_stride, cos, sin, HALF, BLOCK, HEADS)
     else:
         start = (program - query_programs - key_programs) * HEADS
-        _turn_back(dv, start, G, row + (C + G) * 2 * HALF, token, dv_stride, cos * 0 + 1, sin * 0, HALF, BLOCK, HEADS)
-        if P > 0:
-            if start == 0:
-                spare = tl.arange(0, PAD)
-                tl.store(row + (C + 2 * G) * 2 * HALF + spare, tl.zeros((PAD,), out.dtype.element_ty), mask=spare < P)
+        _lay_values(dv, start, C, G, row, token, dv_stride, cos, sin, HALF, BLOCK, HEADS, P, PAD)
 
 
 def rotate_(x_TN: Tensor, num_heads: int, cosine: Tensor, sine: Tensor) -> None:

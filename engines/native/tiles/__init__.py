@@ -81,10 +81,15 @@ def chosen(kernel: str, where: torch.device, size: int, default: C) -> C:
     """
     if where.type == "meta" and torch.cuda.is_available():
         where = torch.device("cuda", torch.cuda.current_device())
-    return default if where.type != "cuda" else _known(torch.cuda.get_device_name(where), kernel, size, default)
+    return default if where.type != "cuda" else _known(_name(where), kernel, size, default)
 
 
-@functools.cache  # it is asked at every launch
+@functools.cache  # both are asked at every launch
+def _name(gpu: torch.device) -> str:
+    return torch.cuda.get_device_name(gpu)
+
+
+@functools.cache
 def _known(device: str, kernel: str, size: int, default: C) -> C:
     return best_of(table(device), kernel, size, default)
 
