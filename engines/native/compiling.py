@@ -80,7 +80,7 @@ class Kernels:
         """Nothing is compiled yet. ``device``: whose launches they are."""
         self._pool = ThreadPoolExecutor(num_threads, "compile", initializer=stand_on, initargs=(device,))
         self._first = self._pool.submit(triton_key)  # hashes all of Triton (415 MB, 1.5 s here): once, not in every thread
-        self._asked: dict[tuple[int, str], Future[None]] = {}
+        self._asked: dict[tuple[int, str], Future[Any]] = {}
 
     def compile(self, launches: Mapping[tuple[int, str], Launch]) -> None:
         """Begin with those that were not asked for before; the calling thread stands on the same device."""
@@ -91,20 +91,33 @@ class Kernels:
                 self._asked[key] = self._pool.submit(self._compile, launch)
 
     def wait(self) -> int:
-        """Until all are compiled: how many they are. Raises what Triton raised."""
-        for future in self._asked.values():
-            future.result()
-        return len(self._asked)
+        """Until all are compiled: how many they are. Raises what Triton raised. No other thread compiles or launches kernels meanwhile."""
+        made = [future.result() for future in self._asked.values()]
+        for kernel in made:  # only now: no thread loads a launcher any more
+            if kernel is not None:
+                _load_launcher(kernel)
+        return len(made)
 
     def close(self) -> None:
         """Begin with nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, launch: Launch) -> None:
+    def _compile(self, launch: Launch) -> Any:
         self._first.result()
         kernel = launch.kernel.preload(launch.specialisation)
         if kernel is not None:  # else a hook of somebody else's forbade it
             _ = kernel.run  # asking for it makes the launcher and loads both
+        return kernel
+
+
+def _load_launcher(kernel: Any) -> None:
+    """Load the launcher of ``kernel`` once more, out of the cache, now that nobody else loads one.
+
+    Every launcher is a module of the same name. Python loads such a module a second time (two kernels of the same argument types) by
+    filling the one of that name with the second one's contents, and Triton reads the function from it only afterwards: two threads may
+    exchange their launchers between those two steps. That was seen on a GPU, as a launch with "35 arguments (38 given)" (2026-11-27).
+    """
+    kernel._run = driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
 def threads_for(processes: int) -> int:

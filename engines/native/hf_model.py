@@ -34,6 +34,11 @@ def in_fp8(model: Any, dtype: Any) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+# Code for each kind of call of a layer: the first one's input needs no gradient, a batch without padding has no mask, some lengths divide
+# by 8. torch's own 8 were too few for uneven batches on a GPU (torch 2.11, 2026-11-27).
+_MOST_KINDS_OF_CALL = 32
+
+
 def compile_layers(model: Any, *, with_loss: bool, shapes_vary: bool) -> None:
     """Compile every decoder layer, and ``with_loss`` the loss from the logits, each by itself; layers of one shape share their code.
 
@@ -45,6 +50,7 @@ def compile_layers(model: Any, *, with_loss: bool, shapes_vary: bool) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it goes on without compiling, with a line in the log
+    torch._dynamo.config.recompile_limit = _MOST_KINDS_OF_CALL
     dynamic = True if shapes_vary else None  # None: torch finds out
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     for module in plain.modules():

@@ -17,7 +17,7 @@ TOO_LITTLE = (
 def python(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: this one defines kernels for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(TREE)}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join([str(TREE), *sys.path])}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
 
 

@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What was compiled, and when. In a process of its own: this one defines kernels for the interpreter."""
     folder = tmp_path_factory.mktemp("rehearsed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(TREE)}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": os.pathsep.join([str(TREE), *sys.path])}
     command = [sys.executable, "-m", "tests.engines.rehearsed", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -134,7 +134,7 @@ def test_one_size_for_each_number_of_tokens() -> None:
 def test_on_a_gpu_too(tmp_path: Path) -> None:
     """Real addresses, attention's own strides, the launchers: the first step finds everything, from an empty cache."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(TREE)}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join([str(TREE), *sys.path])}
     command = [sys.executable, "-m", "tests.engines.rehearsed_gpu", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
