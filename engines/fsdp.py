@@ -64,10 +64,6 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     reasons += variant_reasons(workload, rank_stabilised=True, ratio=True)
     if knobs.offload == "cpu" and knobs.strategy == "replicate":
         reasons.append("offload=cpu moves shards, strategy=replicate has none; set strategy=full_shard or offload=none")
-    if knobs.compile and knobs.strategy != "replicate":
-        reasons.append(
-            f"compile=true has not been tried on sharded layers (strategy={knobs.strategy}); set compile=false or strategy=replicate"
-        )
     reasons += compiled_reasons(knobs.recompute, knobs.compile)
     if (knobs.strategy == "hybrid") is not (knobs.shard_ranks is not None):
         reasons.append("strategy=hybrid needs shard_ranks, the ranks that share one copy of the weights, and no other strategy has it")

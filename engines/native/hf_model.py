@@ -42,7 +42,8 @@ _MOST_KINDS_OF_CALL = 32
 def compile_layers(model: Any, *, with_loss: bool, shapes_vary: bool) -> None:
     """Compile every decoder layer, and ``with_loss`` the loss from the logits, each by itself; layers of one shape share their code.
 
-    ``shapes_vary``: make code for any number of positions at once, instead of for the first number and then for any.
+    ``shapes_vary``: make code for any number of positions at once, instead of for the first number and then for any. Of a layer its
+    ``forward`` alone: what hangs on its call, as FSDP2's gathers do, stays outside (traced with it, two ranks of a CPU gave no answer).
     Not the model as a whole: when transformers is traced it makes a mask of positions x positions for what it otherwise leaves to causal
     attention, and no flash kernel takes one (``find_packed_sequence_indices`` of transformers 5.17).
     """
@@ -55,7 +56,7 @@ def compile_layers(model: Any, *, with_loss: bool, shapes_vary: bool) -> None:
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     for module in plain.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.compile(dynamic=dynamic)
+            module.forward = torch.compile(module.forward, dynamic=dynamic)
     if with_loss:
         plain.loss_function = torch.compile(plain.loss_function, dynamic=dynamic)
 

@@ -100,6 +100,7 @@ ON_TWO = [
     *(("qwen3", LORA, {"strategy": strategy}) for strategy in ("replicate", "shard_grad", "full_shard")),
     *(("tied", FULL, {"strategy": strategy}) for strategy in ("replicate", "shard_grad", "full_shard")),
     ("llama", LORA, {"strategy": "shard_grad", "layout": "packed", "micro_batch": 1, "recompute": "selective"}),
+    ("llama", LORA, {"strategy": "full_shard", "compile": True, "recompute": "full"}),
     ("llama", {**LORA, "b_learning_rate_ratio": 8.0}, {"strategy": "full_shard", "offload": "cpu"}),
     ("tied", FULL, {"strategy": "full_shard", "offload": "cpu", "recompute": "full"}),
     *(("falcon", {**LORA, "targets": FALCON_TARGETS}, {"strategy": strategy}) for strategy in ("replicate", "full_shard")),
@@ -219,7 +220,6 @@ def test_other_knobs_have_names_of_their_own() -> None:
     ("knobs", "config", "machine", "reason"),
     [
         ({"offload": "cpu"}, LLAMA, CPU, "offload=cpu moves shards, strategy=replicate has none"),
-        ({"compile": True, "strategy": "full_shard"}, LLAMA, CPU, "compile=true has not been tried on sharded layers"),
         ({"compile": True, "recompute": "selective"}, LLAMA, CPU, "recompute=selective: a compiled layer chooses by itself"),
         ({"strategy": "hybrid"}, LLAMA, CPU, "strategy=hybrid needs shard_ranks"),
         ({"shard_ranks": 2}, LLAMA, CPU, "no other strategy has it"),
