@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from harness.progress import SweepProgress, label, sweep_progress
 from harness.record import Record
 from harness.scoring import Trained, drop, is_unjudged, judge_weights, kept, needed_later
 from harness.store import check_writable, load, recorded, save, writing
-from harness.turns import turn
+from harness.turns import alone, gpu_of, turn
 
 _GIB = 2**30
 _IN_LABEL = ("engine=", "model=", "data=", "method=", "repeat=")  # what the label of a cell says of a sweep's values
@@ -62,7 +63,7 @@ def run(settings: Settings, requests: Sequence[Request], console: Console) -> Ex
         sweep = Sweep(root, settings, console, planned, earlier)
         prepared = _prepare(sweep)
         records = _run_cells(sweep, prepared)
-        scored = _score(sweep, prepared, [*earlier, *records])
+        scored = _score(sweep, prepared)
         return _finish(sweep, records, scored)
 
 
@@ -85,9 +86,25 @@ class Sweep:
         """Print a line as it is."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    @property
+    def gpu(self) -> str | None:
+        """The one GPU that this sweep measures on, beside which others may measure on theirs; None: the whole machine."""
+        return gpu_of(os.environ, cuda=all(cell.machine.device == "cuda" for cell in self.planned))
+
     def turn(self) -> AbstractContextManager[int]:
         """This sweep's turn on the store, for anything but a cell."""
-        return turn(self.root, lambda: self.say("waiting: another sweep is measuring here"))
+        share = None if self.gpu is None else "preparing"
+        return turn(self.root, lambda: self.say("waiting: another sweep is measuring here"), share)
+
+    @contextmanager
+    def last(self) -> Iterator[bool]:
+        """Whether no other sweep is at work beside this one, on GPUs of its own; nobody begins within the block."""
+        if self.gpu is None:
+            with self.turn():
+                yield True
+        else:
+            with alone(self.root) as nobody_else:
+                yield nobody_else
 
 
 @contextmanager
@@ -161,7 +178,7 @@ def _run_cells(sweep: Sweep, prepared: dict[str, Prepared]) -> list[Record]:
 def run_one(cell: Planned, place: Prepared, sweep: Sweep, progress: SweepProgress, sitting: str) -> Record:
     """Look at the store again before running: another sweep may have recorded the cell since the plan, or left it to be recorded."""
     root, request, machine = sweep.root, cell.request, cell.machine
-    with turn(root, lambda: progress.event({"event": "waiting"})) as held:
+    with turn(root, lambda: progress.event({"event": "waiting"}), sweep.gpu) as held:
         known = recorded(root, machine, request.cell)
         left = recovered(request, machine, root, known)
         if left is not None:
@@ -179,11 +196,13 @@ def run_one(cell: Planned, place: Prepared, sweep: Sweep, progress: SweepProgres
     return record
 
 
-def _score(sweep: Sweep, prepared: dict[str, Prepared], known: Sequence[Record]) -> bool:
-    """Judge the weights that are still there, of every workload of this sweep; then drop those that are not to be kept.
+def _score(sweep: Sweep, prepared: dict[str, Prepared]) -> bool:
+    """Judge the weights that are still there, of every workload of this sweep, whoever trained them; then drop those that are not to be
+    kept, unless others are at work beside this sweep: their weights are to be compared with these, so the last one does it.
 
     Returns whether all have a score. Weights that cannot be scored are named, kept, and tried again by the next sweep.
     """
+    known = [stored.record for stored in load(sweep.root).stored] if prepared else []
     cells = {cell.request.cell.workload.key: cell for cell in sweep.planned}
     failed: set[str | None] = set()
     all_trained = [
@@ -201,9 +220,9 @@ def _score(sweep: Sweep, prepared: dict[str, Prepared], known: Sequence[Record])
         with sweep.turn() as held:  # another sweep may have scored and dropped them while we waited
             failed |= judge_weights(trained, held, sweep.say)
     if all_trained and sweep.settings.keep == "none":
-        with sweep.turn():
-            keep = needed_later(load(sweep.root)) | {sha for sha in failed if sha}
-            for trained in all_trained:
+        with sweep.last() as last:
+            keep = needed_later(load(sweep.root)) | {sha for sha in failed if sha} if last else set()
+            for trained in all_trained if last else ():
                 drop(trained, keep)
     return not failed
 

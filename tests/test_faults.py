@@ -16,10 +16,12 @@ from rich.console import Console
 from harness.adapters import adapter_folder
 from harness.config import Settings
 from harness.errors import HarnessError, StoreError
+from harness.launch import run_cell
 from harness.places import PrepareRequest, ScoreRequest
 from harness.record import Record, Score, dumps
 from harness.store import load, save
 from harness.sweep import Exit, run
+from harness.turns import turn
 from tests import workloads
 from tests.sweeps import FAKES, TREE, Sweeps, overrides
 from tests.workloads import Made
@@ -102,6 +104,40 @@ def test_adapters_left_by_a_stopped_sweep_are_scored_by_the_next(monkeypatch: py
     assert all(stored.score and stored.base_score for stored in load(tmp_path).stored)
     assert list((tmp_path / "adapters").iterdir()) == [], "scored, they are not kept"
     assert len(load(tmp_path).stored) == 2, "and no cell ran again"
+
+
+def test_beside_a_sweep_on_another_gpu_weights_stay_until_the_last_has_judged_all(
+    monkeypatch: pytest.MonkeyPatch, prepared: Made, tmp_path: Path
+) -> None:
+    through(monkeypatch, doors(prepared))
+    monkeypatch.setattr("harness.sweep.gpu_of", lambda *_, **__: "gpu-0")
+    with turn(tmp_path, pytest.fail, "gpu-1"):
+        code, _ = sweep(prepared, tmp_path, cells=1)
+    assert code == Exit.OK
+    assert len(list((tmp_path / "adapters").iterdir())) == 1, "the other sweep's are to be compared with it"
+    monkeypatch.setattr("harness.sweep.gpu_of", lambda *_, **__: "gpu-1")
+    code, _ = sweep(prepared, tmp_path)
+    assert code == Exit.OK
+    assert len(load(tmp_path).stored) == 2
+    assert all(stored.score for stored in load(tmp_path).stored)
+    assert list((tmp_path / "adapters").iterdir()) == []
+
+
+def test_weights_that_another_sweep_left_meanwhile_are_judged_too(monkeypatch: pytest.MonkeyPatch, prepared: Made, tmp_path: Path) -> None:
+    door, left = doors(prepared), [tmp_path / "other"]
+    through(monkeypatch, door)
+    sweep(prepared, tmp_path / "other", keep="adapters")
+
+    def run_and_find_more(*given: Any, **named: Any) -> Record:
+        record = run_cell(*given, **named)
+        while left:
+            shutil.copytree(left.pop(), tmp_path / "mine", dirs_exist_ok=True, ignore=shutil.ignore_patterns("work", "scores", "report*"))
+        return record
+
+    monkeypatch.setattr("harness.sweep.run_cell", run_and_find_more)
+    sweep(prepared, tmp_path / "mine", cells=1, keep="adapters")
+    assert len({_adapter(stored.record) for stored in load(tmp_path / "mine").stored}) == 2
+    assert all(stored.score for stored in load(tmp_path / "mine").stored)
 
 
 def test_an_adapter_that_cannot_be_scored_is_named_and_stops_nothing(
