@@ -10,18 +10,32 @@ from harness.spec import EngineSpec
 
 
 def labels(engines: Sequence[EngineSpec]) -> tuple[str, ...]:
-    """A name for each engine: its own, plus whatever differs between the variants of that engine; what is null goes without saying."""
-    names = {engine.title for engine in engines}
-    differ = {name: _differing([_settings(engine) for engine in engines if engine.title == name]) for name in names}
-    whole = [_label(engine, differ[engine.title], nulls=True) for engine in engines]
-    brief = [_label(engine, differ[engine.title], nulls=False) for engine in engines]
-    return tuple(whole[place] if brief.count(name) > 1 else name for place, name in enumerate(brief))
+    """A name for each engine: its own, plus whatever differs between the variants of that engine.
+
+    What is null goes without saying, and so does a setting that some have and others, made by older code, do not; unless two would then
+    have the same name.
+    """
+    families: dict[str, list[Mapping[str, Any]]] = {}
+    for engine in engines:
+        families.setdefault(engine.title, []).append(_settings(engine))
+    told = {title: _differing(family, unset=False) for title, family in families.items()}
+    all_told = {title: _differing(family, unset=True) for title, family in families.items()}
+    names = [
+        [_label(engine, told[engine.title], nulls=False) for engine in engines],
+        [_label(engine, told[engine.title], nulls=True) for engine in engines],
+        [_label(engine, all_told[engine.title], nulls=True) for engine in engines],
+    ]
+    return tuple(
+        next((name for name, all_names in zip(own, names, strict=True) if all_names.count(name) == 1), own[-1])
+        for own in zip(*names, strict=True)
+    )
 
 
-def _differing(family: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The settings that are not the same in all of ``family``."""
+def _differing(family: Sequence[Mapping[str, Any]], *, unset: bool) -> list[str]:
+    """The settings that are not the same in all of ``family``; ``unset``: also those that only some have."""
     keys = sorted({key for one in family for key in one})
-    return [key for key in keys if len({_canonical(one.get(key, "unset")) for one in family}) > 1]
+    values = {key: {_canonical(one[key]) for one in family if key in one} for key in keys}
+    return [key for key in keys if len(values[key]) > 1 or (unset and any(key not in one for one in family))]
 
 
 def _label(engine: EngineSpec, differ: Sequence[str], *, nulls: bool) -> str:

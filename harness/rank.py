@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from harness.current import latest, outgrown
 from harness.engine import Machine
 from harness.labels import labels
 from harness.record import Record, Score, cause, dumps
@@ -71,7 +72,8 @@ class Variant:
     """One engine with one set of knobs, on one workload and machine, over its repeats.
 
     ``runs``: the repeats with status ok, ``failures``: the others, both by repeat number. ``num_superseded``: older records of the
-    same cells, not counted. ``rank``: 1 is best, ties share it, null when nothing ran. ``comparison``: with the first of its rank.
+    same cells, and of the engine before it had all its knobs; not counted. ``rank``: 1 is best, ties share it, null when nothing ran.
+    ``comparison``: with the first of its rank.
     """
 
     label: str
@@ -162,16 +164,6 @@ class Group:
     outcome: Outcome
 
 
-def latest(records: Iterable[Record]) -> tuple[Record, ...]:
-    """The newest record of every (machine, cell): a cell that was run again counts once."""
-    newest: dict[tuple[str, str], Record] = {}
-    for record in records:
-        key = (record.machine.key, record.cell.key)
-        if key not in newest or newest[key].provenance.started_utc < record.provenance.started_utc:
-            newest[key] = record
-    return tuple(newest.values())
-
-
 def rank(entries: Iterable[Entry]) -> tuple[Group, ...]:
     """Group ``entries`` by machine and workload and rank each group. Groups are sorted by machine, model, method and data."""
     grouped: dict[tuple[str, str], list[Entry]] = {}
@@ -193,19 +185,23 @@ def _group(entries: Sequence[Entry]) -> Group:
 
 
 def _variants(entries: Sequence[Entry]) -> list[Variant]:
+    older = outgrown([entry.record for entry in entries])
     found: dict[str, list[Entry]] = {}
     for entry in entries:
-        found.setdefault(entry.record.cell.engine.key, []).append(entry)
-    names = labels([members[0].record.cell.engine for members in found.values()])
-    return [_variant(name, members) for name, members in zip(names, found.values(), strict=True)]
+        key = entry.record.cell.engine.key
+        found.setdefault(older.get(key, key), []).append(entry)
+    engines = {entry.record.cell.engine.key: entry.record.cell.engine for entry in entries}
+    names = labels([engines[key] for key in found])
+    return [_variant(name, engines[key], found[key]) for name, key in zip(names, found, strict=True)]
 
 
-def _variant(label: str, entries: Sequence[Entry]) -> Variant:
-    newest = set(map(id, latest(entry.record for entry in entries)))
-    current = sorted((entry for entry in entries if id(entry.record) in newest), key=lambda entry: entry.record.cell.repeat)
-    runs = tuple(entry for entry in current if entry.tokens_per_second is not None)
-    failures = tuple(entry for entry in current if entry.tokens_per_second is None)
-    return Variant(label, entries[0].record.cell.engine, runs, failures, _num_distinct(entries) - len(current))
+def _variant(label: str, engine: EngineSpec, entries: Sequence[Entry]) -> Variant:
+    """``entries``: of ``engine``, and of what it was before it had all its knobs."""
+    newest = set(map(id, latest(entry.record for entry in entries if entry.record.cell.engine.key == engine.key)))
+    counted = sorted((entry for entry in entries if id(entry.record) in newest), key=lambda entry: entry.record.cell.repeat)
+    runs = tuple(entry for entry in counted if entry.tokens_per_second is not None)
+    failures = tuple(entry for entry in counted if entry.tokens_per_second is None)
+    return Variant(label, engine, runs, failures, _num_distinct(entries) - len(counted))
 
 
 def _num_distinct(entries: Sequence[Entry]) -> int:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from harness.current import current, latest
 from harness.engine import Machine
 from harness.labels import labels
-from harness.rank import Entry, Group, Variant, compare_variants, latest, rank
+from harness.rank import Entry, Group, Variant, compare_variants, rank
 from harness.record import Record
 from harness.spec import EngineSpec
 from tests import records
@@ -187,6 +188,39 @@ def test_the_newest_record_of_a_cell_counts_and_the_older_are_counted() -> None:
         assert variant.rates == pytest.approx((100,))
         assert variant.num_superseded == 1
     assert group([new, entry(new.record.model_copy())]).variants[0].num_superseded == 0, "a copy in another root is the same record"
+
+
+BEFORE, SINCE = "2026-11-01T00:00:00+00:00", "2026-11-02T00:00:00+00:00"
+
+
+def test_an_engine_without_its_newer_knobs_is_the_same_one_earlier() -> None:
+    """Three repeats by older code, one by newer: the newer counts, the older are counted; other settings stay rows of their own."""
+    old = [*entries(engine("a"), [50, 51, 52], started=BEFORE), *entries(engine("a", micro_batch=8), [60], started=BEFORE)]
+    new = entries(engine("a", offload=True), [100], started=SINCE)
+    found = group(old, new)
+    assert places(found) == [("a micro_batch=4", 1), ("a micro_batch=8", 1)]
+    assert [(variant.rates, variant.num_superseded) for variant in found.variants] == [
+        (pytest.approx((100,)), 3),
+        (pytest.approx((60,)), 0),
+    ]
+    assert {id(one) for one in current(each.record for each in [*old, *new])} == {id(each.record) for each in [*old[3:], *new]}
+
+
+@pytest.mark.parametrize(
+    ("other", "started"),
+    [
+        (engine("a", offload=True), BEFORE),
+        (engine("a", offload=True, micro_batch=8), SINCE),
+        (engine("a", offload=True, processes=2), SINCE),
+        (engine("b", offload=True), SINCE),
+        (engine("a", offload=True).model_copy(update={"variant": "sharded"}), SINCE),
+    ],
+    ids=["earlier", "another value", "several processes", "another engine", "another name"],
+)
+def test_what_only_looks_like_it_is_not(other: EngineSpec, started: str) -> None:
+    both = [*entries(engine("a"), [50], started=BEFORE), *entries(other, [100], started=started)]
+    assert len(group(both).variants) == 2
+    assert len(current(each.record for each in both)) == 2
 
 
 def test_latest_keeps_machines_apart() -> None:

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 from harness.check.judge import Measured
 from harness.comparable import Run, runs
+from harness.current import latest
 from harness.errors import ConfigError, RecordError, StoreError
 from harness.gates import Counted, loads_counted
 from harness.labels import labels
-from harness.rank import latest
 from harness.record import Record
 from harness.spec import EngineSpec, Workload, content_key
 from harness.store import load

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from harness.comparable import Run, by_workload, runs
+from harness.current import current as current_records
 from harness.parity import Anchor, anchors, verdict
-from harness.rank import Entry, Group, latest, rank
+from harness.rank import Entry, Group, rank
 from harness.store import Results
 from harness.verdict import Verdict
 
@@ -18,7 +19,7 @@ def judged(results: Results) -> tuple[Group, ...]:
     Runs of a first step alone are facts for the verdicts, not rows.
     """
     found = [(run, stored) for run, stored in zip(runs(results), results.stored, strict=True) if not run.record.cell.workload.is_first_step]
-    current = set(map(id, latest(run.record for run, _ in found)))
+    current = set(map(id, current_records(run.record for run, _ in found)))
     against: dict[int, tuple[Anchor, ...]] = {}
     for key, mine in by_workload(run for run, _ in found).items():
         candidates = [run for run in mine if id(run.record) in current]

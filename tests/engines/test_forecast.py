@@ -45,11 +45,13 @@ def runs() -> list[Record]:
 @pytest.mark.parametrize("record", runs(), ids=lambda record: f"{record.cell.workload.model.name}-{record.provenance.started_utc[:16]}")
 def test_the_peak_is_known_before_anything_is_loaded(record: Record) -> None:
     cell, capacity = record.cell, (record.machine.memory_cap_gib or record.machine.memory_gib) * 2**30
-    tokens = int(cell.engine.knobs["micro_batch"]) * cell.workload.data.sequence_length
+    processes = cell.engine.processes
+    samples = min(int(cell.engine.knobs["micro_batch"]), -(-cell.workload.train.samples_per_step // processes))
+    tokens = samples * cell.workload.data.sequence_length
     config = cell.workload.model.config
     assert config is not None
     knobs = {**single(["engine=fused", "machine=cuda"]).engine.knobs, **cell.engine.knobs}  # it may be older than a knob
-    told = footprint(load(cell.engine), cell.workload, config, knobs, capacity, tokens, cell.workload.data.sequence_length)
+    told = footprint(load(cell.engine), cell.workload, config, knobs, capacity, tokens, cell.workload.data.sequence_length, processes)
     assert told is not None
     assert record.measurement is not None
     measured = max(memory.peak_allocated_bytes or 0 for memory in record.measurement.memory)

@@ -100,7 +100,7 @@ ON_TWO = [
     *(("qwen3", LORA, {"strategy": strategy}) for strategy in ("replicate", "shard_grad", "full_shard")),
     *(("tied", FULL, {"strategy": strategy}) for strategy in ("replicate", "shard_grad", "full_shard")),
     ("llama", LORA, {"strategy": "shard_grad", "layout": "packed", "micro_batch": 1, "recompute": "selective"}),
-    ("llama", LORA, {"strategy": "full_shard", "compile": True, "recompute": "full"}),
+    ("llama", LORA, {"strategy": "full_shard", "compile": True}),
     ("llama", {**LORA, "b_learning_rate_ratio": 8.0}, {"strategy": "full_shard", "offload": "cpu"}),
     ("tied", FULL, {"strategy": "full_shard", "offload": "cpu", "recompute": "full"}),
     *(("falcon", {**LORA, "targets": FALCON_TARGETS}, {"strategy": strategy}) for strategy in ("replicate", "full_shard")),
