@@ -43,6 +43,14 @@ class Verdict(Protocol):
         """The verdict in a few words."""
 
     @property
+    def look(self) -> str:
+        """What it is shown as."""
+
+    @property
+    def same_on(self) -> str:
+        """Where else it was found the same; empty where not, or judged here."""
+
+    @property
     def detail(self) -> str:
         """Why, in a sentence."""
 

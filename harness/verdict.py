@@ -17,7 +17,8 @@ class Verdict:
     """``worst``: the test with the largest excess, its value and allowance. ``reasons``: everything against ``same``.
 
     ``tests``: every test that was made, with its allowance in floors; ``untested``: the others, and why; ``hint``: what a failure
-    looks like. ``elsewhere``: what the same engine and knobs were found to be on a workload that can be judged.
+    looks like. ``elsewhere``: what the same engine and knobs were found to be on workloads that can be judged, and
+    ``same_elsewhere`` whether they are the same on all of those.
     """
 
     kind: Kind
@@ -30,13 +31,28 @@ class Verdict:
     untested: Mapping[str, str] | None = None
     hint: str = ""
     elsewhere: str = ""
+    same_elsewhere: bool = False
 
     @property
     def label(self) -> str:
-        """``same: fp32``, ``same: fp32 (7 of 9 tests)``, ``different``, ``not comparable``, ``reference: bf16``."""
+        """``same: fp32``, ``same: fp32 (7 of 9 tests)``, ``different``, ``not comparable``, ``reference: bf16``; where a workload cannot be
+        judged, ``same elsewhere (fp32 on another)``.
+        """
+        if self.same_elsewhere:
+            return f"same elsewhere ({self.elsewhere})"
         some = f" ({len(self.tests)} of {len(TESTS)} tests)" if self.kind == "same" and self.untested else ""
         label = f"{self.kind}: {self.anchor}{some}" if self.anchor and self.kind in ("same", "reference") else self.kind
         return f"{label}; {self.elsewhere}" if self.elsewhere else label
+
+    @property
+    def look(self) -> str:
+        """What it is shown as: its kind in one word, with what was found elsewhere where nothing could be judged here."""
+        return "same" if self.same_elsewhere else self.kind.replace(" ", "-")
+
+    @property
+    def same_on(self) -> str:
+        """Where else it was found the same, and by which anchor: ``fp32 on another``; empty where not, or judged here."""
+        return self.elsewhere if self.same_elsewhere else ""
 
     @property
     def detail(self) -> str:

@@ -31,6 +31,8 @@ class Verdict:
     can_win: bool
     detail: str = "why"
     light: Light = Light()
+    look: str = "same"
+    same_on: str = ""
 
 
 SAME = Verdict("same", "same: fp32", True)

@@ -128,8 +128,8 @@ def _line(group: Group, outdated: str) -> Line:
         sure=sure,
         memory=gib(memory_bytes(first, group)) if first else "",
         parity=parity,
-        parity_kind=verdict.kind.replace(" ", "-") if verdict else "",
-        beyond=beyond or _light(verdict),
+        parity_kind=verdict.look if verdict else "",
+        beyond="; ".join(filter(None, (beyond, _light(verdict)))),
         day=_day(group),
         outdated=outdated,
     )

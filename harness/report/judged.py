@@ -48,8 +48,10 @@ def _with_elsewhere(judged_runs: Sequence[Run], verdicts: Sequence[Verdict]) -> 
 
 
 def _beside(one: Verdict, elsewhere: dict[str, Verdict]) -> Verdict:
-    said = ", ".join(f"{other.label} on {label}" for label, other in sorted(elsewhere.items()))
-    return replace(one, elsewhere=said, can_win=one.can_win and all(other.kind == "same" for other in elsewhere.values()))
+    same = one.can_win and bool(elsewhere) and all(other.kind == "same" for other in elsewhere.values())
+    found = sorted(elsewhere.items())
+    said = ", ".join(f"{other.anchor if same else other.label} on {label}" for label, other in found)
+    return replace(one, elsewhere=said, same_elsewhere=same, can_win=one.can_win and (same or not elsewhere))
 
 
 def _engine(run: Run) -> tuple[str, str, str]:

@@ -145,7 +145,7 @@ def _row(variant: Variant, group: Group, look: Look | None) -> Row:
         startup_seconds=number(_startup_seconds(variant), 1),
         held_out_loss=number(variant.held_out_loss),
         parity=verdict.label if verdict else "",
-        parity_kind=verdict.kind.replace(" ", "-") if verdict else "",
+        parity_kind=verdict.look if verdict else "",
         parity_detail=verdict.detail if verdict else "",
         light=light,
         flag="" if variant.can_win else "cannot win",
