@@ -112,7 +112,7 @@ def _day(group: Group) -> str:
 def _line(group: Group, outdated: str) -> Line:
     able = [variant for variant in group.variants if variant.runs and variant.can_win]
     first = able[0] if able else None
-    rival = next((one for one in able if first and one.engine.title != first.engine.title), None)
+    rival = next((one for one in able if first and one.engine.name != first.engine.name), None)
     lead, sure = _lead(first, rival)
     verdict = first.verdict if first else None
     parity, beyond = _parted(verdict.label if verdict else "")

@@ -34,6 +34,11 @@ def test_the_next_is_of_another_engine() -> None:
     assert (one.first, one.next) == ("fused micro_batch=4", "hf")
 
 
+def test_a_named_variant_of_the_same_engine_is_no_other_engine() -> None:
+    named = engine("fused", memory_gib=8).model_copy(update={"variant": "within-8"})
+    assert line(results([*FASTER, *repeats(named, [150.0, 151.0, 149.0])])).next == "hf"
+
+
 def test_a_tie_says_so_and_still_gives_the_ratio() -> None:
     one = line(results([*repeats(engine("hf"), [100.0]), *repeats(engine("fused"), [117.0])]))
     assert one.beside == "shares the first place with 1 other"
