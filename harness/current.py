@@ -31,11 +31,15 @@ def outgrown(records: Sequence[Record]) -> dict[str, str]:
     """Keys of engines in ``records`` (one machine, one workload) that are others with fewer knobs, run earlier; and those others' keys.
 
     A knob that is new has a value that leaves an engine as it was, so a record without it is one of the same variant, made by older code.
+    What could not run here (``unsupported``) takes nobody's place.
     """
     engines = {record.cell.engine.key: record.cell.engine for record in records}
     if len(engines) == 1:
         return {}
-    run = {key: max(one.provenance.started_utc for one in records if one.cell.engine.key == key) for key in engines}
+    run = dict.fromkeys(engines, "")
+    for record in records:
+        if record.status != "unsupported":
+            run[record.cell.engine.key] = max(run[record.cell.engine.key], record.provenance.started_utc)
     found = {}
     for key, engine in engines.items():
         later = [other for other, grown in engines.items() if run[other] > run[key] and _has_grown(engine, grown)]

@@ -225,6 +225,12 @@ def test_what_only_looks_like_it_is_not(other: EngineSpec, started: str) -> None
     assert len(current(each.record for each in both)) == 2
 
 
+def test_what_could_not_run_takes_nobodys_place() -> None:
+    old = entries(engine("a"), [50], started=BEFORE)
+    new = [entry(records.record(engine("a", offload=True), status="unsupported", reason="run make peers", started=SINCE))]
+    assert places(group(old, new)) == [("a offload=unset", 1), ("a offload=true", None)]
+
+
 def test_latest_keeps_machines_apart() -> None:
     both = [records.record(machine=records.CPU), records.record(machine=records.GPU)]
     assert latest(both) == tuple(both)
