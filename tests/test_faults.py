@@ -30,7 +30,17 @@ Door = Callable[..., None]
 
 
 def settings(runs: Path, **more: Any) -> Settings:
-    return Settings(**{"plan": "run", "rerun": "stale", "keep": "none", "runs": str(runs), "cache": "unused", "lane": None, **more})
+    return Settings(
+        **{
+            "plan": "run",
+            "rerun": "stale",
+            "keep": "none",
+            "runs": str(runs),
+            "cache": str(runs.with_name(f"{runs.name}-cache")),
+            "lane": None,
+            **more,
+        }
+    )
 
 
 def doors(made: Made, *, unloadable: frozenset[str] = frozenset(), interrupted: list[str] | None = None) -> Door:
