@@ -221,9 +221,10 @@ def _score(sweep: Sweep, prepared: dict[str, Prepared]) -> bool:
             failed |= judge_weights(trained, held, sweep.say)
     if all_trained and sweep.settings.keep == "none":
         with sweep.last() as last:
-            keep = needed_later(load(sweep.root)) | {sha for sha in failed if sha} if last else set()
-            for trained in all_trained if last else ():
-                drop(trained, keep)
+            if last:
+                keep = needed_later(load(sweep.root)) | {sha for sha in failed if sha}
+                for trained in all_trained:
+                    drop(trained, keep)
     return not failed
 
 

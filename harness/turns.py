@@ -19,7 +19,8 @@ def turn(root: Path, on_wait: Callable[[], None], share: str | None = None) -> I
     """Hold the store's lock; yields its descriptor. ``on_wait`` is called once when somebody else holds it.
 
     ``share``: a part of the machine, or a kind of work; only who holds the same share, or the whole, is waited for. The kernel gives a
-    lock back when its last holder is gone: hand the descriptor to a guard, and the turn lasts until its command is.
+    lock back when its last holder is gone: hand the descriptor to a guard, and the turn lasts until its command is. (With a ``share``
+    that holds for others on it; who waits for the whole goes on when this process is gone.)
     """
     with contextlib.ExitStack() as stack:
         whole = stack.enter_context(_open(root, "measuring.lock"))

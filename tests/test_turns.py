@@ -88,9 +88,7 @@ def test_a_turn_lasts_until_all_that_its_killed_holder_started_is_gone(tmp_path:
     holder = f"""
 import pathlib, sys
 from harness.guard import guarded
-import pytest
-
-from harness.turns import alone, gpu_of, turn
+from harness.turns import turn
 with turn(pathlib.Path({str(tmp_path)!r}), print) as held:
     with guarded([sys.executable, "-c", "import time; print('asleep', flush=True); time.sleep(3600)", "{tmp_path}"], held=held) as guard:
         print(guard.pid, flush=True)
