@@ -13,6 +13,8 @@ from harness.engine import Machine
 
 _GIB = 2**30
 _POWER_BUCKET_WATTS = 50  # cards of one model are sold with different limits; small differences in the setting are noise
+# Cards of one chip, of as many multiprocessors, that differ in their memory: the same code takes the same kernels there (decision 0022).
+_CHIPS = {"NVIDIA H100 80GB HBM3": "gh100-132", "NVIDIA H200": "gh100-132"}
 
 
 @contextlib.contextmanager
@@ -58,6 +60,14 @@ def detect(device: Literal["cpu", "cuda"], *, count: int = 1, memory_cap_gib: in
             memory_cap_gib=memory_cap_gib,
             power_limit_watts=round(watts / _POWER_BUCKET_WATTS) * _POWER_BUCKET_WATTS,
         )
+
+
+def arithmetic(machine: Machine) -> str:
+    """What decides which bits the same code computes: the chip and the number of its multiprocessors, not how much memory it has or how
+    fast that is; how many GPUs there are; an emulated cap. A card whose chip is not known is one of its own.
+    """
+    chip = _CHIPS.get(machine.name)
+    return machine.model_copy(update={"name": chip, "memory_gib": 0, "power_limit_watts": None}).key if chip else machine.key
 
 
 def driver_version() -> str | None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from harness.derived import derive
 from harness.events import Event
 from harness.plan import Planned
 from harness.record import Record, cause
 
 _GIB = 2**30
+_RECENT = 10  # steps whose rate is shown while more are made: the first one compiles, and would stay in a mean
 
 
 class SweepProgress:
@@ -25,8 +28,7 @@ class SweepProgress:
         self._done = 0
         self._sweep = progress.add_task("sweep", total=len(cells), detail="")
         self._cell: TaskID | None = None
-        self._tokens = 0
-        self._seconds = 0.0
+        self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)  # tokens and seconds of a step
         self._steps = 0
 
     def begin(self, cell: Planned) -> None:
@@ -35,7 +37,8 @@ class SweepProgress:
         self._progress.update(self._sweep, detail=f"next: {label(following)}" if following else "the last one")
         steps = cell.request.cell.workload.train.num_steps
         self._cell = self._progress.add_task(label(cell), total=steps, detail="starting")
-        self._tokens, self._seconds, self._steps = 0, 0.0, 0
+        self._steps = 0
+        self._recent.clear()
         if not self._console.is_terminal:
             self._console.print(f"[{self._done + 1}/{len(self._cells)}] {label(cell)} …", markup=False)
 
@@ -52,10 +55,10 @@ class SweepProgress:
             self._progress.update(self._cell, detail=f"ready after {event['setup_seconds']:.1f} s")
             return
         self._steps += 1
-        self._tokens += event["tokens_input"]
-        self._seconds += event["seconds"]
+        self._recent.append((event["tokens_input"], event["seconds"]))
+        tokens, seconds = map(sum, zip(*self._recent, strict=True))
         memory = event.get("rss_bytes")
-        parts = [f"{self._tokens / self._seconds:,.0f} tokens/s" if self._seconds else "", f"loss {event['losses']:.4f}"]
+        parts = [f"{tokens / seconds:,.0f} tokens/s" if seconds else "", f"loss {event['losses']:.4f}"]
         parts += [f"RSS {memory / _GIB:.2f} GiB"] if memory else []
         self._progress.update(self._cell, advance=1, detail=", ".join(filter(None, parts)))
 
@@ -73,12 +76,19 @@ class SweepProgress:
             self._cell = None
         self._progress.update(self._sweep, advance=1)
         name = f"{record.cell.engine.title}, repeat {record.cell.repeat}"
-        rate = f"{self._tokens / self._seconds:,.0f} tokens/s" if self._seconds else "no step"
         reason = f": {cause(record)}" if record.reason else ""
-        self._say(f"  {record.status:<12} {name:<24} {how or rate}, {record.provenance.wall_seconds:.1f} s{reason}")
+        self._say(f"  {record.status:<12} {name:<24} {how or _rate(record, self._steps)}, {record.provenance.wall_seconds:.1f} s{reason}")
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _rate(record: Record, num_steps: int) -> str:
+    """That of the steady steps, as every table has it; of a run that has none, how far it came."""
+    derived = derive(record)
+    if derived is not None and derived.tokens_per_second is not None:
+        return f"{derived.tokens_per_second:,.0f} tokens/s"
+    return f"{num_steps} step{'' if num_steps == 1 else 's'}" if num_steps else "no step"
 
 
 def label(cell: Planned) -> str:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from harness import machine
+from harness.machine import arithmetic
+from harness.store import load
 from tests.fakes_nvml import nvml
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 def test_a_gpu_is_keyed_by_what_makes_figures_incomparable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +44,16 @@ def test_hosts_are_told_apart_without_being_named() -> None:
 
     assert machine.host_id() == machine.host_id()
     assert platform.node() not in machine.host_id()
+
+
+def test_cards_of_one_chip_compute_the_same_first_loss() -> None:
+    """Of all that was measured on several of them with the same code, to the bit: what lets one vouch for the other."""
+    found: dict[tuple[str, ...], dict[str, set[float]]] = {}
+    for stored in load(RESULTS).stored:
+        record = stored.record
+        if record.measurement is not None and record.measurement.steps.losses:
+            code = (arithmetic(record.machine), record.cell.workload.key, record.cell.engine.key, record.provenance.engine_fingerprint)
+            found.setdefault(code, {}).setdefault(record.machine.name, set()).add(record.measurement.steps.losses[0])
+    compared = [by_card for by_card in found.values() if len(by_card) > 1]
+    assert compared
+    assert all(len(set.union(*by_card.values())) == 1 for by_card in compared), compared

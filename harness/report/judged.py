@@ -7,10 +7,14 @@ from dataclasses import replace
 
 from harness.comparable import Run, by_workload, runs
 from harness.current import current as current_records
+from harness.machine import arithmetic
 from harness.parity import Anchor, anchors, verdict
 from harness.rank import Entry, Group, rank
 from harness.store import Results
 from harness.verdict import Verdict
+
+_Code = tuple[str, str, str]  # what computes the same bits: of the machine, the engine's key, its fingerprint
+_Found = dict[tuple[str, str], Verdict]  # by a workload's label and the card's name
 
 
 def judged(results: Results) -> tuple[Group, ...]:
@@ -31,28 +35,40 @@ def judged(results: Results) -> tuple[Group, ...]:
 
 
 def _with_elsewhere(judged_runs: Sequence[Run], verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """To what cannot be judged (random weights), add what the same engine and knobs were found to be where every test was made.
+    """To what cannot be judged (random weights), add what the same engine and knobs were found to be where every test was made, on this
+    card or on another that computes the same.
 
     An engine that trains another function there does not win here.
     """
-    full: dict[tuple[str, str, str], dict[str, Verdict]] = {}
+    full: dict[_Code, _Found] = {}
     for run, one in zip(judged_runs, verdicts, strict=True):
         if one.kind == "different" or (one.kind == "same" and not one.untested):
-            by_workload = full.setdefault(_engine(run), {})
-            known = by_workload.setdefault(run.record.cell.workload.label, one)
-            by_workload[run.record.cell.workload.label] = one if known.kind == "same" else known  # one repeat that differs is enough
+            found = full.setdefault(_code(run), {})
+            place = run.record.cell.workload.label, run.record.machine.name
+            known = found.setdefault(place, one)
+            found[place] = one if known.kind == "same" else known  # one repeat that differs is enough
     return [
-        _beside(one, full.get(_engine(run), {})) if one.kind == "not comparable" and run.record.status == "ok" else one
+        _beside(one, full.get(_code(run), {}), run.record.machine.name)
+        if one.kind == "not comparable" and run.record.status == "ok"
+        else one
         for run, one in zip(judged_runs, verdicts, strict=True)
     ]
 
 
-def _beside(one: Verdict, elsewhere: dict[str, Verdict]) -> Verdict:
+def _beside(one: Verdict, found: _Found, card: str) -> Verdict:
+    """``one``, made on ``card``, with what was found; what another card says again is left out."""
+    elsewhere = {
+        (label, where): other
+        for (label, where), other in sorted(found.items())
+        if where == card or (label, card) not in found or found[label, card].kind != other.kind
+    }
     same = one.can_win and bool(elsewhere) and all(other.kind == "same" for other in elsewhere.values())
-    found = sorted(elsewhere.items())
-    said = ", ".join(f"{other.anchor if same else other.label} on {label}" for label, other in found)
+    said = ", ".join(
+        f"{other.anchor if same else other.label} on {label}{'' if where == card else f', {where}'}"
+        for (label, where), other in elsewhere.items()
+    )
     return replace(one, elsewhere=said, same_elsewhere=same, can_win=one.can_win and (same or not elsewhere))
 
 
-def _engine(run: Run) -> tuple[str, str, str]:
-    return run.record.machine.key, run.record.cell.engine.key, run.record.provenance.engine_fingerprint
+def _code(run: Run) -> _Code:
+    return arithmetic(run.record.machine), run.record.cell.engine.key, run.record.provenance.engine_fingerprint

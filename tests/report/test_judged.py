@@ -60,3 +60,27 @@ def test_another_version_of_the_engine_does_not_vouch_for_it() -> None:
         older.append(Stored(one.record.model_copy(update={"provenance": provenance}), one.path, one.score, one.base_score))
     (unknown,) = fused(*SPEED_ROWS, *older)
     assert (unknown.verdict and unknown.verdict.label) == "not comparable"
+
+
+def on(card: str, one: Stored) -> Stored:
+    machine = one.record.machine.model_copy(update={"name": card})
+    return Stored(one.record.model_copy(update={"machine": machine}), one.path, one.score, one.base_score)
+
+
+def test_a_card_of_the_same_chip_vouches_and_is_named() -> None:
+    """The H200 is an H100 with other memory; an A100 is neither."""
+    rows = [on("NVIDIA H100 80GB HBM3", one) for one in SPEED_ROWS]
+    for card, label in (
+        ("NVIDIA H200", f"same elsewhere (fp32 on {REAL.label}, NVIDIA H200)"),
+        ("NVIDIA A100-SXM4-80GB", "not comparable"),
+    ):
+        (row,) = fused(*rows, *(on(card, one) for one in on_parity()))
+        assert (row.verdict and row.verdict.label) == label
+    own = [on("NVIDIA H100 80GB HBM3", one) for one in on_parity()]
+    (row,) = fused(*rows, *own, *(on("NVIDIA H200", one) for one in on_parity()))
+    assert (row.verdict and row.verdict.label) == f"same elsewhere (fp32 on {REAL.label})"
+    (barred,) = fused(*rows, *own, *(on("NVIDIA H200", one) for one in on_parity(update_norm=2.0)))
+    assert not barred.can_win
+    assert (
+        barred.verdict and barred.verdict.label
+    ) == f"not comparable; same: fp32 on {REAL.label}, different on {REAL.label}, NVIDIA H200"
