@@ -27,7 +27,10 @@ from tests.fakes_nvml import NVMLError, nvml
 
 TREE = Path(__file__).resolve().parent.parent
 FAKES = TREE / "tests" / "fakes" / "conf"
-TORCH = {"version": "2.13.0", "cuda": "13.0", "usable": True, "devices": [[9, 0]], "architectures": ["sm_80", "sm_90"], "sum": 2.0}
+TORCH = {
+    "version": "2.13.0", "cuda": "13.0", "usable": True, "devices": [[9, 0]], "architectures": ["sm_80", "sm_90"], "sum": 2.0,
+    "sources": 1000, "without_bytecode": 3,
+}  # fmt: skip
 TRITON = {"version": "3.6.0", "device": "cuda", "right": True}
 
 
@@ -102,6 +105,19 @@ def test_a_broken_torch_is_a_finding_not_the_end(tmp_path: Path, ends: str, says
     assert says in torch.found
     triton = software.triton_finding(interpreter(tmp_path, ends=ends))
     assert (triton.state, triton.blocks) == ("problem", False)
+
+
+def test_bytecode_that_nobody_keeps_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Asked of the real torch: where Python may write what it compiles, and where it may not and finds none."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "kept"))
+    assert len(software.torch_findings(sys.executable)) == 1
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "none"))
+    torch, note = software.torch_findings(sys.executable)
+    assert (torch.state, note.name, note.state) == ("ok", "bytecode", "note")
+    assert "are compiled again in every process" in note.found
+    assert "PYTHONPYCACHEPREFIX" in str(note.remedy)
 
 
 def test_an_interpreter_that_is_not_there_is_a_finding(tmp_path: Path) -> None:

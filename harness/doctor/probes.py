@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -19,7 +20,14 @@ def torch_facts() -> dict[str, Any]:
         "devices": [list(torch.cuda.get_device_capability(index)) for index in range(torch.cuda.device_count())] if usable else [],
         "architectures": torch.cuda.get_arch_list() if usable else [],
         "sum": float(torch.ones(2, device="cuda" if usable else "cpu").sum()),
+        **_bytecode(),
     }
+
+
+def _bytecode() -> dict[str, int]:
+    """Of the modules imported by now, how many come from a source file, and how many of those have no bytecode on disk even now."""
+    specs = [spec for module in list(sys.modules.values()) if (spec := getattr(module, "__spec__", None)) and spec.cached]
+    return {"sources": len(specs), "without_bytecode": sum(not Path(spec.cached).is_file() for spec in specs)}
 
 
 def triton_facts() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from harness.machine import nvml
 TREE = Path(__file__).resolve().parent.parent.parent
 PROBE_SECONDS = 300  # importing torch from a cold network disk has taken two minutes
 REINSTALL = "run: make clean, then make demo"
+_FEW = 0.05  # of the modules that torch imports: ours may lie where nothing can be written
 OPTIONAL: Mapping[str, str] = {
     "liger-kernel": "engine.knobs.kernels=liger of hf",
     "flash-attn": "engine.knobs.attention=flash_attention_2 of hf",
@@ -43,9 +44,20 @@ def torch_findings(python: str) -> list[Finding]:
         speaks = driver_cuda(library) if library and library.nvmlDeviceGetCount() else None
     build = f"built for CUDA {facts['cuda']}" if facts["cuda"] else "a CPU build"
     found = f"{facts['version']}, {build}"
-    if speaks is None:
-        return [Finding("software", "torch", "ok", found)]
-    return [_torch_on_gpu(facts, found, speaks)]
+    works = Finding("software", "torch", "ok", found) if speaks is None else _torch_on_gpu(facts, found, speaks)
+    return [works, *_bytecode_finding(facts)]
+
+
+def _bytecode_finding(facts: Mapping[str, Any]) -> list[Finding]:
+    """Images are made smaller by leaving bytecode out, and forbid to write it; then every start of an engine compiles all it imports."""
+    if facts["without_bytecode"] <= _FEW * facts["sources"]:
+        return []
+    found = (
+        f"{facts['without_bytecode']:,} of the {facts['sources']:,} modules that torch imports are compiled again in every process: "
+        "imports take two to three times as long"
+    )
+    remedy = "unset PYTHONDONTWRITEBYTECODE, and export PYTHONPYCACHEPREFIX=FOLDER where the packages' own folders cannot be written"
+    return [Finding("software", "bytecode", "note", found, remedy)]
 
 
 def _torch_on_gpu(facts: Mapping[str, Any], found: str, speaks: tuple[int, int]) -> Finding:
