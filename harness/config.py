@@ -74,6 +74,7 @@ class Config(Spec):
     plan: Literal["run", "only"]
     rerun: Literal["missing", "stale", "all"]
     keep: Literal["none", "adapters"]
+    score: Literal["now", "later"]
     runs: str
     cache: str
     lane: Lane | None
@@ -87,6 +88,7 @@ class Settings(Spec):
     plan: Literal["run", "only"]
     rerun: Literal["missing", "stale", "all"]
     keep: Literal["none", "adapters"]
+    score: Literal["now", "later"]
     runs: str
     cache: str
     lane: Lane | None
@@ -139,7 +141,7 @@ def requests(overrides: Sequence[str], *, multirun: bool, count: Count = not_cou
             problems.update(dict.fromkeys(str(error).splitlines()))
     settings = [Settings(**{name: getattr(config, name) for name in Settings.model_fields}) for config, _, _ in asked]
     if len(set(settings)) > 1:
-        problems["plan, rerun, keep, runs, cache and lane hold for a whole sweep: give each one value"] = None
+        problems["plan, rerun, keep, score, runs, cache and lane hold for a whole sweep: give each one value"] = None
     if problems:
         raise ConfigError("\n".join(problems))
     return settings[0], in_lane(_in_steps(asked, count, say), settings[0].lane)

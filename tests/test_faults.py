@@ -35,6 +35,7 @@ def settings(runs: Path, **more: Any) -> Settings:
             "plan": "run",
             "rerun": "stale",
             "keep": "none",
+            "score": "now",
             "runs": str(runs),
             "cache": str(runs.with_name(f"{runs.name}-cache")),
             "lane": None,
@@ -114,6 +115,27 @@ def test_adapters_left_by_a_stopped_sweep_are_scored_by_the_next(monkeypatch: py
     assert all(stored.score and stored.base_score for stored in load(tmp_path).stored)
     assert list((tmp_path / "adapters").iterdir()) == [], "scored, they are not kept"
     assert len(load(tmp_path).stored) == 2, "and no cell ran again"
+
+
+def test_what_is_to_be_scored_later_stays_until_then(monkeypatch: pytest.MonkeyPatch, prepared: Made, tmp_path: Path) -> None:
+    """One scorer for three sweeps: it is started by the last one, which has nothing to train."""
+    started: list[str] = []
+    door = doors(prepared)
+
+    def counted(module: str, *given: Any, **more: Any) -> None:
+        started.append(module)
+        door(module, *given, **more)
+
+    through(monkeypatch, counted)
+    for cells in (1, 2):
+        code, said = sweep(prepared, tmp_path, cells=cells, score="later")
+        assert (code, "score=later: what was trained is scored by the next sweep" in said) == (Exit.OK, True)
+    assert "harness.score" not in started
+    assert len(list((tmp_path / "adapters").iterdir())) == 2
+    code, _ = sweep(prepared, tmp_path)
+    assert (code, started.count("harness.score")) == (Exit.OK, 1)
+    assert all(stored.score for stored in load(tmp_path).stored)
+    assert list((tmp_path / "adapters").iterdir()) == []
 
 
 def test_beside_a_sweep_on_another_gpu_weights_stay_until_the_last_has_judged_all(

@@ -19,7 +19,7 @@ The overrides are those of python -m harness but for the engine: they say which 
 for long pays in a long run only. With save_every only engines that write checkpoints are searched. Cells are looked at for few steps on the
 planned schedule and recorded under runs=…; the same command after Ctrl-C goes on. memory_gib emulates a smaller GPU. What is found is
 written to <runs>/tuned/<machine>/. Exit code 0: found, 2: the command is wrong, 6: nothing ran, 130: interrupted."""
-_TAKEN = ("engine=", "engine.", "repeat=", "plan=", "lane=", "train.stop_after=", "machine.memory_cap_gib=")
+_TAKEN = ("engine=", "engine.", "repeat=", "plan=", "lane=", "score=", "train.stop_after=", "machine.memory_cap_gib=")
 
 
 @dataclass(frozen=True, slots=True)
