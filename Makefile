@@ -21,8 +21,9 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m harness -m +sweep=demo
 	$(BIN)/python -m harness -m +sweep=processes
 
+# Two processes, each with whole files: a test's ranks and kernels in the interpreter keep one core busy.
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 peers: $(PEERS:%=.venv-%/.installed)
 

@@ -64,15 +64,15 @@ def test_passes_of_other_shapes_share_the_host(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
-@pytest.mark.parametrize("plan", [KEEP_INPUT, KEEP_ALL, PLANS["others"], PLANS["attention_away"], PLANS["gate_up_away"]], ids=repr)
-def test_pieces_change_gradients_by_rounding_only(tmp_path: Path, method: dict[str, Any], plan: Plan) -> None:
-    job = make_job(tmp_path, method=method)
+@pytest.mark.parametrize("name", ["input", "all", "others", "attention_away", "gate_up_away"])
+def test_pieces_change_gradients_by_rounding_only(tmp_path: Path, method: dict[str, Any], name: str) -> None:
+    job, plan = make_job(tmp_path, method=method), {**PLANS, "all": KEEP_ALL}[name]
     losses, whole, _ = _results(job, [KEEP_ALL, KEEP_ALL])
     for pieces in (2, 3, 1000):
         other_losses, summed, _ = _results(job, [replace(plan, pieces=pieces)] * 2)
         assert torch.allclose(losses, other_losses, rtol=2e-6)
-        for name, expected in whole.items():
-            assert torch.linalg.vector_norm(summed[name] - expected) < 2e-6 * torch.linalg.vector_norm(expected), name
+        for tensor, expected in whole.items():
+            assert torch.linalg.vector_norm(summed[tensor] - expected) < 2e-6 * torch.linalg.vector_norm(expected), tensor
 
 
 @pytest.mark.parametrize(
