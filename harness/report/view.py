@@ -15,7 +15,7 @@ from harness.report.front import told
 from harness.report.glance import facts, identifier, title
 from harness.report.measured import Details, details
 from harness.report.numbers import gib, number, plain_rate
-from harness.report.reproduce import Options, command
+from harness.report.reproduce import Options, command, newer_knobs
 from harness.report.sentence import Sentences, sentences
 from harness.report.text import memory_bytes, memory_name, place
 from harness.stats import median
@@ -191,10 +191,20 @@ def _source(variant: Variant, group: Group, known: Options) -> Source:
         ("measured", _joined(records, lambda record: record.provenance.started_utc)),
         ("records", ", ".join(entry.path for entry in entries)),
         ("older records of the same cells", str(variant.num_superseded or "")),
+        ("knobs since then", _newer(newer_knobs(variant.engine, known))),
         ("notes", "; ".join(dict.fromkeys(note for record in records for note in record.notes))),
     ]
     shown = tuple((name, text) for name, text in said if text)
     return Source(variant.label, command(records[0].cell, group.machine, repeats, known), shown)
+
+
+def _newer(knobs: Sequence[str]) -> str:
+    """What the engine has got since it left the records."""
+    return (
+        f"engine.knobs: {', '.join(knobs)}; the command gives them their defaults (check the commit out for the code of then)"
+        if knobs
+        else ""
+    )
 
 
 def _joined(records: Sequence[Record], fact: Callable[[Record], str]) -> str:
