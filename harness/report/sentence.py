@@ -50,7 +50,9 @@ def _no_winner(group: Group) -> Sentences:
     if not ran and any(entry.record.status == "ok" for variant in group.variants for entry in variant.failures):
         return Sentences("No rate was measured: what ran to its end had gone on from a checkpoint.", ())
     if not ran:
-        return Sentences(f"Nothing was measured: of {len(group.variants)} variants none ran to the end.", ())
+        count = len(group.variants)
+        tried = "the only variant did not run" if count == 1 else f"of {count} variants none ran"
+        return Sentences(f"Nothing was measured: {tried} to the end.", ())
     details = tuple(f"{one.label} ({rate(one.tokens_per_second)}): {_verdict(one)}." for one in ran)
     return Sentences("No winner: no variant that ran trained the same as the reference.", details)
 

@@ -74,7 +74,7 @@ def test_a_lone_variant_and_no_variant() -> None:
         "hf is the only variant that ran: 100.0 tokens/s. There is nothing to compare"
     )
     failed = records.stored(records.record(status="oom", reason="too big"))
-    assert said(results([failed])) == "Nothing was measured: of 1 variants none ran to the end."
+    assert said(results([failed])) == "Nothing was measured: the only variant did not run to the end."
     whole = records.record()
     assert whole.measurement is not None
     resumed = whole.model_copy(update={"measurement": whole.measurement.model_copy(update={"resumed_at": (5,)})})
