@@ -10,8 +10,8 @@ from itertools import groupby
 
 from harness.rank import Group, Variant, Verdict, compare_variants
 from harness.record import Provenance
+from harness.report.columns import memory_bytes
 from harness.report.numbers import gib, plain_rate, times
-from harness.report.text import memory_bytes
 from harness.stats import Comparison
 from harness.tuned import name_of
 

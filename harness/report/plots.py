@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from markupsafe import Markup
 
 from harness.rank import Entry, Group, Variant
+from harness.report.columns import memory_bytes
 from harness.report.front import stairs
 from harness.report.numbers import GIB, plain_rate
 from harness.report.scale import has_place
 from harness.report.svg import Axis, Line, Mark, Row, Shape, chart, strip
-from harness.report.text import memory_bytes
 
 # Okabe and Ito's palette without yellow (too pale on white), told apart with any common colour blindness; its black is the text's colour.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "currentColor")

@@ -45,6 +45,11 @@ def sentences(group: Group) -> Sentences:
     return Sentences(f"{winner.label} is the fastest: {rate(winner.tokens_per_second)}, {by}.", tuple(details))
 
 
+def sentence_since(outdated: str) -> str:
+    """A sentence that says where the same was measured again (``glance.Line.outdated``); nothing where it was not."""
+    return f"{outdated[0].upper()}{outdated[1:]}." if outdated else ""
+
+
 def _no_winner(group: Group) -> Sentences:
     ran = [variant for variant in group.variants if variant.runs]
     if not ran and any(entry.record.status == "ok" for variant in group.variants for entry in variant.failures):

@@ -11,13 +11,13 @@ from harness.floor import Floors
 from harness.rank import Entry, Group, Variant, compare_variants, failure_text
 from harness.record import Record, traceback_of
 from harness.report import processes
+from harness.report.columns import memory_bytes, memory_name, place
 from harness.report.front import told
 from harness.report.glance import facts, identifier, title
 from harness.report.measured import Details, details
 from harness.report.numbers import gib, number, plain_rate
 from harness.report.reproduce import Options, command, newer_knobs
-from harness.report.sentence import Sentences, sentences
-from harness.report.text import memory_bytes, memory_name, place
+from harness.report.sentence import Sentences, sentence_since, sentences
 from harness.stats import median
 
 if TYPE_CHECKING:
@@ -119,8 +119,7 @@ def section(
 def _sentences(group: Group, outdated: str) -> Sentences:
     """The answer, whether it is an old one, and what to choose where memory is short."""
     said, short = sentences(group), told(group)
-    old = (f"{outdated[0].upper()}{outdated[1:]}.",) if outdated else ()
-    return replace(said, details=(*old, *said.details, *(() if short is None else (short,))))
+    return replace(said, details=(*filter(None, (sentence_since(outdated),)), *said.details, *(() if short is None else (short,))))
 
 
 def _failure(variant: Variant, entry: Entry) -> Failure:

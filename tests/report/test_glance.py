@@ -10,6 +10,7 @@ from harness.record import Record
 from harness.report.glance import Line, glance
 from harness.report.judged import judged
 from harness.report.page import html, markdown
+from harness.report.text import table
 from harness.store import Results, Stored
 from tests.records import CPU, GPU, engine, record, repeats, results, stored, workload
 
@@ -94,6 +95,7 @@ def test_an_older_sitting_of_the_same_work_stands_last_and_names_the_newer() -> 
     page = html(results([*old, *new]))
     assert "since then engines have changed: see 2026-11-27, 40 steps" in page
     assert page.count("Since then engines have changed") == 1, "the section says it, too"
+    assert table(results([*old, *new])).count("Since then engines have changed: see 2026-11-27, 40 steps.") == 1, "and the terminal"
 
 
 def test_what_failed_before_its_engine_changed_is_old_too() -> None:
