@@ -33,8 +33,7 @@ def sentences(group: Group) -> Sentences:
     details = [*_how_sure(outcome), *_parity(outcome.first[:MOST_NAMES])]
     details += [f"{one.label} was faster ({rate(one.tokens_per_second)}) but cannot win: {_verdict(one)}." for one in outcome.barred]
     if len(outcome.first) > 1:
-        names = _listed([one.label for one in outcome.first])
-        return Sentences(f"No clear winner: {names} share the first place.", tuple(details))
+        return Sentences(_shared(outcome), tuple(details))
     if outcome.next is None:
         alone = not any(variant.runs for variant in group.variants if variant is not winner)
         only = "the only variant that ran" if alone else "the only variant that ran and can win"
@@ -43,6 +42,17 @@ def sentences(group: Group) -> Sentences:
     assert outcome.lead.interval is not None
     by = f"{times(outcome.lead.interval.ratio)} the rate of {outcome.next.label}"
     return Sentences(f"{winner.label} is the fastest: {rate(winner.tokens_per_second)}, {by}.", tuple(details))
+
+
+def _shared(outcome: Outcome) -> str:
+    """Who shares the first place; where that is for want of repeats, what the one pair of runs of the two fastest showed."""
+    names = _listed([one.label for one in outcome.first])
+    interval = outcome.lead.interval if outcome.lead else None
+    if outcome.next is None or interval is None or interval.n > 1:
+        return f"No clear winner: {names} share the first place."
+    first = outcome.first[0]
+    by = f"{times(interval.ratio)} the rate of {outcome.next.label}"
+    return f"No verdict yet: {first.label} measured {rate(first.tokens_per_second)}, {by}, once."
 
 
 def sentence_since(outdated: str) -> str:
@@ -71,9 +81,11 @@ def _how_sure(outcome: Outcome) -> list[str]:
     interval = outcome.lead.interval
     if interval is None:
         return [f"{first} and {second} have no repeat measured on the same host, so their rates cannot be compared."]
-    measured = f"{first} measured {times(interval.ratio)} the rate of {second}"
     if interval.n == 1:
-        return [f"{measured}, but one paired repeat says nothing about chance: run at least 3, better 8 (-m 'repeat=range(8)')."]
+        names = _listed([one.label for one in outcome.first])
+        more = "run at least 3, better 8 (-m 'repeat=range(8)')"
+        return [f"One paired repeat says nothing about chance, so {names} share the first place: {more}."]
+    measured = f"{first} measured {times(interval.ratio)} the rate of {second}"
     if outcome.lead.answer == "same":
         return [f"{measured}: the same within ±{percent(SAME)}. {_interval(outcome.lead)}."]
     return [f"{measured}, too close to call. {_interval(outcome.lead)}; more repeats narrow it."]
