@@ -26,7 +26,7 @@ USAGE_TEXT = """python -m harness.converge ROOT REFERENCE CANDIDATE VARIANT … 
   python -m harness.converge runs hf,compute_dtype=float32 fused,optimizer_state=int8 fused,optimizer_state=fp32
 
 Each names runs below ROOT as ENGINE[,KNOB=VALUE…]. Runs are paired by train.seed, at least 3 of them. Two figures of each pair: the
-held-out loss of the weights, and the mean training loss of the last quarter of the steps. They may differ by 0.001, by 0.5 % of what the
+held-out loss of the weights, and the mean training loss of the last quarter of the steps. They may differ by 0.001, by 0.5 %% of what the
 reference learnt, or by twice what any VARIANT, a harmless change, differs from it; and it must have learnt ten times that.
 
 Exit code 0: same, 7: different, 4: not comparable, 2: the command is wrong."""

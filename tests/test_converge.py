@@ -114,3 +114,10 @@ def test_mistakes_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert main(arguments) == 2
         assert reason in capsys.readouterr().err
     assert main([str(root), *NAMES, "--workload", records.workload(seed=1).label]) == 0
+
+
+def test_help_is_printed_and_says_what_is_allowed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "by 0.5 % of what the" in capsys.readouterr().out

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from harness.rank import Group, Variant
+from harness.report.columns import memory_bytes
 from harness.report.numbers import GIB, rate
-from harness.report.text import memory_bytes
 
 
 def front(group: Group) -> tuple[Variant, ...]:

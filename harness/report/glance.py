@@ -10,8 +10,8 @@ from itertools import groupby
 
 from harness.rank import Group, Variant, Verdict, compare_variants
 from harness.record import Provenance
+from harness.report.columns import memory_bytes
 from harness.report.numbers import gib, plain_rate, times
-from harness.report.text import memory_bytes
 from harness.stats import Comparison
 from harness.tuned import name_of
 
@@ -59,20 +59,25 @@ def identifier(group: Group) -> str:
 
 
 def title(group: Group) -> str:
-    """``llama3_8b · lora · dense``."""
+    """``llama3_8b · lora · dense · 4 × 2,048``: samples a step by their greatest length in tokens."""
     work = group.workload
-    return f"{work.model.name} · {work.method.name} · {work.data.name}"
+    shape = f"{work.train.samples_per_step}\u00a0×\u00a0{work.data.sequence_length:,}"
+    return f"{work.model.name} · {work.method.name} · {work.data.name} · {shape}"
 
 
 def facts(group: Group) -> tuple[str, ...]:
-    """What else a workload is, in words."""
+    """What else a workload is, in words, and what the figures of its title are."""
     work = group.workload
+    length = f"{'' if work.data.source == 'dense' else 'at most '}{work.data.sequence_length:,} tokens"
     return (
-        f"{work.data.sequence_length:,} tokens at most a sample",
-        f"{work.train.samples_per_step} samples a step",
-        f"{work.train.steps} steps",
+        f"{_counted(work.train.samples_per_step, 'sample')} a step of {length}",
+        _counted(work.train.steps, "step"),
         f"seed {work.train.seed}",
     )
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{count:,} {name}{'' if count == 1 else 's'}"
 
 
 def _lines(groups: Sequence[Group]) -> tuple[Line, ...]:
@@ -85,7 +90,7 @@ def _lines(groups: Sequence[Group]) -> tuple[Line, ...]:
 
 def _outdated(group: Group, alike: Sequence[Group]) -> str:
     mine = _newest(group)
-    later = [other for other in alike if _has_changed(mine, _newest(other))]
+    later = [other for other in alike if any(one.runs for one in other.variants) and _has_changed(mine, _newest(other))]
     if not later:
         return ""
     last = max(later, key=_day)
@@ -93,8 +98,9 @@ def _outdated(group: Group, alike: Sequence[Group]) -> str:
 
 
 def _newest(group: Group) -> dict[str, Provenance]:
-    """Of every engine that has a rate here, where its newest record is from."""
-    records = [run.record for variant in group.variants for run in variant.runs]
+    """Of every engine that has a rate here, where its newest record is from; of those that failed, where nothing has a rate."""
+    ran = [run.record for variant in group.variants for run in variant.runs]
+    records = ran or [failure.record for variant in group.variants for failure in variant.failures]
     return {one.cell.engine.name: one.provenance for one in sorted(records, key=lambda one: one.provenance.started_utc)}
 
 
@@ -113,7 +119,7 @@ def _line(group: Group, outdated: str) -> Line:
     able = [variant for variant in group.variants if variant.runs and variant.can_win]
     first = able[0] if able else None
     rival = next((one for one in able if first and one.engine.name != first.engine.name), None)
-    lead, sure = _lead(first, rival)
+    lead, sure = _lead(first, rival, group)
     verdict = first.verdict if first else None
     parity, beyond = _parted(verdict.label if verdict else "")
     return Line(
@@ -158,11 +164,12 @@ def _beside(group: Group) -> str:
     return "" if others < 1 else f"shares the first place with {others} other{'s' if others > 1 else ''}"
 
 
-def _lead(first: Variant | None, rival: Variant | None) -> tuple[str, str]:
+def _lead(first: Variant | None, rival: Variant | None, group: Group) -> tuple[str, str]:
     if first is None:
         return "", ""
     if rival is None:
-        return "", "no other engine to compare with"
+        barred = any(one.runs and not one.can_win and one.engine.name != first.engine.name for one in group.variants)
+        return "", "no other engine that can win" if barred else "no other engine to compare with"
     compared = compare_variants(first, rival)
     if compared.interval is None:
         return "", "no repeat on the same host"

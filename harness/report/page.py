@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,10 @@ def save_one(results: Results, out: Path, name: str) -> Path:
 
 def _content(results: Results, groups: tuple[Group, ...] | None = None) -> dict[str, Any]:
     """What both templates show."""
-    groups, known = judged(results) if groups is None else groups, options()
+    groups, known = _latest_machine_first(judged(results) if groups is None else groups), options()
     look, at_a_glance = looks(groups), glance(groups)
-    outdated = {line.id: line.outdated for machine in at_a_glance for line in machine.lines}
+    outdated = {line.id: line.outdated for machine in at_a_glance for line in machine.lines}  # in the order of the page
+    groups = tuple(sorted(groups, key=lambda group: list(outdated).index(identifier(group))))
     records = [stored.record for stored in results.stored]
     return {
         "sections": [
@@ -64,8 +65,23 @@ def _content(results: Results, groups: tuple[Group, ...] | None = None) -> dict[
         "tunings": [tuning(found) for found in results.tuned],
         "num_records": len(records),
         "num_machines": len({record.machine.key for record in records}),
-        "newest": max((record.provenance.started_utc for record in records), default="none"),
+        "newest": _minute(max((record.provenance.started_utc for record in records), default="none")),
     }
+
+
+def _latest_machine_first(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """``groups``, whose machines stand together, with the machine that was measured last before the others."""
+    last: dict[str, str] = {}
+    for group in groups:
+        for variant in group.variants:
+            for entry in (*variant.runs, *variant.failures):
+                last[group.machine.key] = max(last.get(group.machine.key, ""), entry.record.provenance.started_utc)
+    return tuple(sorted(groups, key=lambda group: last[group.machine.key], reverse=True))
+
+
+def _minute(started_utc: str) -> str:
+    """``2026-11-27 11:25 UTC`` of a record's time stamp."""
+    return re.sub(r"^(\d{4}-\d{2}-\d{2})T(\d{2}:\d{2}):\S*\+00:00$", r"\1 \2 UTC", started_utc)
 
 
 def _html(content: dict[str, Any]) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
 from harness.rank import Entry, Group, Variant
+from harness.report.columns import memory_bytes
 from harness.report.front import stairs
 from harness.report.numbers import GIB, plain_rate
 from harness.report.scale import has_place
 from harness.report.svg import Axis, Line, Mark, Row, Shape, chart, strip
-from harness.report.text import memory_bytes
 
 # Okabe and Ito's palette without yellow (too pale on white), told apart with any common colour blindness; its black is the text's colour.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "currentColor")
@@ -38,10 +39,28 @@ class Plot:
 
 
 def looks(groups: Iterable[Group]) -> dict[str, Look]:
-    """One look a label, the same in every group: colours first, then other markers as well."""
-    names = sorted({variant.label for group in groups for variant in group.variants if variant.runs})
-    count = len(COLOURS)
-    return {name: Look(COLOURS[i % count], *SHAPES[(i + i // count) % len(SHAPES)]) for i, name in enumerate(names)}
+    """One look a label, the same in every group; those that most groups have choose first, each what its neighbours there have least:
+    another colour above all, then another marker.
+    """
+    together: dict[str, Counter[str]] = {}
+    for group in groups:
+        names = {variant.label for variant in group.variants if variant.runs}
+        for name in names:
+            together.setdefault(name, Counter()).update(names)
+    found: dict[str, Look] = {}
+    used: Counter[Look] = Counter()
+    for name in sorted(together, key=lambda name: (-together[name][name], name)):
+        colours: Counter[str] = Counter()
+        shapes: Counter[str] = Counter()
+        for other in together[name].keys() & found.keys():
+            colours[found[other].colour] += together[name][other]
+            shapes[found[other].shape] += together[name][other]
+        found[name] = min(_LOOKS, key=lambda one: (used[one], colours[one.colour], shapes[one.shape]))
+        used[found[name]] += 1
+    return found
+
+
+_LOOKS = tuple(Look(COLOURS[i % len(COLOURS)], *SHAPES[(i + i // len(COLOURS)) % len(SHAPES)]) for i in range(len(COLOURS) * len(SHAPES)))
 
 
 def plots(group: Group, look: Mapping[str, Look]) -> list[Plot]:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel
 
 from harness.engine import Machine
-from harness.spec import Cell
+from harness.spec import Cell, EngineSpec
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = ("engine", "model", "method", "data", "train")
@@ -47,13 +47,18 @@ def command(cell: Cell, machine: Machine, repeats: Sequence[int], known: Options
     """A shell command that runs ``cell`` (all of ``repeats``) on a machine like ``machine``.
 
     Of each group of ``known`` the option with the fewest differences is named, and every value that differs is overridden. An
-    interpolated value counts as different: what it resolves to may change from machine to machine.
+    interpolated value counts as different: what it resolves to may change from machine to machine. Knobs that the engine has got since
+    stay as its own YAML has them, which leaves it as it was (``newer_knobs``).
     """
     words: list[str] = []
+    newer = newer_knobs(cell.engine, known)
     for group in GROUPS:
         wanted = _wanted(cell, group)
         choices = {
-            name: values for name, values in known.get(group, {}).items() if values.get("name", wanted.get("name")) == wanted.get("name")
+            name: _without(values, newer) if group == "engine" else values
+            for name, values in known.get(group, {}).items()
+            if values.get("name", wanted.get("name")) == wanted.get("name")
+            and not (group == "engine" and _sets(values, newer, known[group].get(cell.engine.name, {})))
         }
         lists = {name: _overrides(wanted, values, group, _model(cell, group)) for name, values in choices.items()}
         if lists:
@@ -68,6 +73,22 @@ def command(cell: Cell, machine: Machine, repeats: Sequence[int], known: Options
     words.append(f"repeat={','.join(map(str, repeats))}")
     start = ["python", "-m", "harness", *(["-m"] if len(repeats) > 1 else [])]
     return " ".join(shlex.quote(word) for word in [*start, *words])
+
+
+def newer_knobs(engine: EngineSpec, known: Options) -> tuple[str, ...]:
+    """Knobs that ``conf/engine/<name>.yaml`` has and the record's ``engine`` had not: they are younger than the record."""
+    return tuple(name for name in known.get("engine", {}).get(engine.name, {}).get("knobs", {}) if name not in engine.knobs)
+
+
+def _without(values: Mapping[str, Any], knobs: Sequence[str]) -> Mapping[str, Any]:
+    """An engine's option as it was before it had ``knobs``."""
+    return {**values, "knobs": {name: value for name, value in values.get("knobs", {}).items() if name not in knobs}}
+
+
+def _sets(values: Mapping[str, Any], knobs: Sequence[str], base: Mapping[str, Any]) -> bool:
+    """Whether a variant gives one of ``knobs`` another value than its engine's own YAML (``base``)."""
+    mine, plain = values.get("knobs", {}), base.get("knobs", {})
+    return any(mine.get(name) != plain.get(name) for name in knobs)
 
 
 def hydra_value(value: Any) -> str:

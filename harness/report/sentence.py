@@ -33,8 +33,7 @@ def sentences(group: Group) -> Sentences:
     details = [*_how_sure(outcome), *_parity(outcome.first[:MOST_NAMES])]
     details += [f"{one.label} was faster ({rate(one.tokens_per_second)}) but cannot win: {_verdict(one)}." for one in outcome.barred]
     if len(outcome.first) > 1:
-        names = _listed([one.label for one in outcome.first])
-        return Sentences(f"No clear winner: {names} share the first place.", tuple(details))
+        return Sentences(_shared(outcome), tuple(details))
     if outcome.next is None:
         alone = not any(variant.runs for variant in group.variants if variant is not winner)
         only = "the only variant that ran" if alone else "the only variant that ran and can win"
@@ -45,12 +44,30 @@ def sentences(group: Group) -> Sentences:
     return Sentences(f"{winner.label} is the fastest: {rate(winner.tokens_per_second)}, {by}.", tuple(details))
 
 
+def _shared(outcome: Outcome) -> str:
+    """Who shares the first place; where that is for want of repeats, what the one pair of runs of the two fastest showed."""
+    names = _listed([one.label for one in outcome.first])
+    interval = outcome.lead.interval if outcome.lead else None
+    if outcome.next is None or interval is None or interval.n > 1:
+        return f"No clear winner: {names} share the first place."
+    first = outcome.first[0]
+    by = f"{times(interval.ratio)} the rate of {outcome.next.label}"
+    return f"No verdict yet: {first.label} measured {rate(first.tokens_per_second)}, {by}, once."
+
+
+def sentence_since(outdated: str) -> str:
+    """A sentence that says where the same was measured again (``glance.Line.outdated``); nothing where it was not."""
+    return f"{outdated[0].upper()}{outdated[1:]}." if outdated else ""
+
+
 def _no_winner(group: Group) -> Sentences:
     ran = [variant for variant in group.variants if variant.runs]
     if not ran and any(entry.record.status == "ok" for variant in group.variants for entry in variant.failures):
         return Sentences("No rate was measured: what ran to its end had gone on from a checkpoint.", ())
     if not ran:
-        return Sentences(f"Nothing was measured: of {len(group.variants)} variants none ran to the end.", ())
+        count = len(group.variants)
+        tried = "the only variant did not run" if count == 1 else f"of {count} variants none ran"
+        return Sentences(f"Nothing was measured: {tried} to the end.", ())
     details = tuple(f"{one.label} ({rate(one.tokens_per_second)}): {_verdict(one)}." for one in ran)
     return Sentences("No winner: no variant that ran trained the same as the reference.", details)
 
@@ -64,9 +81,11 @@ def _how_sure(outcome: Outcome) -> list[str]:
     interval = outcome.lead.interval
     if interval is None:
         return [f"{first} and {second} have no repeat measured on the same host, so their rates cannot be compared."]
-    measured = f"{first} measured {times(interval.ratio)} the rate of {second}"
     if interval.n == 1:
-        return [f"{measured}, but one paired repeat says nothing about chance: run at least 3, better 8 (-m 'repeat=range(8)')."]
+        names = _listed([one.label for one in outcome.first])
+        more = "run at least 3, better 8 (-m 'repeat=range(8)')"
+        return [f"One paired repeat says nothing about chance, so {names} share the first place: {more}."]
+    measured = f"{first} measured {times(interval.ratio)} the rate of {second}"
     if outcome.lead.answer == "same":
         return [f"{measured}: the same within ±{percent(SAME)}. {_interval(outcome.lead)}."]
     return [f"{measured}, too close to call. {_interval(outcome.lead)}; more repeats narrow it."]

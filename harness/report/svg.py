@@ -132,12 +132,14 @@ def text_width(text: str) -> float:
 
 
 def fitted(text: str, width: float) -> str:
-    """``text``, or its beginning and an ellipsis where it is wider than ``width``."""
+    """``text``, or its beginning, an ellipsis and its end where it is wider than ``width``: long names differ at their ends."""
     if text_width(text) <= width:
         return text
-    while text and text_width(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
+    for kept in range(len(text) - 1, 1, -1):
+        shorter = f"{text[: kept - kept // 3]}…{text[-(kept // 3) :] if kept // 3 else ''}"
+        if text_width(shorter) <= width:
+            return shorter
+    return "…"
 
 
 def _lost(count: int) -> str:

@@ -8,10 +8,12 @@ from typing import Any
 from harness.floor import Floors
 from harness.rank import Group, Variant
 from harness.report import processes
+from harness.report.columns import memory_bytes, memory_name, place
+from harness.report.glance import glance, identifier
 from harness.report.judged import judged
 from harness.report.measured import limit, measured, plain
 from harness.report.numbers import finite, gib, plain_rate
-from harness.report.sentence import sentences
+from harness.report.sentence import sentence_since, sentences
 from harness.store import Results
 
 
@@ -21,7 +23,8 @@ def table(results: Results, groups: Sequence[Group] | None = None) -> str:
     ``groups``: all or some of ``judged(results)``, from whoever has judged them already.
     """
     shown = judged(results) if groups is None else groups
-    parts = [_group(group, shown, results.floors) for group in shown]
+    outdated = {line.id: line.outdated for machine in glance(shown) for line in machine.lines}
+    parts = [_group(group, shown, results.floors, outdated[identifier(group)]) for group in shown]
     if results.problems:
         parts.append("\n".join(["Files that could not be read:", *(f"  {_one_line(problem)}" for problem in results.problems)]))
     return "\n\n".join(parts)
@@ -33,27 +36,10 @@ def rows(results: Results) -> list[dict[str, Any]]:
     return [_row(group, groups, variant, results.floors) for group in groups for variant in group.variants]
 
 
-def place(variant: Variant, group: Group) -> str:
-    """``1``, ``2=`` when others share the rank, nothing for what did not run."""
-    if variant.rank is None:
-        return ""
-    shared = sum(other.rank == variant.rank for other in group.variants) > 1
-    return f"{variant.rank}=" if shared else str(variant.rank)
-
-
-def memory_name(group: Group) -> str:
-    """What the memory column holds: the allocator's peak on a GPU, resident memory of the process on a CPU."""
-    return "peak allocated GiB" if group.machine.device == "cuda" else "peak RSS GiB"
-
-
-def memory_bytes(variant: Variant, group: Group) -> int | None:
-    """The figure for :func:`memory_name`."""
-    return variant.peak_allocated_bytes if group.machine.device == "cuda" else variant.peak_rss_bytes
-
-
-def _group(group: Group, groups: Sequence[Group], floors: Floors) -> str:
+def _group(group: Group, groups: Sequence[Group], floors: Floors, outdated: str) -> str:
     work = group.workload
-    title = f"{work.model.name}, {work.method.name}, {work.data.name} (length {work.data.sequence_length}) on {group.machine.key}"
+    shape = f"{work.train.samples_per_step} × {work.data.sequence_length:,}, {work.train.steps} steps, seed {work.train.seed}"
+    title = f"{work.model.name}, {work.method.name}, {work.data.name}, {shape}, on {group.machine.key}"
     head: tuple[str, ...] = ("rank", "variant", "tokens/s", "repeats", memory_name(group), "parity")
     ran = [variant for variant in group.variants if variant.runs]
     body = [_cells(variant, group) for variant in ran]
@@ -61,7 +47,8 @@ def _group(group: Group, groups: Sequence[Group], floors: Floors) -> str:
     if any(limits):
         head, body = (*head[:3], "of limit", *head[3:]), [(*cells[:3], one, *cells[3:]) for cells, one in zip(body, limits, strict=True)]
     ranking = _columns([head, *body]) if ran else []
-    lines = [title, *ranking, *map(_kept_in, processes.lines(group, groups)), *_failures(group), _one_line(sentences(group).text)]
+    said = " ".join(filter(None, (sentences(group).text, sentence_since(outdated))))
+    lines = [title, *ranking, *map(_kept_in, processes.lines(group, groups)), *_failures(group), _one_line(said)]
     return "\n".join(lines)
 
 

@@ -11,13 +11,13 @@ from harness.floor import Floors
 from harness.rank import Entry, Group, Variant, compare_variants, failure_text
 from harness.record import Record, traceback_of
 from harness.report import processes
+from harness.report.columns import memory_bytes, memory_name, place
 from harness.report.front import told
 from harness.report.glance import facts, identifier, title
 from harness.report.measured import Details, details
 from harness.report.numbers import gib, number, plain_rate
-from harness.report.reproduce import Options, command
-from harness.report.sentence import Sentences, sentences
-from harness.report.text import memory_bytes, memory_name, place
+from harness.report.reproduce import Options, command, newer_knobs
+from harness.report.sentence import Sentences, sentence_since, sentences
 from harness.stats import median
 
 if TYPE_CHECKING:
@@ -119,8 +119,7 @@ def section(
 def _sentences(group: Group, outdated: str) -> Sentences:
     """The answer, whether it is an old one, and what to choose where memory is short."""
     said, short = sentences(group), told(group)
-    old = (f"{outdated[0].upper()}{outdated[1:]}.",) if outdated else ()
-    return replace(said, details=(*old, *said.details, *(() if short is None else (short,))))
+    return replace(said, details=(*filter(None, (sentence_since(outdated),)), *said.details, *(() if short is None else (short,))))
 
 
 def _failure(variant: Variant, entry: Entry) -> Failure:
@@ -191,10 +190,20 @@ def _source(variant: Variant, group: Group, known: Options) -> Source:
         ("measured", _joined(records, lambda record: record.provenance.started_utc)),
         ("records", ", ".join(entry.path for entry in entries)),
         ("older records of the same cells", str(variant.num_superseded or "")),
+        ("knobs since then", _newer(newer_knobs(variant.engine, known))),
         ("notes", "; ".join(dict.fromkeys(note for record in records for note in record.notes))),
     ]
     shown = tuple((name, text) for name, text in said if text)
     return Source(variant.label, command(records[0].cell, group.machine, repeats, known), shown)
+
+
+def _newer(knobs: Sequence[str]) -> str:
+    """What the engine has got since it left the records."""
+    return (
+        f"engine.knobs: {', '.join(knobs)}; the command gives them their defaults (check the commit out for the code of then)"
+        if knobs
+        else ""
+    )
 
 
 def _joined(records: Sequence[Record], fact: Callable[[Record], str]) -> str:

@@ -10,8 +10,9 @@ from harness.record import Record
 from harness.report.glance import Line, glance
 from harness.report.judged import judged
 from harness.report.page import html, markdown
+from harness.report.text import table
 from harness.store import Results, Stored
-from tests.records import CPU, engine, record, repeats, results, stored, workload
+from tests.records import CPU, GPU, engine, record, repeats, results, stored, workload
 
 FASTER = [*repeats(engine("hf"), [100.0, 101.0, 99.0]), *repeats(engine("fused"), [200.0, 201.0, 199.0])]
 
@@ -94,6 +95,48 @@ def test_an_older_sitting_of_the_same_work_stands_last_and_names_the_newer() -> 
     page = html(results([*old, *new]))
     assert "since then engines have changed: see 2026-11-27, 40 steps" in page
     assert page.count("Since then engines have changed") == 1, "the section says it, too"
+    assert table(results([*old, *new])).count("Since then engines have changed: see 2026-11-27, 40 steps.") == 1, "and the terminal"
+
+
+def test_what_failed_before_its_engine_changed_is_old_too() -> None:
+    """A crash that was mended since does not stand among the answers of today."""
+    crashed = stored(record(engine("fused"), status="crash", reason="TypeError", work=workload(steps=8)))
+    old = [replace(crashed, record=_of(crashed.record, "2026-11-27T09:00:00.000+00:00", "a"))]
+    new = [replace(one, record=_of(one.record, "2026-11-27T10:00:00.000+00:00", "b")) for one in repeats(engine("fused"), [200.0])]
+    (machine,) = glance(judged(results([*old, *new])))
+    assert [bool(one.outdated) for one in machine.lines] == [False, True]
+    assert machine.lines[1].first == "nothing ran to the end"
+    again = [replace(crashed, record=_of(crashed.record, "2026-11-27T11:00:00.000+00:00", "b"))]
+    (machine,) = glance(judged(results([*again, *new])))
+    assert not any(one.outdated for one in machine.lines), "it is what the engine does today"
+
+
+def test_another_engine_that_cannot_win_is_not_passed_over_in_silence() -> None:
+    other = repeats(engine("other"), [300.0, 301.0, 299.0], losses=(9.0, 8.0, 7.0, 6.0))
+    assert line(results([*repeats(engine("hf"), [100.0]), *other])).sure == "no other engine that can win"
+
+
+def test_a_workload_says_its_shape() -> None:
+    one = line(results(FASTER))
+    work = workload()
+    assert one.title.endswith(f" · {work.train.samples_per_step}\u00a0×\u00a0{work.data.sequence_length}")
+    assert one.facts.startswith(f"{work.train.samples_per_step} samples a step of ")
+    single = line(results(repeats(engine("hf"), [100.0], work=workload(samples_per_step=1))))
+    assert single.facts.startswith("1 sample a step of ")
+
+
+def test_the_machine_that_was_measured_last_comes_first_and_sections_follow_the_table() -> None:
+    def at(found: list[Stored], day: str) -> list[Stored]:
+        return [replace(one, record=_of(one.record, f"2026-11-{day}T10:00:00.000+00:00", "a")) for one in found]
+
+    here = at(repeats(engine("hf"), [50.0]), "23")
+    there = at(repeats(engine("hf"), [60.0], machine=GPU, memory_gib=1.0), "27")
+    for old, new in ((here, there), (at(there, "23"), at(here, "27"))):
+        page = markdown(results([*old, *new]))
+        names = [one[0].record.machine.key for one in (new, old)]
+        assert page.index(f"## {names[0]} at a glance") < page.index(f"## {names[1]} at a glance")
+        assert page.index(f"On {names[0]};") < page.index(f"On {names[1]};")
+        assert "the newest of 2026-11-27 10:00 UTC." in page
 
 
 def _of(one: Record, started_utc: str, source: str) -> Record:

@@ -83,3 +83,16 @@ def test_a_variant_looks_the_same_in_every_group_and_no_two_look_alike() -> None
     assert len(look) == 20
     assert len({(one.colour, one.shape) for one in look.values()}) == 20
     assert len({one.colour for one in list(look.values())[: len(COLOURS)]}) == len(COLOURS)
+
+
+def test_what_often_stands_side_by_side_has_another_colour_whatever_else_there_is() -> None:
+    """More labels than colours over the whole report: they must share, but not in the group where both are."""
+    others = [repeats(engine(f"e{i}"), [100.0], work=records.workload(seed=i)) for i in range(2 * len(COLOURS) - 1)]
+    pairs = [repeats(engine("fused"), [200.0], work=records.workload(seed=i)) for i in range(2 * len(COLOURS) - 1)]
+    many = repeats(engine("unsloth"), [90.0], work=records.workload(seed=0)) + repeats(
+        engine("unsloth"), [90.0], work=records.workload(seed=1)
+    )
+    found = judged(results([one for group in [*others, *pairs, many] for one in group]))
+    look = looks(found)
+    for group in found:
+        assert len({look[variant.label].colour for variant in group.variants}) == len(group.variants)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.compose import compose_all, plain
-from harness.engine import Machine, load, variant
-from harness.report.reproduce import GROUPS, command, hydra_value, options
+from harness.engine import Machine, variant
+from harness.engine import load as load_engine
+from harness.report.reproduce import GROUPS, command, hydra_value, newer_knobs, options
 from harness.spec import Cell, Data, EngineSpec, Fields, parse
+from harness.store import load
 from tests import records
 
 KNOWN = options()
@@ -37,7 +40,7 @@ def of_options(**chosen: str) -> Cell:
     raw = plain(config)
     assert raw["train"].pop("epochs") is None
     engine = {key: raw["engine"][key] for key in EngineSpec.model_fields if key != "variant"}
-    engine["variant"] = variant(load(parse(EngineSpec, engine)), engine["knobs"])
+    engine["variant"] = variant(load_engine(parse(EngineSpec, engine)), engine["knobs"])
     if raw["data"].get("path") is None and raw["data"]["source"] == "jsonl":
         raw["data"]["path"] = "my.jsonl"
     return parse(Cell, {"workload": {key: raw[key] for key in ("model", "data", "method", "train")}, "engine": engine, "repeat": 0})
@@ -97,6 +100,47 @@ def test_a_dropped_key_is_deleted_and_real_weights_replace_a_config() -> None:
     config = {key: value for key, value in (cell.workload.model.config or {}).items() if key != "pad_token_id"}
     assert_same(changed(cell, "model", config=config))
     assert_same(changed(cell, "model", config=None, weights="dir:Llama", tokenizer="dir:Llama"))
+
+
+def without(cell: Cell, *knobs: str) -> Cell:
+    """``cell`` as an older engine recorded it, before it had ``knobs``."""
+    kept = {name: value for name, value in cell.engine.knobs.items() if name not in knobs}
+    return cell.model_copy(update={"engine": cell.engine.model_copy(update={"knobs": kept})})
+
+
+def test_a_record_older_than_some_knobs_gives_a_command_that_composes_today() -> None:
+    """Every knob has a value in conf/, so one cannot be deleted: it stays as it is, which leaves an engine as it was."""
+    cell = of_options(engine="fused", model="tiny_llama", data="dense", method="lora", train="short")
+    old = without(cell, "base", "compile_ahead", "replay")
+    assert newer_knobs(old.engine, KNOWN) == ("replay", "base", "compile_ahead")
+    assert newer_knobs(cell.engine, KNOWN) == ()
+    again = composed(old)["engine"]
+    assert again["knobs"] == cell.engine.knobs
+    assert not any(word.startswith("~") for word in words(command(old, records.CPU, [0], KNOWN)))
+
+
+def test_no_variant_is_named_that_gives_such_a_knob_another_value() -> None:
+    """``fused/sharded`` is nearer to ``replay: false`` than ``fused`` is, but it would shard a base that was not."""
+    cell = of_options(engine="fused", model="tiny_llama", data="dense", method="lora", train="short")
+    old = without(cell, "base")
+    assert old.engine.knobs["replay"] is False
+    said = words(command(old, records.CPU, [0], KNOWN))
+    assert "engine=fused" in said
+    assert "engine.knobs.replay=false" in said
+    named = without(of_options(engine="fused/within-17.7"), "base")
+    assert "engine=fused/within-17.7" in words(command(named, records.CPU, [0], KNOWN)), "a variant that leaves it alone is"
+
+
+def test_the_command_beside_every_committed_record_composes_today() -> None:
+    """One record of each engine and each set of knobs that it had in its time."""
+    results = load(Path(__file__).resolve().parents[2] / "results")
+    by_knobs = {(one.record.cell.engine.name, frozenset(one.record.cell.engine.knobs)): one.record for one in results.stored}
+    assert len({name for name, _ in by_knobs}) >= 6
+    for record in by_knobs.values():
+        spec = record.cell.engine
+        again = composed(record.cell, record.machine)["engine"]
+        parse(load_engine(spec).Knobs, again["knobs"], at=f"engine.knobs of {spec.title}")
+        assert spec.knobs.items() <= again["knobs"].items()
 
 
 def test_an_engine_or_model_that_conf_does_not_know_is_named_all_the_same() -> None:

@@ -122,14 +122,19 @@ def test_equal_repeats_lie_one_below_the_other() -> None:
     assert len(elements(svg, "path", "bar")) == 1
 
 
-def test_a_long_name_ends_in_an_ellipsis_and_is_whole_in_the_description() -> None:
+def test_a_long_name_keeps_its_beginning_and_its_end_and_is_whole_in_the_description() -> None:
     name = "engine with a very long list of knobs that nobody can read at once " * 3
     svg = strip(SPEED, [Row(name, [1.0], ["one"], 1.0, BLUE, "circle")], name)
-    assert words(svg)[-1].endswith("…")
+    beginning, end = words(svg)[-1].split("…")
+    assert name.startswith(beginning)
+    assert name.endswith(end)
     assert text_width(words(svg)[-1]) <= WIDTH
     assert parsed(svg).get("aria-label") == name
     assert fitted("short", 100) == "short"
-    assert fitted("字" * 9, 60) == "字" * 4 + "…"
+    assert fitted("字" * 9, 60) == "字字字…字"
+    assert fitted("字" * 9, 5) == "…"
+    twins = [fitted(f"hf/default compute_dtype=bfloat16 micro_batch={size}", 200) for size in (2, 4)]
+    assert twins[0] != twins[1]
 
 
 VALUES = some.floats(allow_nan=True, allow_infinity=True)

@@ -1,0 +1,95 @@
+"""Every cell of the README's table of engines, and every rate of docs/peers.md, is what the records under results/ say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from harness.rank import Group, Variant, compare_variants
+from harness.report.judged import judged
+from harness.store import load
+
+TREE = Path(__file__).resolve().parent.parent
+GROUPS = judged(load(TREE / "results"))
+MODELS = {"1": "llama3_1b", "8": "llama3_8b"}
+
+
+def table() -> dict[tuple[str, int], str]:
+    """The cells by the beginning of their row and by column."""
+    text = (TREE / "README.md").read_text(encoding="utf-8")
+    (found,) = re.findall(r"^\| \| 8B, .*?\n\n", text, re.MULTILINE | re.DOTALL)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in found.strip().splitlines()]
+    head, _, *rest = lines
+    assert all(len(line) == len(head) for line in lines)
+    rows = {"column": head[1:], **{line[0]: line[1:] for line in rest}}
+    return {(name, place): cell.replace("**", "") for name, row in rows.items() for place, cell in enumerate(row)}
+
+
+CELLS = table()
+COLUMNS = sorted({place for _, place in CELLS})
+
+
+def group(place: int) -> Group:
+    """The one group of results/ that a column shows."""
+    said = re.fullmatch(r"(\d)B( on NF4)?, (\d+) × ([\d,]+)", CELLS["column", place])
+    assert said is not None
+    wanted = (MODELS[said[1]], "qlora" if said[2] else "lora", int(said[3]), int(said[4].replace(",", "")))
+    (found,) = (
+        one
+        for one in GROUPS
+        if (one.workload.model.name, one.workload.method.name, one.workload.train.samples_per_step, one.workload.data.sequence_length)
+        == wanted
+        and CELLS["card", place] in one.machine.name
+        and one.machine.count == 1
+        and any(variant.runs for variant in one.variants)
+    )
+    return found
+
+
+def figure(variant: Variant) -> str:
+    assert variant.tokens_per_second is not None
+    assert variant.peak_allocated_bytes is not None
+    return f"{variant.tokens_per_second:,.0f} ({variant.peak_allocated_bytes / 2**30:.1f})"
+
+
+def fastest(variants: Mapping[str, Variant], *names: str) -> Variant | None:
+    """Of those of ``variants`` whose label begins with one of ``names``."""
+    able = [one for label, one in variants.items() if label.startswith(names)]
+    return max(able, key=lambda one: one.tokens_per_second or 0.0, default=None)
+
+
+@pytest.mark.parametrize("place", COLUMNS)
+def test_a_column_of_the_readme_is_what_its_records_say(place: int) -> None:
+    variants = {variant.label: variant for variant in group(place).variants if variant.runs}
+    ours, theirs = variants["fused"], fastest(variants, "unsloth/nockpt")
+    assert theirs is not None
+    between = compare_variants(ours, theirs).interval
+    assert between is not None
+    reach = f" ({between.low:.3f} to {between.high:.3f})" if between.n > 1 else ""
+    expected = {
+        "`fused`, ours": ours,
+        "Unsloth, nothing recomputed": theirs,
+        "Axolotl": fastest(variants, "axolotl"),
+        "transformers + peft": fastest(variants, "hf"),
+        "little memory: Unsloth": fastest(variants, "unsloth/default"),
+        "little memory: `fused`": fastest(variants, "fused memory_gib"),
+    }
+    said = {name: cell for (name, column), cell in CELLS.items() if column == place}
+    for begin, variant in expected.items():
+        (cell,) = (cell for name, cell in said.items() if name.startswith(begin))
+        assert cell == (figure(variant) if variant else ""), begin
+    assert said["`fused` ÷ Unsloth, 98 % interval"] == f"{between.ratio:.2f}{reach}"
+    assert said["blocks that the two share"] == str(between.n)
+
+
+def test_every_rate_of_the_peers_page_is_one_of_a_record() -> None:
+    rates = {f"{rate:,.0f}" for one in GROUPS for variant in one.variants for rate in (*variant.rates, variant.tokens_per_second or 0.0)}
+    rows = [
+        line for line in (TREE / "docs" / "peers.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `") and " (" in line
+    ]
+    said = [rate for line in rows for rate in re.findall(r"(?<![\d,])\d{1,3},\d{3}(?!,?\d)", line)]
+    assert len(said) >= 20
+    assert set(said) <= rates
