@@ -119,21 +119,15 @@ def test_adapters_left_by_a_stopped_sweep_are_scored_by_the_next(monkeypatch: py
 
 def test_what_is_to_be_scored_later_stays_until_then(monkeypatch: pytest.MonkeyPatch, prepared: Made, tmp_path: Path) -> None:
     """One scorer for three sweeps: it is started by the last one, which has nothing to train."""
-    started: list[str] = []
-    door = doors(prepared)
-
-    def counted(module: str, *given: Any, **more: Any) -> None:
-        started.append(module)
-        door(module, *given, **more)
-
-    through(monkeypatch, counted)
+    doors_taken: list[str] = []
+    through(monkeypatch, lambda *given, **more: (doors_taken.append(given[0]), doors(prepared)(*given, **more))[0])
     for cells in (1, 2):
         code, said = sweep(prepared, tmp_path, cells=cells, score="later")
         assert (code, "score=later: what was trained is scored by the next sweep" in said) == (Exit.OK, True)
-    assert "harness.score" not in started
+    assert "harness.score" not in doors_taken
     assert len(list((tmp_path / "adapters").iterdir())) == 2
     code, _ = sweep(prepared, tmp_path)
-    assert (code, started.count("harness.score")) == (Exit.OK, 1)
+    assert (code, doors_taken.count("harness.score")) == (Exit.OK, 1)
     assert all(stored.score for stored in load(tmp_path).stored)
     assert list((tmp_path / "adapters").iterdir()) == []
 
