@@ -154,11 +154,12 @@ def verdict(candidate: Run, against: Sequence[Anchor]) -> Verdict:
     order: tuple[Kind, ...] = ("same", "not comparable", "different")  # an open question with one anchor leaves the whole open
     alike = {anchor.name for anchor in against if _dtype(anchor.run) == _dtype(candidate)}
     best = min(verdicts, key=lambda one: (order.index(one.kind), one.kind != "same" and one.anchor not in alike))
-    light = next((one.light for one in verdicts if one.anchor in alike), best.light)
-    if best.kind != "not comparable" or best.anchor in alike:
+    if best.kind != "not comparable":
         return best
-    # The curve of a run that rounds is checked against the anchor that rounds, not against the truth.
-    return replace(best, light=light, can_win=light.passed is not False)
+    # The curve of a run that rounds is checked against the anchor that rounds; where it strays from that, it may follow the truth's.
+    usual = next((one for one in verdicts if one.anchor in alike), best)
+    shown = usual if usual.light.passed is not False else next((one for one in verdicts if one.light.passed), usual)
+    return replace(best, light=shown.light, can_win=shown.light.passed is not False)
 
 
 def judge(candidate: Run, reference: Run, variants: Sequence[Run] = (), anchor: str = "reference") -> Verdict:

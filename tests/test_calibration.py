@@ -13,9 +13,9 @@ from tests import records
 LOSSES = records.losses()
 
 
-def run(name: str = "hf", *, off: float = 0.0, dtype: str = "bfloat16", **knobs: Any) -> Run:
+def run(name: str = "hf", *, off: float = 0.0, dtype: str = "bfloat16", update_norm: float = records.UPDATE_NORM, **knobs: Any) -> Run:
     record = records.record(records.engine(name, compute_dtype=dtype, **knobs), losses=tuple(loss + off for loss in LOSSES))
-    return Run(record, records.score(record), records.score(record, base=True))
+    return Run(record, records.score(record, update_norm=update_norm), records.score(record, base=True))
 
 
 VARIANTS = [run(off=0.002, attention="eager"), run(off=0.004, micro_batch=1), run(off=-0.003, recompute="full")]
@@ -42,6 +42,14 @@ def test_an_fp32_run_is_judged_by_the_truth_alone() -> None:
     truth, rounded = Anchor("fp32", run(dtype="float32")), Anchor("bf16", run(off=0.007))
     assert verdict(run("fused", off=0.007, dtype="float32"), [truth, rounded]).kind == "different"
     assert verdict(run("fused", off=0.007), [truth, rounded]).label.startswith("same: bf16")
+
+
+@pytest.mark.parametrize(
+    ("off", "passed"), [(0.3, True), (0.004, True), (0.15, False)], ids=["like bf16", "like the truth", "like neither"]
+)
+def test_an_open_question_needs_the_curve_of_one_anchor(off: float, passed: bool) -> None:
+    found = verdict(run("fused", off=off, update_norm=9.0), [Anchor("fp32", run(dtype="float32")), Anchor("bf16", run(off=0.3))])
+    assert (found.kind, found.light.passed, found.can_win) == ("not comparable", passed, passed)
 
 
 PLAIN = {"kernels": "none", "compile": False, "layout": "padded", "attention": "eager", "adapter_compute": "autocast"}
