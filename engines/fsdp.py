@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from engines.native.hf_reasons import attention_reasons, dropout_reasons, dtype_reasons, share_reasons
 from engines.native.lora_variants import variant_reasons
 from engines.native.recompute import Recompute, compiled_reasons, fraction, recompute_name
@@ -82,6 +80,7 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     import torch
 
     from engines.native import rank_loop
+    from engines.native.hf_batches import row_multiple
     from engines.native.hf_model import exact_float32
     from engines.native.ranks import process_group
     from engines.native.sharding import gathered
@@ -93,7 +92,8 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
         exact_float32()
         model, cost = rank_loop.loaded(job, knobs)
         _spread(model, job, knobs)
-        rank_loop.train_steps(_Trained(model, job, knobs), cost, job, knobs, probe)
+        multiple = row_multiple(job.tokens, knobs.attention, compiled=knobs.compile)
+        rank_loop.train_steps(_Trained(model, job, knobs), cost, job, knobs, probe, multiple_of=multiple)
         rank_loop.save(model, job, lambda: gathered(model, trained_only=isinstance(job.workload.method, Lora)))
 
 
@@ -106,6 +106,7 @@ def _copies_reasons(knobs: Knobs, processes: int) -> list[str]:
 def _spread(model: Any, job: Job, knobs: Knobs) -> None:
     """To the device, whole or in shards; the model comes from the host, from where each rank takes what is its own."""
     from engines.native import rank_loop
+    from engines.native.hf_batches import lengths_vary
     from engines.native.hf_model import compile_layers
     from engines.native.sharding import blocks_of, give_back, shard
 
@@ -114,7 +115,7 @@ def _spread(model: Any, job: Job, knobs: Knobs) -> None:
     else:
         blocks_of(model)  # refused before anything is compiled
     if knobs.compile:
-        compile_layers(model, with_loss=True, shapes_vary=len(np.unique(np.diff(job.tokens.train.offsets))) > 1)
+        compile_layers(model, with_loss=True, shapes_vary=lengths_vary(job.tokens))
     if knobs.strategy != "replicate":
         shard(
             model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from engines.native.hf_nf4 import bitsandbytes_reasons, load_model, optimizer_re
 from engines.native.hf_reasons import class_reasons, dropout_reasons
 from engines.native.lora_variants import variant_reasons
 from engines.native.recompute import Recompute, checkpoint_layers, compiled_reasons, fraction, recompute_name
-from harness.data.tokens import Batch, StepTokens, chunks, pack, pad
+from harness.data.tokens import Batch, StepTokens, chunks
 from harness.engine import Job, Machine, Probe
 from harness.errors import UnsupportedError
 from harness.spec import Lora, LoraFp8, Positive, Spec, Workload
@@ -79,6 +80,7 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     import torch
 
     from engines.native import plain_loop, states
+    from engines.native.hf_batches import make_batch, row_multiple
     from engines.native.hf_model import exact_float32
 
     if job.processes != 1:
@@ -92,10 +94,11 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
     optimizer = make(plain_loop.groups(model, job.workload.method), schedule, job.device)
     state = states.Plain(model, optimizer) if job.checkpoints else None
     begin = states.restored(state, job.checkpoints) if state else 0
-    make_batch = pack if knobs.layout == "packed" else pad
+    multiple = row_multiple(job.tokens, knobs.attention, compiled=knobs.compile)
+    made = partial(make_batch, packed=knobs.layout == "packed", multiple_of=multiple)
     probe.ready()
     for index in range(begin, schedule.num_steps):
-        batches = [make_batch(samples) for samples in chunks(job.tokens.step(schedule, index), knobs.micro_batch)]
+        batches = [made(samples) for samples in chunks(job.tokens.step(schedule, index), knobs.micro_batch)]
         tokens = StepTokens.of(batches)
         loss = _accumulate(model, batches, tokens.loss, knobs, job.device)
         grad_norm = plain_loop.update(optimizer, parameters, schedule, index)
@@ -175,6 +178,7 @@ def _load(job: Job, knobs: Knobs) -> Any:
     from transformers import AutoConfig
 
     from engines.native.hf_attention import register
+    from engines.native.hf_batches import lengths_vary
     from engines.native.hf_model import compile_layers, in_fp8, with_adapter
 
     method = job.workload.method
@@ -203,8 +207,7 @@ def _load(job: Job, knobs: Knobs) -> Any:
     if knobs.layout == "packed":
         _expect_documents_apart(model, knobs, job.device)
     if knobs.compile:
-        shapes_vary = len(np.unique(np.diff(job.tokens.train.offsets))) > 1
-        compile_layers(model, with_loss=knobs.kernels == "none", shapes_vary=shapes_vary)
+        compile_layers(model, with_loss=knobs.kernels == "none", shapes_vary=lengths_vary(job.tokens))
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, distributed
 
 from engines.native import states
 from engines.native.hf_attention import VARLEN, register
-from engines.native.hf_batches import inputs, leak
+from engines.native.hf_batches import inputs, leak, make_batch
 from engines.native.hf_model import with_adapter
 from engines.native.hf_reasons import class_reasons, dropout_reasons
 from engines.native.nf4_linear import Packed, load_packed, pack_linears
@@ -21,7 +22,7 @@ from engines.native.plain_loop import to_device
 from engines.native.ranks import expect_agreement
 from engines.native.recompute import Recompute, checkpoint_layers
 from engines.native.shares import Cost, cost_of, fingerprint, split
-from harness.data.tokens import Batch, pack, pad
+from harness.data.tokens import Batch
 from harness.engine import Job, Probe
 from harness.errors import UnsupportedError
 from harness.nf4 import is_nf4
@@ -113,24 +114,24 @@ def autocast(knobs: Shared, device: str) -> AbstractContextManager[Any]:
 
 
 def expect_documents_apart(model: Any, knobs: Shared, device: str) -> None:
-    """Refuse a model that lets packed documents see each other. All ranks look at once."""
-    with autocast(knobs, device):
+    """Refuse a model that lets packed documents see each other. All ranks look at once, with no code compiled for what is called once."""
+    with autocast(knobs, device), torch.compiler.set_stance("force_eager"):
         off = leak(model, device, bounds=knobs.attention == "varlen")
     if off != 0:  # nan too
         said = f"in {model.config.model_type} with attention={knobs.attention} documents see each other (logits {off:.3g} off)"
         raise UnsupportedError(f"layout=packed: {said}; use padded")
 
 
-def train_steps(trained: Trained, cost: Cost, job: Job, knobs: Shared, probe: Probe) -> None:
+def train_steps(trained: Trained, cost: Cost, job: Job, knobs: Shared, probe: Probe, *, multiple_of: int = 1) -> None:
     """Train on this rank's share of every step, and report the whole step; go on from a checkpoint, and save more, where the job says so.
-    Raises RuntimeError when ranks trained on other samples than the others thought.
+    Rows have a ``multiple_of`` positions. Raises RuntimeError when ranks trained on other samples than the others thought.
     """
     schedule, rank = job.workload.train, distributed.get_rank()
-    make_batch = pack if knobs.layout == "packed" else pad
+    made = partial(make_batch, packed=knobs.layout == "packed", multiple_of=multiple_of)
     seen = hashlib.sha256()
     probe.ready()
     for index in range(states.restored(trained, job.checkpoints), schedule.num_steps):
-        step = split(job.tokens.step(schedule, index), job.processes, cost, micro_batch=knobs.micro_batch, make_batch=make_batch)
+        step = split(job.tokens.step(schedule, index), job.processes, cost, micro_batch=knobs.micro_batch, make_batch=made)
         seen.update(fingerprint(step))
         loss = torch.zeros((), device=job.device)
         divisor = to_device(np.array(step.tokens.loss), job.device)  # the labels of all ranks: their losses and gradients are summed
