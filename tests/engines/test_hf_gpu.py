@@ -17,6 +17,7 @@ from harness.spec import parse
 from tests.engines.conformance import two_documents
 from tests.engines.liger import MODULES, unpatched_afterwards
 from tests.engines.test_hf import KNOBS
+from tests.engines.test_kinds_of_call import uneven
 from tests.engines.tiny import FULL, GPU, LORA, RecordingProbe, make_job, with_train
 
 pytestmark = [
@@ -149,6 +150,27 @@ def test_a_packed_document_does_not_see_its_neighbour(tmp_path: Path, knobs: dic
     assert told[0].tokens[0].sha256 != told[1].tokens[0].sha256
     assert told[1].losses == pytest.approx(told[0].losses, rel=1e-4)
     assert told[1].grad_norms == pytest.approx(told[0].grad_norms, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "left", "graphs"),
+    [
+        pytest.param({}, 0, 2, id="padded"),
+        pytest.param({}, 1, 4, id="padded, one left"),
+        pytest.param({"layout": "packed"}, 1, 3, id="packed, one left"),
+        pytest.param({"attention": "cudnn"}, 0, 2, id="cudnn"),
+        pytest.param({"attention": "varlen", "layout": "packed"}, 1, 2, id="varlen, one left"),
+        pytest.param(BEST, 0, 1, id="best", marks=LIGER),
+    ],
+)
+def test_uneven_documents_are_compiled_for_no_more_kinds_of_call_than_on_a_cpu(
+    tmp_path: Path, knobs: dict[str, Any], left: int, graphs: int
+) -> None:
+    """Layers, and the loss where it is not Liger's; Inductor may guard on more than ``test_kinds_of_call.py`` does in its place."""
+    counted = torch._dynamo.utils.counters["stats"]
+    before = counted["unique_graphs"]
+    run(uneven(tmp_path, left, LORA), "found", **{**knobs, "compile": True})
+    assert counted["unique_graphs"] - before == graphs
 
 
 class _NoSync(RecordingProbe):
