@@ -15,7 +15,8 @@ from harness.weights.base_model import Base, prepare_base
 from tests import workloads
 from tests.real_files import model
 
-settings.register_profile("repeatable", derandomize=True)  # the same draws in every run: a commit passes or fails, luck has no say
+# The same draws in every run, however slow it is: a commit passes or fails, luck has no say.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=2000, deadline=None)  # HYPOTHESIS_PROFILE=explore looks for what those draws do not show
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 

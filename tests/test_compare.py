@@ -12,9 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from harness.__main__ import main as harness
-from harness.comparable import measured, runs
+from harness.comparable import Run, measured, runs
 from harness.compare import main as compare
 from harness.store import Stored, load
+from harness.weights import adapter_sha256
 
 WORK = (
     "model=tiny_llama", "machine=cpu", "data.sequence_length=48", "data.held_out_samples=16", "train.steps=6", "train.learning_rate=5e-3",
@@ -108,7 +109,8 @@ def test_two_adapters_are_compared_by_the_work_they_were_trained_for(
 ) -> None:
     one, other = swept.adapter("hf"), tmp_path / "longer"
     shutil.copytree(one, other)
-    (start,) = (swept.cache / "adapter").glob("tiny_llama-*-seed0-1")
+    began = measured(Run(swept.stored("hf").record)).artifacts.adapter_init_sha256  # other tests leave adapters in this cache too
+    (start,) = (folder for folder in (swept.cache / "adapter").glob("tiny_llama-*") if adapter_sha256(folder) == began)
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (start, one))
     save_file({name: before[name] + np.float32(1.01) * (after[name] - before[name]) for name in after}, other / "adapter_model.safetensors")
     work = [*WORK, f"runs={tmp_path / 'runs'}", f"cache={swept.cache}"]
