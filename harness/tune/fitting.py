@@ -14,6 +14,7 @@ from harness.flops import linears
 from harness.record import Record
 from harness.searched import Searched
 from harness.spec import EngineSpec, Lora, Workload, parse
+from harness.stats import tokens_per_second
 from harness.tune.cost_model import CostModel, Timed
 from harness.tune.gaussian import Prediction
 from harness.tune.memory_model import SURE, MemoryModel, Peak
@@ -130,19 +131,26 @@ def _best(
             sure=False, needs_bytes=least,
         )  # fmt: skip
     best = min(able, key=(lambda one: steps[one].middle) if steps else peak)
-    own = _own(learnt.get(best), capacity)
-    seconds = own.step_seconds if own is not None else steps[best].middle if steps else None
+    known = learnt.get(best)
+    own = _own(known, capacity)
+    predicted = best.facts.positions / steps[best].middle if steps else None
     return Line(
         size_gib=size,
         engine=best.engine,
         setting=" ".join(best.title.split(" ")[1:]),
         peak_bytes=own.peak_bytes if own is not None else peak(best),
-        tokens_per_second=best.facts.positions / seconds if seconds else None,
+        tokens_per_second=predicted if own is None else _measured_rate(known),
         deviation=None if own is not None or steps is None else steps[best].deviation,
         measured=own is not None,
         sure=bool(sure),
         needs_bytes=least,
     )
+
+
+def _measured_rate(record: Record | None) -> float | None:
+    """Of one GPU, as reports have it: over all steady steps, not the median one, of which a prediction is made."""
+    rate = tokens_per_second(record.measurement.steps) if record and record.measurement else None
+    return rate / record.cell.engine.processes if record and rate else None
 
 
 def _own(record: Record | None, capacity: float) -> Result | None:

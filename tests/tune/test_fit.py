@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 
 from harness.fit import main
+from harness.stats import tokens_per_second
+from harness.store import load
+
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
 def table(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
@@ -21,7 +25,10 @@ def test_8b_on_every_size(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     by_size = {int(line.split()[0]): line for line in lines}
     assert "needs at least" in by_size[8]
     assert "predicted" in by_size[24]
-    assert "measured" in by_size[80]  # committed records have it
+    assert "measured" in by_size[80]  # committed records have it, with the rate that a report gives them
+    runs = [stored.record for stored in load(RESULTS).stored if stored.record.status == "ok" and stored.record.measurement]
+    rates = [tokens_per_second(run.measurement.steps) for run in runs if run.cell.engine.name == "fused" and run.measurement]
+    assert by_size[80].split()[3] in [f"{rate:,.0f}" for rate in rates if rate]
 
 
 def test_settings_that_a_smaller_card_would_change_are_not_called_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
