@@ -158,8 +158,9 @@ def verdict(candidate: Run, against: Sequence[Anchor]) -> Verdict:
         return best
     # The curve of a run that rounds is checked against the anchor that rounds; where it strays from that, it may follow the truth's.
     usual = next((one for one in verdicts if one.anchor in alike), best)
-    shown = usual if usual.light.passed is not False else next((one for one in verdicts if one.light.passed), usual)
-    return replace(best, light=shown.light, can_win=shown.light.passed is not False)
+    if usual.light.passed is False:
+        usual = next((one for one in verdicts if one.light.passed and one.can_win), usual)
+    return best if usual is best else replace(best, light=usual.light, can_win=usual.light.passed is not False)
 
 
 def judge(candidate: Run, reference: Run, variants: Sequence[Run] = (), anchor: str = "reference") -> Verdict:

@@ -228,6 +228,7 @@ def test_without_power_nothing_is_called_the_same() -> None:
     assert broken.kind == "not comparable"
     assert "final update norm" in broken.detail
     assert not broken.can_win
+    assert not verdict(run("fused", held_out_loss=records.BASE_LOSS - 0.009, update_norm=0.0), [Anchor("fp32", reference)]).can_win
 
 
 def test_variants_of_the_reference_widen_the_allowance_to_twice_their_deviation() -> None:
