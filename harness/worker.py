@@ -27,6 +27,7 @@ from harness.ranks import FAILED, own_log, rank
 from harness.record import Status
 from harness.spec import Workload, parse
 from harness.startup import ImportClock
+from harness.syntax_trees import one_tree_at_a_time
 from harness.weights import adapter_sha256
 
 
@@ -36,6 +37,7 @@ def main(path: str) -> None:
     """
     began = time.monotonic()
     imports = ImportClock()
+    one_tree_at_a_time()
     _die_with_parent()
     job = parse(WorkerJob, json.loads(Path(path).read_text(encoding="utf-8")))
     try:

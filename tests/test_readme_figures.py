@@ -44,9 +44,15 @@ def group(place: int) -> Group:
         == wanted
         and CELLS["card", place] in one.machine.name
         and one.machine.count == 1
-        and any(variant.runs for variant in one.variants)
+        and shows_both(one)
     )
     return found
+
+
+def shows_both(group: Group) -> bool:
+    """Whether ours ran there and Unsloth with nothing recomputed, as in every column."""
+    labels = [variant.label for variant in group.variants if variant.runs]
+    return "fused" in labels and any(label.startswith("unsloth/nockpt") for label in labels)
 
 
 def figure(variant: Variant) -> str:

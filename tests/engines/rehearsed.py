@@ -39,6 +39,7 @@ from engines.native.shape import read_shape
 from engines.native.steps import Steps
 from engines.native.store import Training
 from harness.engine import Job
+from harness.syntax_trees import one_tree_at_a_time
 from tests.engines import tiny
 
 CPU = torch.device("cpu")
@@ -156,6 +157,7 @@ def rehearse(job: Job, table: Ops, options: dict[str, Any], plan: Plan, counted:
 
 
 def main(folder: Path, only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    one_tree_at_a_time()
     driver.set_active(NoGpu())  # type: ignore[arg-type]
     fp8_ops._product = lambda codes, scales, rows, count: torch.zeros(len(codes), count, dtype=torch.bfloat16)  # type: ignore[assignment]
     loader.moved = lambda weight, place: moved(weight, torch.clone)  # out of the file, whose parts lie at odd addresses
