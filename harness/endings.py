@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harness.events import LOST_LOG, Event
 from harness.ranks import died, ended
-from harness.record import Measurement, Status
+from harness.record import Measurement, Status, is_traceback
 from harness.steady import steady
 
 TREE = Path(__file__).resolve().parent.parent
@@ -69,6 +69,13 @@ def doubted(status: Status, reason: str | None, measured: Measurement | None, st
     if status == "ok" and measured is not None and not measured.resumed_at and (problem := steady(measured.steps).problem):
         return "unsteady", f"{problem}; take more steps, or look for what else this machine does"
     return status, reason
+
+
+def heard_from_afar(reason: str | None, status: Status, nodes: int) -> str | None:
+    """``reason``, and where to look when it is an error on one of several hosts: it may only tell that a rank of another one is gone."""
+    if nodes == 1 or status != "crash" or reason is None or not is_traceback(reason):
+        return reason
+    return f"{reason} (a rank that died on another of the {nodes} nodes is named there)"
 
 
 def last_lines(path: Path) -> str:

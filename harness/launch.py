@@ -14,7 +14,7 @@ from pathlib import Path
 from harness import resume
 from harness.adapters import has_its_adapter, keep_adapter
 from harness.config import Request
-from harness.endings import Ending, classify, doubted, last_lines
+from harness.endings import Ending, classify, doubted, heard_from_afar, last_lines
 from harness.engine import Machine, declared_loss_norm
 from harness.errors import ConfigError, HarnessError, StoreError, UnsupportedError
 from harness.events import Event, EventReader, ending, measurement
@@ -24,7 +24,7 @@ from harness.monitor import Monitor, monitoring
 from harness.places import Prepared, Saving, WorkerJob
 from harness.provenance import dated, provenance
 from harness.ranks import logs_of_the_others, threads, worker_command
-from harness.record import Artifacts, Provenance, Record, Status
+from harness.record import Artifacts, Provenance, Record, Status, in_a_line
 from harness.spec import Spec, parse
 from harness.store import write_at_once, writing
 from harness.watch import OnEvent, watch
@@ -105,8 +105,8 @@ def recovered(request: Request, machine: Machine, root: Path, known: Sequence[Re
     return record.model_copy(update={"notes": (*record.notes, note)})
 
 
-def follow(request: Request, machine: Machine, prepared: Prepared, root: Path, *, held: int | None) -> tuple[int, str]:
-    """Run this node's ranks of ``request``, whose record another node makes; returns the exit code and the last that they printed."""
+def follow(request: Request, machine: Machine, prepared: Prepared, root: Path, *, held: int | None) -> str | None:
+    """Run this node's ranks of ``request``, whose record another node makes; returns why they did not end well, None when they did."""
     work = _work(root, machine, request)
     with writing(work):
         shutil.rmtree(work, ignore_errors=True)
@@ -117,9 +117,13 @@ def follow(request: Request, machine: Machine, prepared: Prepared, root: Path, *
     settings = {"cwd": work, "env": _environment(request), "stdout": log, "stderr": subprocess.STDOUT}
     with log, guarded(_command(request, work), held=held, **settings) as process:
         try:
-            return process.wait(timeout=request.limits.wall_seconds), last_lines(work / "log.txt")
+            code = process.wait(timeout=request.limits.wall_seconds)
         except subprocess.TimeoutExpired:
-            return -1, f"stopped after limits.wall_seconds={request.limits.wall_seconds}"
+            return f"stopped after limits.wall_seconds={request.limits.wall_seconds}"
+    if code == 0:
+        return None
+    status, reason = classify(Ending(None, code), [], work)
+    return f"{status}: {in_a_line(heard_from_afar(reason, status, machine.nodes) or '')}"
 
 
 def unsupported(request: Request, machine: Machine, reason: str) -> Record:
@@ -240,6 +244,7 @@ def _record(
     if measured is not None and monitor is not None:
         measured = monitor.add_to(measured)
     status, reason = doubted(status, reason, measured, monitor.stranger if monitor else None)
+    reason = heard_from_afar(reason, status, job.machine.nodes)
     return Record(
         cell=job.cell,
         machine=job.machine,

@@ -32,7 +32,7 @@ def take_part(settings: Settings, requests: Sequence[Request], say: Callable[[st
             continue
         with turn(root, lambda: say("waiting: another sweep is measuring here")) as held:
             prepared = preparing.prepared(request, settings.cache, root / "work" / "prepare", held=held, say=say)
-            code, said = follow(request, cell.machine, prepared, root, held=held)
-        say(f"  node {number} of {request.machine.nodes.count}: {title}: {'ended well' if code == 0 else f'exit code {code}: {said}'}")
-        ended.append(code)
-    return bool(ended) and not any(ended)
+            problem = follow(request, cell.machine, prepared, root, held=held)
+        say(f"  node {number} of {request.machine.nodes.count}: {title}: {problem or 'ended well'}")
+        ended.append(problem is None)
+    return bool(ended) and all(ended)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ SCHEMA: Literal[2] = 2
 SCORE_SCHEMA: Literal[1] = 1
 
 Status = Literal["ok", "oom", "oom_host", "timeout", "no_progress", "crash", "unsupported", "unsteady", "contended"]
+_OF_RANK = re.compile(r"rank \d+: ")
 TRAINED: frozenset[Status] = frozenset({"ok", "unsteady", "contended"})  # may have trained to the end; of the others nothing is left
 
 
@@ -210,16 +212,29 @@ class Score(Spec):
 
 
 def cause(record: Record) -> str:
-    """Why a run has no rate, in one line: of a traceback its last, which names the error."""
-    lines = (record.reason or "").strip().splitlines()
-    if lines:
-        return lines[-1].strip() if traceback_of(record) else " ".join(line.strip() for line in lines)
+    """Why a run has no rate, in one line."""
+    if record.reason and record.reason.strip():
+        return in_a_line(record.reason)
     return _untimed(record) if record.status == "ok" else "no reason was recorded"
+
+
+def in_a_line(reason: str) -> str:
+    """``reason``, of a traceback its last line, which names the error, and of several ranks the one that raised it."""
+    lines = [line.strip() for line in reason.strip().splitlines()]
+    if not is_traceback(reason):
+        return " ".join(lines)
+    of_rank = _OF_RANK.match(reason)
+    return f"{of_rank[0] if of_rank else ''}{lines[-1]}"
 
 
 def traceback_of(record: Record) -> str | None:
     """The reason, where it is a traceback."""
-    return record.reason if record.reason and "Traceback (most recent call last)" in record.reason else None
+    return record.reason if record.reason and is_traceback(record.reason) else None
+
+
+def is_traceback(reason: str) -> bool:
+    """Whether ``reason`` has one; its last line then names the error."""
+    return "Traceback (most recent call last)" in reason
 
 
 def _untimed(record: Record) -> str:

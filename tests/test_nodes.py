@@ -7,19 +7,24 @@ import re
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.config import Request
+from harness.endings import heard_from_afar
 from harness.errors import ConfigError
+from harness.launch import follow, run_cell
 from harness.places import Nodes
 from harness.plan import Rerun, plan
 from harness.ranks import worker_command
+from harness.record import in_a_line
 from harness.spec import parse
 from harness.store import load
 from tests import workloads
+from tests.workloads import Made
 
 TREE = Path(__file__).resolve().parent.parent
 
@@ -75,15 +80,50 @@ def test_settings_that_do_not_agree_are_named(nodes: dict[str, Any], problem: st
         parse(Nodes, nodes)
 
 
-def test_two_nodes_of_one_process_make_one_record(cache: Path, tmp_path: Path) -> None:
-    """Both on this host, with one folder of runs between them."""
+def test_each_node_names_the_rank_that_died_on_it(prepared: Made, tmp_path: Path) -> None:
+    endpoint = free_endpoint()
+
+    def ended_on(rank: int) -> str | None:
+        request = workloads.request(prepared.workload, processes=2, behaviour="kill")
+        nodes = Nodes(count=2, rank=rank, endpoint=endpoint)
+        request = request.model_copy(update={"machine": request.machine.model_copy(update={"nodes": nodes})})
+        machine, root = workloads.MACHINE.model_copy(update={"nodes": 2}), tmp_path / f"node-{rank}"
+        if rank == 0:
+            return run_cell(request, machine, prepared.prepared, root, lambda event: None).reason
+        return follow(request, machine, prepared.prepared, root, held=None)
+
+    with ThreadPoolExecutor() as both:
+        first, second = both.map(ended_on, range(2))
+    assert first is not None
+    assert first.startswith("rank 0 ended with SIGKILL and without a word")
+    assert second is not None
+    assert second.startswith("crash: rank 1 ended with SIGKILL and without a word")
+
+
+def test_an_error_on_one_node_says_to_look_at_the_others() -> None:
+    lost = "rank 0: Traceback (most recent call last):\n  ...\nRuntimeError: Connection closed by peer"
+    assert heard_from_afar(lost, "crash", 1) == lost
+    heard = heard_from_afar(lost, "crash", 2)
+    assert heard is not None
+    assert in_a_line(heard) == (
+        "rank 0: RuntimeError: Connection closed by peer (a rank that died on another of the 2 nodes is named there)"
+    )
+    for status, reason in (("crash", "rank 0 ended with SIGKILL"), ("timeout", lost), ("ok", None)):
+        assert heard_from_afar(reason, status, 2) == reason  # type: ignore[arg-type]
+
+
+def free_endpoint() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_two_nodes_of_one_process_make_one_record(cache: Path, tmp_path: Path) -> None:
+    """Both on this host, with one folder of runs between them."""
     shared = [
         "engine=fsdp", "engine.processes=2", "engine.knobs.micro_batch=1", "machine=cpu", "model=tiny_llama", "data=dense",
         "data.sequence_length=32", "data.num_samples=8", "train.steps=3", "train.warmup_steps=1", "train.samples_per_step=2", "rerun=all",
-        "machine.nodes.count=2", f"machine.nodes.endpoint={endpoint}", f"runs={tmp_path / 'runs'}", f"cache={cache}",
+        "machine.nodes.count=2", f"machine.nodes.endpoint={free_endpoint()}", f"runs={tmp_path / 'runs'}", f"cache={cache}",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(TREE)}
     nodes = [

@@ -57,6 +57,7 @@ def test_evidence_lies_where_its_content_says(path: Path) -> None:
 def test_the_cause_of_a_failure_is_one_line() -> None:
     trace = 'Traceback (most recent call last):\n  File "x.py", line 1\nValueError: batch of 3\n'
     assert cause(records.record(status="crash", reason=trace)) == "ValueError: batch of 3"
+    assert cause(records.record(status="crash", reason=f"rank 1: {trace}")) == "rank 1: ValueError: batch of 3"
     assert traceback_of(records.record(status="crash", reason=trace)) == trace
     assert cause(records.record(status="oom", reason="needs\n  more")) == "needs more"
     assert traceback_of(records.record(status="oom", reason="needs more")) is None
