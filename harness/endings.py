@@ -71,11 +71,18 @@ def doubted(status: Status, reason: str | None, measured: Measurement | None, st
     return status, reason
 
 
-def heard_from_afar(reason: str | None, status: Status, nodes: int) -> str | None:
-    """``reason``, and where to look when it is an error on one of several hosts: it may only tell that a rank of another one is gone."""
-    if nodes == 1 or status != "crash" or reason is None or not is_traceback(reason):
+def heard_from_afar(reason: str | None, status: Status, nodes: int, *, met: bool) -> str | None:
+    """``reason``, and what it may come from where there are several ``nodes``. ``met``: whether a worker has started, which torchrun does
+    when all nodes are there.
+    """
+    if nodes == 1 or reason is None:
         return reason
-    return f"{reason} (a rank that died on another of the {nodes} nodes is named there)"
+    if status in ("timeout", "no_progress") and not met:
+        how = "run the same command on each with its own machine.nodes.rank, and let all reach machine.nodes.endpoint"
+        return f"the {nodes} nodes have not met: {how}; {reason}"
+    if status == "crash" and is_traceback(reason):  # it may only tell that a rank of another node is gone
+        return f"{reason} (a rank that died on another of the {nodes} nodes is named there)"
+    return reason
 
 
 def last_lines(path: Path) -> str:

@@ -119,11 +119,13 @@ def follow(request: Request, machine: Machine, prepared: Prepared, root: Path, *
         try:
             code = process.wait(timeout=request.limits.wall_seconds)
         except subprocess.TimeoutExpired:
-            return f"stopped after limits.wall_seconds={request.limits.wall_seconds}"
+            code = None
     if code == 0:
         return None
-    status, reason = classify(Ending(None, code), [], work)
-    return f"{status}: {in_a_line(heard_from_afar(reason, status, machine.nodes) or '')}"
+    overdue: tuple[Status, str] = ("timeout", f"stopped after limits.wall_seconds={request.limits.wall_seconds}")
+    status, reason = overdue if code is None else classify(Ending(None, code), [], work)
+    met = bool(logs_of_the_others(work))
+    return f"{status}: {in_a_line(heard_from_afar(reason, status, machine.nodes, met=met) or '')}"
 
 
 def unsupported(request: Request, machine: Machine, reason: str) -> Record:
@@ -244,7 +246,7 @@ def _record(
     if measured is not None and monitor is not None:
         measured = monitor.add_to(measured)
     status, reason = doubted(status, reason, measured, monitor.stranger if monitor else None)
-    reason = heard_from_afar(reason, status, job.machine.nodes)
+    reason = heard_from_afar(reason, status, job.machine.nodes, met=bool(events))
     return Record(
         cell=job.cell,
         machine=job.machine,

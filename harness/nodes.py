@@ -30,9 +30,11 @@ def take_part(settings: Settings, requests: Sequence[Request], say: Callable[[st
         if cell.action != "run":
             say(f"  {cell.action:<12} {title}: {cell.reason}")
             continue
+        place = f"node {number} of {request.machine.nodes.count}"
         with turn(root, lambda: say("waiting: another sweep is measuring here")) as held:
             prepared = preparing.prepared(request, settings.cache, root / "work" / "prepare", held=held, say=say)
+            say(f"  {place}: {title}: its ranks meet the others at {request.machine.nodes.endpoint} …")
             problem = follow(request, cell.machine, prepared, root, held=held)
-        say(f"  node {number} of {request.machine.nodes.count}: {title}: {problem or 'ended well'}")
+        say(f"  {place}: {title}: {problem or 'ended well'}")
         ended.append(problem is None)
     return bool(ended) and all(ended)

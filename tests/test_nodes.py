@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from harness.config import Request
+from harness.config import Limits, Request
 from harness.endings import heard_from_afar
 from harness.errors import ConfigError
 from harness.launch import follow, run_cell
@@ -100,16 +100,34 @@ def test_each_node_names_the_rank_that_died_on_it(prepared: Made, tmp_path: Path
     assert second.startswith("crash: rank 1 ended with SIGKILL and without a word")
 
 
-def test_an_error_on_one_node_says_to_look_at_the_others() -> None:
+def test_what_may_come_from_another_node_says_so() -> None:
     lost = "rank 0: Traceback (most recent call last):\n  ...\nRuntimeError: Connection closed by peer"
-    assert heard_from_afar(lost, "crash", 1) == lost
-    heard = heard_from_afar(lost, "crash", 2)
+    heard = heard_from_afar(lost, "crash", 2, met=True)
     assert heard is not None
     assert in_a_line(heard) == (
         "rank 0: RuntimeError: Connection closed by peer (a rank that died on another of the 2 nodes is named there)"
     )
-    for status, reason in (("crash", "rank 0 ended with SIGKILL"), ("timeout", lost), ("ok", None)):
-        assert heard_from_afar(reason, status, 2) == reason  # type: ignore[arg-type]
+    alone = heard_from_afar("stopped", "no_progress", 2, met=False)
+    assert alone is not None
+    assert alone.startswith("the 2 nodes have not met: run the same command on each with its own machine.nodes.rank")
+    for said, status, nodes, met in (
+        (lost, "crash", 1, True),
+        ("rank 0 ended with SIGKILL", "crash", 2, True),
+        ("stopped", "no_progress", 2, True),
+        ("stopped", "no_progress", 1, False),
+        (None, "ok", 2, True),
+    ):
+        assert heard_from_afar(said, status, nodes, met=met) == said  # type: ignore[arg-type]
+
+
+def test_a_node_that_nobody_meets_says_what_is_missing(prepared: Made, tmp_path: Path) -> None:
+    request = workloads.request(prepared.workload, processes=2, limits=Limits(wall_seconds=4.0, no_progress_seconds=4.0))
+    nodes = Nodes(count=2, rank=1, endpoint=free_endpoint())
+    request = request.model_copy(update={"machine": request.machine.model_copy(update={"nodes": nodes})})
+    said = follow(request, workloads.MACHINE.model_copy(update={"nodes": 2}), prepared.prepared, tmp_path, held=None)
+    assert said is not None
+    assert said.startswith("timeout: the 2 nodes have not met: ")
+    assert said.endswith("stopped after limits.wall_seconds=4.0")
 
 
 def free_endpoint() -> str:
