@@ -22,7 +22,8 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len({type(one) for one in module}) == 1]
     if not lists:
-        raise UnsupportedError(f"{type(model).__name__} has no list of layers of one class to shard; set strategy=replicate")
+        plain: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+        raise UnsupportedError(f"{type(plain).__name__} has no list of layers of one class to shard; set strategy=replicate")
     return max(lists, key=lambda one: sum(parameter.numel() for parameter in one.parameters()))
 
 

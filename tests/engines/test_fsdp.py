@@ -94,6 +94,10 @@ HF: dict[str, Any] = {
 }  # fmt: skip
 FALCON = {"model_type": "falcon", "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MAMBA = {"model_type": "mamba", "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4}
+JAMBA = {
+    **LLAMA, "model_type": "jamba", "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+    "expert_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 4,
+}  # fmt: skip
 FALCON_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 MAMBA_TARGETS = ("in_proj", "x_proj", "dt_proj")  # PEFT cannot adapt out_proj and conv1d
 ON_TWO = [
@@ -194,6 +198,15 @@ def test_the_layers_are_the_largest_list_of_one_class() -> None:
     assert blocks_of(nn.ModuleDict({"few": few, "layers": layers, "mixed": mixed})) is layers
     with pytest.raises(UnsupportedError, match="no list of layers of one class to shard; set strategy=replicate"):
         blocks_of(mixed)
+
+
+def test_a_model_of_unlike_layers_is_refused_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jamba's are of two classes; whole on every rank it trains."""
+    monkeypatch.setitem(FAMILIES, "jamba", JAMBA)
+    job = make_job(tmp_path, "jamba", {**LORA, "targets": ("q_proj", "v_proj")}, steps=3)
+    with pytest.raises(UnsupportedError, match="JambaForCausalLM has no list of layers of one class to shard; set strategy=replicate"):
+        trained(engines.fsdp, {**KNOBS, "strategy": "full_shard"}, job)
+    assert len(trained(engines.fsdp, KNOBS, with_train(job, "whole")).losses) == 3
 
 
 @pytest.mark.parametrize("option", sorted(path.stem for path in (TREE / "conf" / "engine" / "fsdp").glob("*.yaml")))
