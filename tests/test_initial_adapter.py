@@ -12,7 +12,7 @@ import pytest
 from harness.errors import ConfigError
 from harness.places import Sources
 from harness.weights import adapter_sha256
-from harness.weights.adapter import Adapter, prepare_adapter, target_modules
+from harness.weights.adapter import Adapter, adaptable, prepare_adapter, target_modules
 from harness.weights.base_model import Base, prepare_base
 from harness.weights.random_init import kaiming_uniform
 from harness.weights.tensors import read_tensors
@@ -99,3 +99,27 @@ def test_targets_match_whole_parts_of_names() -> None:
     assert target_modules(["mlp.down_proj", "lm_head"], linears) == ["model.0.mlp.down_proj", "lm_head"]
     with pytest.raises(ConfigError, match="'proj'"):
         target_modules(["proj"], linears)
+
+
+def test_what_peft_would_refuse_is_refused_first_and_suggested_to_nobody() -> None:
+    linears = {"backbone.0.mixer.in_proj": (8, 4), "backbone.0.mixer.out_proj": (4, 8)}
+    with pytest.raises(ConfigError, match="PEFT adapts no out_proj of a mamba model; leave it out"):
+        adaptable(["in_proj", "mixer.out_proj"], linears, "mamba")
+    assert list(adaptable(["in_proj"], linears, "mamba")) == ["backbone.0.mixer.in_proj"]
+    assert adaptable(["out_proj"], linears, "jamba") == linears
+    with pytest.raises(ConfigError, match="no linear layer is called 'o_proj'; did you mean 'in_proj'"):
+        target_modules(["o_proj"], adaptable(["o_proj"], linears, "mamba"))
+
+
+@pytest.mark.parametrize("target", ["in_proj", "out_proj"])
+def test_it_is_what_peft_refuses(target: str) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("mamba", vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=2, time_step_rank=2)
+    model, lora = AutoModelForCausalLM.from_config(config), LoraConfig(r=1, target_modules=[target], task_type="CAUSAL_LM")
+    if target == "in_proj":
+        assert get_peft_model(model, lora)
+    else:
+        with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
+            get_peft_model(model, lora)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,10 @@ from harness.weights.sources import write_atomically
 from harness.weights.tensors import ADAPTER_FILE, Floats, adapter_sha256, write_tensors
 
 FORMAT = 1  # raise when the same workload would get another adapter
+Shape = tuple[int, int]
+# The kernels of these read the weights of these modules past an adapter; PEFT (0.21) refuses to put one there.
+_READ_PAST = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
+_PAST_ADAPTERS = frozenset({"out_proj", "conv1d"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,18 @@ def target_modules(targets: Iterable[str], linears: Iterable[str]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
+def adaptable(targets: Iterable[str], linears: Mapping[str, Shape], model_type: str) -> dict[str, Shape]:
+    """Those of ``linears`` that PEFT can adapt in a ``model_type``. Raises ConfigError for ``targets`` that it cannot."""
+    past = _PAST_ADAPTERS if model_type in _READ_PAST else frozenset()
+    if refused := sorted(past & {target.rpartition(".")[2] for target in targets}):
+        raise ConfigError(f"method.targets: PEFT adapts no {' and no '.join(refused)} of a {model_type} model; leave {_it(refused)} out")
+    return {name: shape for name, shape in linears.items() if name.rpartition(".")[2] not in past}
+
+
+def _it(names: Sequence[str]) -> str:
+    return "it" if len(names) == 1 else "them"
+
+
 def _folder(workload: Workload, method: Lora, base: Base, cache: Path) -> Path:
     name = f"{workload.model.name}-{base.config_sha256[:12]}-{content_key(method)}-seed{workload.train.seed}-{FORMAT}"
     return cache / "adapter" / name
@@ -79,7 +95,8 @@ def _read(folder: Path) -> Adapter:
 def _write(folder: Path, method: Lora, base: Base, workload: Workload) -> None:
     from harness.weights.structure import folder_config, structure
 
-    linears = structure(folder_config(base.path)).linears
+    config = folder_config(base.path)
+    linears = adaptable(method.targets, structure(config).linears, config.model_type)
     shapes: dict[str, tuple[int, ...]] = {}
     for module in target_modules(method.targets, linears):
         rows, columns = linears[module]
