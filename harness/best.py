@@ -49,4 +49,4 @@ def best_engine(
     unknown = sorted(set(tuned.knobs) - set(engine["knobs"]))
     if unknown:
         raise ConfigError(f"engine=best: {tuned.engine} no longer has the knobs {', '.join(unknown)}; run python -m harness.tune again")
-    return {**engine, "knobs": {**engine["knobs"], **tuned.knobs}}, tuned
+    return {**engine, "processes": tuned.processes, "knobs": {**engine["knobs"], **tuned.knobs}}, tuned

@@ -29,7 +29,7 @@ Lane = Annotated[str, Field(pattern=r"^\d+/[1-9]\d*$")]
 class EngineConfig(Spec):
     """``conf/engine/<name>.yaml``. ``python``: the interpreter of the engine's environment, null for ours; a relative path starts at
     this tree. ``packages`` are those whose versions matter to its figures: a record made with other versions is stale. ``search`` is
-    what tune may try, see :class:`Searched`.
+    what tune may try of its knobs, and of ``processes``, see :class:`Searched`.
     """
 
     name: Name
@@ -40,6 +40,11 @@ class EngineConfig(Spec):
     processes: Positive
     knobs: dict[str, JsonValue]
     search: dict[str, Searched]
+
+    @property
+    def searched_knobs(self) -> dict[str, Searched]:
+        """Of ``search`` the knobs alone."""
+        return {name: searched for name, searched in self.search.items() if name != "processes"}
 
 
 class MachineConfig(Spec):

@@ -26,6 +26,7 @@ class Trial(Spec):
 
     title: str
     engine: str
+    processes: int = 1
     knobs: dict[str, JsonValue]
     steps: int
     status: str
@@ -50,7 +51,8 @@ class Predicted(Spec):
 
 
 class Tuned(Spec):
-    """The best that was found for a planned run. ``engine`` and ``knobs``: what ``engine=best`` runs; ``parity``: of its longest look.
+    """The best that was found for a planned run. ``engine``, ``processes`` and ``knobs``: what ``engine=best`` runs; ``parity``: of its
+    longest look.
 
     ``bound_seconds``: less than that nothing left could take, by its optimistic bound; null where nothing was left. ``stopped``: why the
     search ended. ``left_out``: engines that could not be searched, and why. ``predicted``: the most promising of what was not measured.
@@ -63,6 +65,7 @@ class Tuned(Spec):
     planned_steps: int
     samples_per_step: int
     engine: str
+    processes: int = 1
     knobs: dict[str, JsonValue]
     total_seconds: float
     step_seconds: float
@@ -82,11 +85,16 @@ class Tuned(Spec):
     predicted: tuple[Predicted, ...]
 
     @property
+    def setting(self) -> str:
+        """Processes, where there are several, and knobs, as one types them."""
+        words = (f"{knob}={value if isinstance(value, str) else json.dumps(value)}" for knob, value in self.knobs.items())
+        return " ".join([*([f"processes={self.processes}"] if self.processes > 1 else []), *words])
+
+    @property
     def sentence(self) -> str:
         """What was found, in a line."""
-        knobs = " ".join(f"{knob}={value if isinstance(value, str) else json.dumps(value)}" for knob, value in self.knobs.items())
         took = f"{self.step_seconds:.3g} s a step, {self.startup_seconds:.0f} s of start-up"
-        return f"{self.engine} {knobs} (tuned {self.tuned_utc[:10]} for {self.planned_steps:,} steps: {took})"
+        return f"{self.engine} {self.setting} (tuned {self.tuned_utc[:10]} for {self.planned_steps:,} steps: {took})"
 
 
 def name_of(workload: Workload) -> str:

@@ -37,12 +37,11 @@ class Tuning:
 
 def tuning(found: Tuned) -> Tuning:
     """What the templates show of ``found``."""
-    knobs = " ".join(f"{knob}={value}" for knob, value in found.knobs.items())
     budget = "" if found.budget_seconds is None else f" of {found.budget_seconds / 60:.0f}"
     ruled = ", ".join(f"{count} {kind}" for kind, count in sorted(found.ruled_out.items())) or "none"
     bound = "nothing was left" if found.bound_seconds is None else f"what was left cannot take less than {found.bound_seconds:,.0f} s"
     facts = (
-        f"best: {found.engine} {knobs}: {found.total_seconds:,.0f} s for {found.planned_steps} steps, "
+        f"best: {found.engine} {found.setting}: {found.total_seconds:,.0f} s for {found.planned_steps} steps, "
         f"start-up {found.startup_seconds:.1f} s, {found.step_seconds:.4g} s a step",
         f"parity: {found.parity}",
         f"stopped after {len(found.trials)} runs, {found.spent_seconds / 60:.1f}{budget} minutes: {found.stopped}",

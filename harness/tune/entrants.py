@@ -14,9 +14,10 @@ from harness.data.tokens import TokenFile
 from harness.engine import Machine, load, requires, resumes
 from harness.errors import ConfigError
 from harness.interpreter import lack, located
+from harness.searched import Searched
 from harness.spec import EngineSpec, Workload, parse
 from harness.tune.scale import capacity_bytes, dense_facts, token_facts, with_footprint
-from harness.tune.space import Candidate, Facts, Space, enumerate_space
+from harness.tune.space import PROCESSES, Candidate, Facts, Space, enumerate_space
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Entrants:
         config = self.configs[candidate.engine]
         stop = steps if steps < config.train.steps else None
         changed = {
-            "engine": config.engine.model_copy(update={"knobs": {**config.engine.knobs, **candidate.values}}),
+            "engine": config.engine.model_copy(
+                update={"processes": candidate.processes, "knobs": {**config.engine.knobs, **candidate.knobs}}
+            ),
             "train": config.train.model_copy(update={"stop_after": stop}),
             "repeat": repeat,
             "save_every": None,
@@ -96,19 +99,30 @@ def candidates(found: Entrants, layouts: Layouts, machine: Machine, model: Mappi
     def facts(name: str, values: Mapping[str, Any]) -> Facts | None:
         config = found.configs[name]
         engine, knobs = load(_spec(config)), {**config.engine.knobs, **values}
-        if int(knobs["micro_batch"]) > workload.train.samples_per_step:
-            return None  # the same as all samples at once
+        if int(knobs["micro_batch"]) > -(-workload.train.samples_per_step // int(knobs.pop(PROCESSES, 1))):
+            return None  # the same as all samples of a process at once
         reason = engine.unsupported(workload, parse(engine.Knobs, knobs, at="engine.knobs"), machine)
         if reason is None:
             return with_footprint(layouts.facts(knobs), engine, workload, model, knobs, capacity)
         why.setdefault(name, reason)
         return None
 
-    expected = {name: config.engine.search for name, config in found.configs.items()}
+    expected = {name: _searched(config, machine) for name, config in found.configs.items()}
     space = enumerate_space(expected, facts)
     present = {one.engine for one in space.candidates}
     kept = Space(space.candidates, {name: knobs for name, knobs in expected.items() if name in present})
     return kept, tuple(f"{name}: {reason}" for name, reason in why.items() if name not in present)
+
+
+def _searched(config: Config, machine: Machine) -> dict[str, Searched]:
+    """What may be tried of an engine here. Processes share the cores of a CPU, at most one a core, and a sample of every step for each. Of
+    GPUs one is searched: what a process needs where several share a model is not in the model of memory.
+    """
+    ranks = config.engine.search.get(PROCESSES)
+    most = min(machine.count, config.train.samples_per_step) if machine.device == "cpu" else 1
+    able = [value for value in ranks.values if int(str(value)) <= most] if ranks else []
+    tried = {PROCESSES: ranks.among(able)} if ranks and len(able) > 1 else {}
+    return {**tried, **config.engine.searched_knobs}
 
 
 def config_of_model(workload: Workload, base: Path) -> dict[str, Any]:

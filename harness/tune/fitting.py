@@ -89,7 +89,7 @@ def _of_size(
     capacity = (size - _CONTEXT_GIB) * 2**30
     asked = _asked(configs, model, size, capacity, absent)
     known_cells = learnt(configs, known)
-    expected = {name: config.engine.search for name, config in configs.items()}
+    expected = {name: config.engine.searched_knobs for name, config in configs.items()}
     whole = Space((*asked.candidates, *(one for one, _ in known_cells)), expected)
     scale = next((one.facts.scale for one in whole.candidates if one.facts.scale), Scale(0.0, 1.0, 1.0))
     results = [(one, result_of(record)) for one, record in known_cells]
@@ -182,7 +182,7 @@ def _asked(configs: Mapping[str, Config], model: Mapping[str, Any], size: int, c
         plain = replace(dense_facts(workload, int(knobs["micro_batch"])), scale=scale)
         return with_footprint(plain, engine, workload, model, knobs, capacity, processes)
 
-    space = enumerate_space({name: config.engine.search for name, config in configs.items()}, facts)
+    space = enumerate_space({name: config.engine.searched_knobs for name, config in configs.items()}, facts)
     return Space(tuple(replace(one, work=work_of(workload)) for one in space.candidates), space.expected)
 
 
@@ -195,13 +195,13 @@ def learnt(configs: Mapping[str, Config], known: Known | None) -> list[tuple[Can
         if config is None or workload.model.config is None:
             continue
         knobs = record.cell.engine.knobs
-        if not _listed(config.engine.search, knobs) or not _alike(config, knobs):
+        if not _listed(config.engine.searched_knobs, knobs) or not _alike(config, knobs):
             continue
         facts = replace(dense_facts(workload, int(str(knobs["micro_batch"]))), scale=sized(workload.model.config, workload))
         capacity = ((record.machine.memory_cap_gib or record.machine.memory_gib) - _CONTEXT_GIB) * 2**30
         today = {**config.engine.knobs, **knobs}  # a knob that is younger than the record is as it is by default
         facts = with_footprint(facts, load(record.cell.engine), workload, workload.model.config, today, capacity)
-        choices = tuple((knob, json.dumps(knobs[knob])) for knob in config.engine.search)
+        choices = tuple((knob, json.dumps(knobs[knob])) for knob in config.engine.searched_knobs)
         found[Candidate(name, choices, facts, _MEASURED + work_of(workload))] = record
     return list(found.items())
 
@@ -212,7 +212,7 @@ def _listed(search: Mapping[str, Searched], knobs: Mapping[str, Any]) -> bool:
 
 def _alike(config: Config, knobs: Mapping[str, Any]) -> bool:
     """Whether what is not searched is as the YAML has it: a run in float32, or with a memory budget of its own, teaches nothing here."""
-    fixed = {knob: value for knob, value in config.engine.knobs.items() if knob not in config.engine.search}
+    fixed = {knob: value for knob, value in config.engine.knobs.items() if knob not in config.engine.searched_knobs}
     return all(knobs.get(knob, value) == value for knob, value in fixed.items())
 
 

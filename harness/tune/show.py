@@ -50,9 +50,10 @@ def summary(tuned: Tuned) -> list[str]:
     """What was found, what was tried, and why it ended."""
     peak = "" if tuned.peak_bytes is None else f", {tuned.peak_bytes / _GIB:.1f} GiB"
     knobs = " ".join(f"engine.knobs.{knob}={value if isinstance(value, str) else json.dumps(value)}" for knob, value in tuned.knobs.items())
+    several = f" engine.processes={tuned.processes}" if tuned.processes > 1 else ""
     lines = [
         "",
-        f"best: engine={tuned.engine} {knobs}",
+        f"best: engine={tuned.engine}{several} {knobs}",
         f"  {tuned.total_seconds:,.0f} s for {tuned.planned_steps} steps: {tuned.startup_seconds:.1f} s of start-up, "
         f"{tuned.step_seconds:.4g} s a step{peak}",
         f"  parity: {tuned.parity}",

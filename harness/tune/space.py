@@ -17,6 +17,7 @@ from harness.tune.gaussian import Floats
 
 Expected = Mapping[str, Searched]  # by knob
 KINDS: tuple[Kind, ...] = ("layers", "working", "logits")  # of what a token takes
+PROCESSES = "processes"  # searched beside the knobs, and none of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,18 @@ class Candidate:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The knobs that were chosen."""
+        """What was chosen: the knobs, and the number of processes where that is searched."""
         return dict(_decoded(self.choices))
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """The knobs that were chosen."""
+        return {name: value for name, value in self.values.items() if name != PROCESSES}
+
+    @property
+    def processes(self) -> int:
+        """Ranks that share a step's samples."""
+        return int(self.values.get(PROCESSES, 1))
 
     @property
     def title(self) -> str:

@@ -19,7 +19,7 @@ SCALE = Scale(
     working=2.0 * (10 * 2048 + 5 * 8192),
     trained=0.17 * GIB,
 )  # the shape of Llama-3.2-1B
-FIXED = {"adapter_compute"}
+FIXED = {"adapter_compute", "processes"}
 
 
 def facts(engine: str, values: Mapping[str, Any]) -> Facts | None:

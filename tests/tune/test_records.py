@@ -31,7 +31,7 @@ def test_from_the_cells_of_one_workload_the_peaks_of_others_are_foretold() -> No
     assert known is not None
     configs = {name: single([f"engine={name}", "machine=cuda"]) for name in ENGINES}
     cells = [(one, record, peak) for one, record in learnt(configs, known) if (peak := result_of(record).peak_bytes)]
-    space = Space(tuple(one for one, _, _ in cells), {name: config.engine.search for name, config in configs.items()})
+    space = Space(tuple(one for one, _, _ in cells), {name: config.engine.searched_knobs for name, config in configs.items()})
     predicted = MemoryModel(space, Scale(0.0, 1.0, 1.0)).predict([Peak(one, peak) for one, record, peak in cells if is_known(record)])
     off, beyond = [], []
     for one, record, peak in cells:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 
+from harness.config import request
+from harness.engine import Machine
 from harness.errors import ConfigError
 from harness.searched import Searched
 from harness.spec import parse
+from harness.tune.entrants import Layouts, candidates, entrants
 from harness.tune.space import Candidate
 from tests.tune.spaces import space
+
+TOY = ("model=tiny_llama", "data=dense", "data.sequence_length=32", "data.num_samples=8", "train.steps=6", "train.warmup_steps=1")
 
 
 def find(engine: str, **values: object) -> Candidate:
@@ -58,3 +65,22 @@ def test_short_forms_of_the_yaml() -> None:
     assert (some.values, some.seconds) == (("c", "new"), (3.0, 1.0))
     with pytest.raises(ConfigError, match="seconds has 1 numbers for 2 values"):
         parse(Searched, {"values": [1, 2], "seconds": [1.0]})
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "samples", "tried"),
+    [("cpu", 2, 4, [1, 2]), ("cpu", 16, 4, [1, 2, 4]), ("cpu", 16, 3, [1, 2]), ("cpu", 1, 4, [1]), ("cuda", 1, 4, [1])],
+)
+def test_processes_share_the_cores_of_a_cpu_and_never_change_a_step(device: str, cores: int, samples: int, tried: list[int]) -> None:
+    found = entrants([*TOY, f"machine={device}", f"train.samples_per_step={samples}"], ["fsdp"])
+    workload = request(found.first).cell.workload
+    machine = Machine(device=cast("Any", device), name="any", count=cores, memory_gib=24)
+    whole, unable = candidates(found, Layouts(workload, cast("Any", None)), machine, cast("dict[str, Any]", workload.model.config))
+    assert not unable
+    assert sorted({one.processes for one in whole.candidates}) == tried
+    for one in whole.candidates:
+        cell = found.request(one, steps=2, repeat=0).cell
+        assert one.processes * one.knobs["micro_batch"] < samples + one.processes, "no process holds more than its part"
+        assert cell.engine.processes == one.processes
+        assert set(cell.engine.knobs) == set(found.first.engine.knobs)
+        assert cell.workload == workload.model_copy(update={"train": workload.train.model_copy(update={"stop_after": 2})})
