@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from harness.adapters import adapter_folder, drop_adapter
-from harness.config import Settings, request
+from harness.config import Request, Settings, request
 from harness.data.tokens import TokenFile
 from harness.endings import TREE
 from harness.engine import Machine
@@ -27,6 +27,7 @@ from harness.record import Record
 from harness.report.judged import judged
 from harness.store import commit_of, load
 from harness.sweep import Sweep, prepare_workload, run_one
+from harness.tune.budget import Budget
 from harness.tune.entrants import Entrants, Layouts, candidates, config_of_model
 from harness.tune.observed import result_of
 from harness.tune.scale import capacity_bytes, scale_of
@@ -68,6 +69,7 @@ class Runner:
         except LookupError as error:
             raise ConfigError(f"{error}; choose machine=cpu or another machine") from error
         self.root = Path(self.settings.runs).expanduser().resolve()
+        self._budget = Budget(self.budget_seconds)
         self._sitting = secrets.token_hex(4)
 
     def run(self) -> tuple[Tuned | None, Path]:
@@ -113,16 +115,14 @@ class Runner:
                 ask = self._reference(view, spent)
             if ask is None:
                 return view, str(stopped)
-            self.looked.append(Looked(ask, self._measure(ask), view.forecasts[ask.candidate]))
+            forecast = view.forecasts[ask.candidate]
+            allowed = self._budget.allowed(_seconds(forecast, ask), spent)
+            self.looked.append(Looked(ask, self._measure(ask, allowed), forecast))
 
     def _too_late(self, ask: Ask, view: View, spent: float) -> str | None:
-        """Why there is no time for ``ask``; None where there is, and for the first: a budget too short for one run is of no use."""
-        forecast = view.forecasts[ask.candidate]
-        expected = forecast.startup_seconds + ask.steps * forecast.step.middle
-        if self.budget_seconds is None or view.incumbent is None or spent + expected <= self.budget_seconds:
-            return None
-        left = max(0.0, self.budget_seconds - spent)
-        return f"the next run would take about {expected:.0f} s, and {left:.0f} s of the budget are left"
+        """Why there is no time for ``ask``; None where there is."""
+        expected = _seconds(view.forecasts[ask.candidate], ask)
+        return self._budget.too_late(expected, spent, num_looked=len(self.looked), ran=view.incumbent is not None)
 
     def _reference(self, view: View, spent: float) -> Ask | None:
         """The yardstick's look at what the winner was looked at for, so that its losses can be compared; None when there is one, when it
@@ -144,8 +144,8 @@ class Runner:
         earlier = [one.record.provenance.wall_seconds for one in self.looked if one.record.provenance.sweep != self._sitting]
         return time.monotonic() - began + sum(earlier)
 
-    def _measure(self, ask: Ask) -> Record:
-        asked = self.entrants.request(ask.candidate, ask.steps, ask.round)
+    def _measure(self, ask: Ask, allowed: float | None) -> Record:
+        asked = _stopped_after(self.entrants.request(ask.candidate, ask.steps, ask.round), allowed)
         records = [stored.record for stored in load(self.root).stored]
         (cell,) = plan([asked], records, self.settings.rerun)
         if cell.action == "done":
@@ -257,6 +257,17 @@ def _predicted(view: View, tried: set[object]) -> tuple[Predicted, ...]:
         )
         for one, forecast in others[:_SHOWN]
     )
+
+
+def _seconds(forecast: Forecast, ask: Ask) -> float:
+    """What a look is expected to take."""
+    return forecast.startup_seconds + ask.steps * forecast.step.middle
+
+
+def _stopped_after(asked: Request, seconds: float | None) -> Request:
+    """``asked`` with the shorter of its own limit and ``seconds``."""
+    limits = [limit for limit in (asked.limits.wall_seconds, seconds) if limit is not None]
+    return asked.model_copy(update={"limits": asked.limits.model_copy(update={"wall_seconds": min(limits, default=None)})})
 
 
 def _is_yardstick(one: Candidate) -> bool:

@@ -1,0 +1,30 @@
+"""How much time a search has: whether another run is begun, and when one that was begun is stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_GRACE_SECONDS = 180.0  # it may compile, or find the machine slower than anything before
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """``seconds``: of wall time, None: as much as it takes. ``expected`` is of the next run, ``spent`` of all before."""
+
+    seconds: float | None
+
+    def too_late(self, expected: float, spent: float, *, num_looked: int, ran: bool) -> str | None:
+        """Why there is no time for a run; None where there is, and for the first: a budget too short for one run is of no use. As long as
+        nothing ``ran``, nothing tells what fits into the rest.
+        """
+        if self.seconds is None or not num_looked or spent + expected <= self.seconds:
+            return None
+        if not ran:
+            return None if spent < self.seconds else f"the budget is spent, and none of {num_looked} runs gave a time"
+        return f"the next run would take about {expected:.0f} s, and {max(0.0, self.seconds - spent):.0f} s of the budget are left"
+
+    def allowed(self, expected: float, spent: float) -> float | None:
+        """Seconds after which a run is stopped, whatever comes of it: one may overrun the budget by what it was expected to take, or by
+        some minutes.
+        """
+        return None if self.seconds is None else max(0.0, self.seconds - spent) + max(expected, _GRACE_SECONDS)
