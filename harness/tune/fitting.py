@@ -25,6 +25,7 @@ from harness.tune.space import Candidate, Facts, Scale, Space, enumerate_space
 
 SIZES_GIB = (8, 12, 16, 24, 48, 80)
 _MEASURED = "measured: "  # the same setting on another card: a candidate of its own, with another plan perhaps
+_FAR = 2.5  # times as much work a position: further from all records nothing tells how wrong the models are
 _CONTEXT_GIB = 1.0  # of a card: what is not the allocator's
 
 
@@ -32,7 +33,8 @@ _CONTEXT_GIB = 1.0  # of a card: what is not the allocator's
 class Line:
     """The fastest setting of one engine on cards of one size. ``measured``: a record says so itself; otherwise both figures are predicted.
 
-    ``sure``: whether the prediction fits with two deviations to spare. ``needs_bytes``: of what needs least, where nothing fits.
+    ``beyond``: no record of this engine is near enough to say how far the prediction may be off. ``sure``: whether it fits with two
+    deviations to spare. ``needs_bytes``: of what needs least, where nothing fits.
     """
 
     size_gib: int
@@ -42,6 +44,7 @@ class Line:
     tokens_per_second: float | None
     deviation: float | None
     measured: bool
+    beyond: bool
     sure: bool
     needs_bytes: float
 
@@ -128,11 +131,13 @@ def _best(
     if not able:
         return Line(
             size_gib=size, engine=mine[0].engine, setting=None, peak_bytes=None, tokens_per_second=None, deviation=None, measured=False,
-            sure=False, needs_bytes=least,
+            beyond=False, sure=False, needs_bytes=least,
         )  # fmt: skip
-    best = min(able, key=(lambda one: steps[one].middle) if steps else peak)
+
+    best = _fastest(able, steps, learnt, capacity) if steps else min(able, key=peak)
     known = learnt.get(best)
     own = _own(known, capacity)
+    beyond = steps is not None and own is None and not any(_near(best, one) for one in learnt if one.engine == best.engine)
     predicted = best.facts.positions / steps[best].middle if steps else None
     return Line(
         size_gib=size,
@@ -140,11 +145,29 @@ def _best(
         setting=" ".join(best.title.split(" ")[1:]),
         peak_bytes=own.peak_bytes if own is not None else peak(best),
         tokens_per_second=predicted if own is None else _measured_rate(known),
-        deviation=None if own is not None or steps is None else steps[best].deviation,
+        deviation=None if own is not None or beyond or steps is None else steps[best].deviation,
         measured=own is not None,
+        beyond=beyond,
         sure=bool(sure),
         needs_bytes=least,
     )
+
+
+def _fastest(
+    able: Sequence[Candidate], steps: Mapping[Candidate, Prediction], learnt: Mapping[Candidate, Record], capacity: float
+) -> Candidate:
+    """By the models, which err alike on all; but what was measured to be faster than they foretell of that one is preferred."""
+    best = min(able, key=lambda one: steps[one].middle)
+    own = {one: result.step_seconds for one in able if (result := _own(learnt.get(one), capacity)) and result.step_seconds}
+    known = min(own, key=lambda one: own[one], default=best)
+    return best if best in own or own.get(known, steps[best].middle) > steps[best].middle else known
+
+
+def _near(one: Candidate, known: Candidate) -> bool:
+    """Whether ``known`` says something of ``one``: the same method, and positions that take about as much work."""
+    (_, method, *_), (_, its_method, *_) = one.work.split(), known.work.split()
+    flops, its = (each.facts.scale.flops if each.facts.scale else 0.0 for each in (one, known))
+    return method == its_method and flops <= _FAR * its and its <= _FAR * flops
 
 
 def _measured_rate(record: Record | None) -> float | None:

@@ -82,7 +82,7 @@ class Runner:
         space, unable = candidates(self.entrants, self._layouts, self.machine, model)
         if not space.candidates:
             raise ConfigError("\n".join(["no engine can run this:", *self.entrants.left_out, *unable]))
-        scale = scale_of(model, workload)
+        scale = scale_of(model, workload, sum(path.stat().st_size for path in Path(self._place.base).glob("*.safetensors")))
         steps = workload.train.num_steps
         rules = Rules(planned_steps=steps, rungs=tuple(sorted({min(rung, steps) for rung in RUNGS})))
         self._policy = Search(space, scale, capacity_bytes(self.machine), rules)

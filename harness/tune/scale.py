@@ -13,7 +13,7 @@ from harness.data.tokens import TokenFile, epoch_order
 from harness.engine import Engine, Machine, footprint
 from harness.errors import ConfigError, UnsupportedError
 from harness.flops import linears
-from harness.plan import BYTES, NF4_BYTES, linear_parameters, num_parameters
+from harness.plan import BYTES, NF4_BYTES, num_parameters
 from harness.spec import Full, QLora, Workload
 from harness.tune.space import Facts, Scale
 
@@ -22,15 +22,17 @@ _GUESS = 34 * 2.0  # bytes of a position and a column of the hidden state (Korth
 _CONTEXT_GIB = 1.0  # of a GPU without a cap: what is not the allocator's
 
 
-def scale_of(config: Mapping[str, Any], workload: Workload) -> Scale:
-    """From a transformers ``config``. Raises ConfigError where it lacks the sizes of a decoder."""
+def scale_of(config: Mapping[str, Any], workload: Workload, stored_bytes: int | None = None) -> Scale:
+    """From a transformers ``config``; ``stored_bytes``: of the base's files, for an architecture whose weights nobody counts. Raises
+    ConfigError where it lacks the sizes of a decoder.
+    """
     hidden, layers, vocabulary = (config.get(name) for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
     if not (isinstance(hidden, int) and isinstance(layers, int) and isinstance(vocabulary, int)):
         raise ConfigError("model.config: hidden_size, num_hidden_layers and vocab_size are needed to predict memory")
     inner = config.get("intermediate_size")
     width = 2.0 * (10 * hidden + 4 * inner) if isinstance(inner, int) else _GUESS * hidden
     working = width + 2.0 * (inner if isinstance(inner, int) else 4 * hidden)  # the layer made again, and a gradient as wide as its MLP
-    return Scale(_weights(config, workload), layers * width, vocabulary * _LOGIT_BYTES, working, _trained(config, workload))
+    return Scale(_weights(config, workload, stored_bytes), layers * width, vocabulary * _LOGIT_BYTES, working, _trained(config, workload))
 
 
 def _trained(config: Mapping[str, Any], workload: Workload) -> float:
@@ -46,15 +48,26 @@ def _trained(config: Mapping[str, Any], workload: Workload) -> float:
     return 4.0 * BYTES[method.dtype] * int(config["num_hidden_layers"]) * method.rank * width
 
 
-def _weights(config: Mapping[str, Any], workload: Workload) -> float:
+def _weights(config: Mapping[str, Any], workload: Workload, stored_bytes: int | None) -> float:
     """Bytes that are there all the time: the base, and of full fine-tuning gradients and two moments; 0 where nobody counts them."""
-    count, stored, method = num_parameters(config), BYTES[workload.model.dtype], workload.method
+    stored, method, linear = BYTES[workload.model.dtype], workload.method, _linear_parameters(config)
+    count = num_parameters(config)
+    if count is None and linear is not None:  # norms and biases are next to nothing
+        count = linear + config["vocab_size"] * config["hidden_size"] * (1 if config.get("tie_word_embeddings") else 2)
     if count is None:
-        return 0.0
+        count = (stored_bytes or 0) // stored
     if isinstance(method, Full):
         return 4.0 * count * BYTES[method.dtype]
-    quantised = int(config["num_hidden_layers"]) * linear_parameters(config) if isinstance(method, QLora) else 0
+    quantised = (linear or 0) if isinstance(method, QLora) else 0
     return count * stored - quantised * (stored - NF4_BYTES)
+
+
+def _linear_parameters(config: Mapping[str, Any]) -> int | None:
+    """Of all layers' linear modules; None where the layers are of an unknown form."""
+    try:
+        return int(config["num_hidden_layers"]) * sum(rows * columns for rows, columns in linears(config, 1).values())
+    except UnsupportedError:
+        return None
 
 
 def dense_facts(workload: Workload, micro_batch: int) -> Facts:

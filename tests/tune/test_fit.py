@@ -49,11 +49,41 @@ def test_a_base_that_eight_gpus_share_fits_where_none_has_room_for_it(capsys: py
     assert unknown == "not considered: hf: what it needs on 8 GPUs is not known"
 
 
+def test_what_was_measured_is_preferred_to_what_is_only_predicted_to_be_as_fast(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["model=llama3_8b", "method=qlora", "data=dense", "engines=unsloth", "gib=80", f"runs={tmp_path}"]
+    (line,) = table(capsys, *words)[2:]
+    runs = [stored.record for stored in load(RESULTS).stored if stored.record.measurement and stored.record.cell.engine.name == "unsloth"]
+    mine = [run for run in runs if run.cell.workload.method.name == "qlora" and run.cell.workload.model.name == "llama3_8b"]
+    assert "measured" in line
+    assert line.split()[3] in [f"{tokens_per_second(run.measurement.steps):,.0f}" for run in mine if run.measurement]
+
+
+def test_far_from_every_record_it_says_so_instead_of_a_deviation(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for words in (["model=tiny_llama"], ["model=llama3_1b", "method=full"]):
+        (line,) = table(capsys, *words, "data=dense", "engines=fused", "gib=48", f"runs={tmp_path}")[2:]
+        assert "predicted, extrapolated" in line
+        assert "±" not in line
+
+
+def test_weights_of_other_architectures_count(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (line,) = table(capsys, "model=falcon_7b", "data=dense", "engines=hf", "gib=12", f"runs={tmp_path}")[2:]
+    needs = float(line.split("at least ")[1].split()[0])
+    assert 6_921_720_704 * 2 / 2**30 < needs < 16
+
+
+def test_a_gpu_without_records_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    head, _, line = table(capsys, "model=llama3_1b", "gpu=abacus", "engines=fused", "gib=24", f"runs={tmp_path}")
+    assert "no record of gpu='abacus', there are some of NVIDIA H100" in head
+    assert line.split()[3] == "?"
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["gib=many"], "expected sizes of cards in GiB"),
+        (["gib=16,0"], "gib=16,0: expected sizes of cards in GiB"),
         (["engines=nobody"], "there is no engine 'nobody'"),
+        (["engines=fussed"], "did you mean 'fused'?"),
         (["model=smollm2_135m", "data=dense"], "choose a model with model.config"),
     ],
 )
