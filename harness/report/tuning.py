@@ -12,6 +12,7 @@ from harness.report.plots import COLOURS, Plot
 from harness.report.svg import Axis, Line, Mark, chart
 from harness.tuned import Trial, Tuned
 
+_NO_PEAKS = "memory was not measured: there is no allocator's peak on a CPU, so no front of speed against memory either"
 _MEASURED, _PREDICTED = COLOURS[0], COLOURS[1]
 
 
@@ -47,17 +48,18 @@ def tuning(found: Tuned) -> Tuning:
         f"stopped after {len(found.trials)} runs, {found.spent_seconds / 60:.1f}{budget} minutes: {found.stopped}",
         f"of {found.num_candidates} candidates ruled out: {ruled}; {bound}, by its optimistic bound",
         *(f"left out: {reason}" for reason in found.left_out),
+        *([] if any(trial.peak_bytes for trial in found.trials) else [_NO_PEAKS]),
         f"on {found.machine}, {found.tuned_utc[:10]}, commit {found.commit[:8]}",
     )
     return Tuning(f"{found.workload}, {found.planned_steps} steps", facts, _tried(found), _untried(found), tuple(_plots(found)))
 
 
 def front(trials: Sequence[Trial]) -> tuple[Trial, ...]:
-    """Of what ran, those than which nobody was both faster and leaner; the leanest first."""
-    ran = [trial for trial in trials if trial.step_seconds is not None and trial.peak_bytes is not None and trial.status == "ok"]
+    """Of what ran, those than which nobody ends the planned run both sooner and leaner; the leanest first."""
+    ran = [trial for trial in trials if trial.total_seconds is not None and trial.peak_bytes is not None and trial.status != "unfit"]
     best: list[Trial] = []
-    for trial in sorted(ran, key=lambda one: (one.peak_bytes or 0.0, one.step_seconds or 0.0)):
-        if not best or (trial.step_seconds or 0.0) < (best[-1].step_seconds or 0.0):
+    for trial in sorted(ran, key=lambda one: (one.peak_bytes or 0.0, one.total_seconds or 0.0)):
+        if not best or (trial.total_seconds or 0.0) < (best[-1].total_seconds or 0.0):
             best.append(trial)
     return tuple(best)
 
@@ -107,11 +109,13 @@ def _speed_and_memory(held: Sequence[Trial], found: Tuned) -> Plot:
     marks = [
         Mark(trial.total_seconds or 0.0, (trial.peak_bytes or 0.0) / GIB, _MEASURED, "circle", f"measured: {trial.title}") for trial in held
     ]
-    best = [f"{trial.title} {_seconds(trial.total_seconds)} s in {_gib(trial.peak_bytes)} GiB" for trial in front(held)]
+    leaders = front(held)
+    edge = Line([(trial.total_seconds or 0.0, (trial.peak_bytes or 0.0) / GIB) for trial in leaders], _MEASURED, "front", 1.0)
+    best = [f"{trial.title} {_seconds(trial.total_seconds)} s in {_gib(trial.peak_bytes)} GiB" for trial in leaders]
     svg = chart(
-        Axis("planned run, s"), Axis("peak GiB", zero=True), [*guesses, *marks], f"Time against memory; the front: {', '.join(best)}"
+        Axis("planned run, s"), Axis("peak GiB", zero=True), [*guesses, edge, *marks], f"Time against memory; the front: {', '.join(best)}"
     )
-    return Plot("The planned run against peak memory: measured (circles) and predicted only (diamonds)", Markup(svg))
+    return Plot("The planned run against peak memory: measured (circles, the front joined) and predicted only (diamonds)", Markup(svg))
 
 
 def _foretold(ran: Sequence[Trial]) -> Plot:

@@ -214,7 +214,7 @@ class Runner:
             tuned_utc=datetime.now(UTC).isoformat(timespec="seconds"),
             commit=commit_of(TREE)[0],
             trials=tuple(self._trial(one, result, view) for one, (_, result) in zip(self.looked, told, strict=True)),
-            predicted=_predicted(view, {ask.candidate for ask, _ in told}),
+            predicted=_predicted(view, {ask.candidate for ask, _ in told}, self._policy.rules.margin),
         )
 
     def _trial(self, one: Looked, result: Result, view: View) -> Trial:
@@ -245,7 +245,9 @@ def kind_of(reason: str) -> str:
     return "may not fit" if reason.startswith("may not fit") else "needs as much as one that ran out" if "ran out" in reason else "failed"
 
 
-def _predicted(view: View, tried: set[object]) -> tuple[Predicted, ...]:
+def _predicted(view: View, tried: set[object], margin: float) -> tuple[Predicted, ...]:
+    worth = (view.incumbent_seconds or 0.0) * (1 - margin)
+    late, beaten = "the time was over", f"cannot beat the best by {margin:.0%}, not even at best"
     others = sorted((item for item in view.forecasts.items() if item[0] not in tried), key=lambda item: item[1].total_seconds)
     return tuple(
         Predicted(
@@ -253,7 +255,7 @@ def _predicted(view: View, tried: set[object]) -> tuple[Predicted, ...]:
             total_seconds=forecast.total_seconds,
             least_seconds=forecast.bound_seconds,
             peak_bytes=forecast.memory.middle,
-            why=view.ruled_out.get(one, "cannot beat the best by enough, or the time was over"),
+            why=view.ruled_out.get(one, late if forecast.bound_seconds < worth else beaten),
         )
         for one, forecast in others[:_SHOWN]
     )

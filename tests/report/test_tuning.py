@@ -48,6 +48,16 @@ def test_tables_and_plots_say_what_was_measured_and_what_was_not() -> None:
     assert "measured: fast" in view.plots[0].svg
     assert "predicted 90, measured 88" in view.plots[1].svg
     assert any("nothing left can take less than 87.5 s" in fact for fact in view.facts)
+    assert "<title>front</title>" in view.plots[0].svg
+    assert not any("memory was not measured" in fact for fact in view.facts)
+
+
+def test_without_an_allocator_it_says_why_there_is_no_front() -> None:
+    trials = tuple(one.model_copy(update={"peak_bytes": None}) for one in found().trials)
+    view = tuning(found().model_copy(update={"trials": trials, "processes": 2}))
+    assert any("memory was not measured" in fact for fact in view.facts)
+    assert len(view.plots) == 1
+    assert view.facts[0].startswith("best: fused processes=2 micro_batch=4 recompute=fit: 88 s")
 
 
 def test_it_is_on_the_page_escaped(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_a_search_resumes_and_its_answer_is_trained_with(cache: Path, tmp_path: 
     assert len(load(tmp_path).stored) == 1
     (path,) = (tmp_path / "tuned").rglob("*.yaml")
     assert len(read(path).trials) == 1
+    assert {one.why for one in read(path).predicted} == {"the time was over"}
 
     assert tune.main([*words, "engines=trivial"]) == 0
     out = capsys.readouterr().out
