@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_GRACE_SECONDS = 180.0  # it may compile, or find the machine slower than anything before
+_GRACE_SECONDS = 60.0
+_FIRST_GRACE_SECONDS = 180.0  # nobody knows how long it takes to start here, and without it there is no answer at all
+_LOST = 1.5  # of the best: times vary
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +25,11 @@ class Budget:
             return None if spent < self.seconds else f"the budget is spent, and none of {num_looked} runs gave a time"
         return f"the next run would take about {expected:.0f} s, and {max(0.0, self.seconds - spent):.0f} s of the budget are left"
 
-    def allowed(self, expected: float, spent: float) -> float | None:
-        """Seconds after which a run is stopped, whatever comes of it: one may overrun the budget by what it was expected to take, or by
-        some minutes.
+    def allowed(self, expected: float, spent: float, best: float | None) -> float | None:
+        """Seconds after which a run is stopped, whatever comes of it: one may overrun the budget by what it was expected to take, or by a
+        minute, and by more as long as nothing ran. A look that takes well longer than the whole of the ``best`` run so far has lost.
         """
-        return None if self.seconds is None else max(0.0, self.seconds - spent) + max(expected, _GRACE_SECONDS)
+        least = _GRACE_SECONDS if best is not None else _FIRST_GRACE_SECONDS
+        limits = [] if self.seconds is None else [max(0.0, self.seconds - spent) + max(expected, least)]
+        limits += [] if best is None else [max(_LOST * best, least)]
+        return min(limits, default=None)

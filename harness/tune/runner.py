@@ -116,7 +116,7 @@ class Runner:
             if ask is None:
                 return view, str(stopped)
             forecast = view.forecasts[ask.candidate]
-            allowed = self._budget.allowed(_seconds(forecast, ask), spent)
+            allowed = self._budget.allowed(_seconds(forecast, ask), spent, view.incumbent_seconds)
             self.looked.append(Looked(ask, self._measure(ask, allowed), forecast))
 
     def _too_late(self, ask: Ask, view: View, spent: float) -> str | None:

@@ -24,8 +24,15 @@ def test_whether_a_run_is_begun(spent: float, num_looked: int, ran: bool, says: 
     assert Budget(None).too_late(40, spent, num_looked=num_looked, ran=ran) is None
 
 
-def test_a_run_that_was_begun_is_stopped_some_minutes_after_the_budget() -> None:
-    assert Budget(None).allowed(40, 10) is None
-    assert Budget(600).allowed(40, 500) == 100 + 180
-    assert Budget(600).allowed(400, 100) == 500 + 400
-    assert Budget(6).allowed(40, 500) == 180
+def test_a_run_that_was_begun_is_stopped_soon_after_the_budget() -> None:
+    assert Budget(600).allowed(40, 500, 1000) == 100 + 60
+    assert Budget(600).allowed(400, 100, 1000) == 500 + 400
+    assert Budget(600).allowed(40, 500, None) == 100 + 180
+    assert Budget(6).allowed(40, 500, None) == 180
+
+
+def test_a_look_that_takes_longer_than_the_best_of_whole_runs_has_lost() -> None:
+    assert Budget(None).allowed(40, 10, None) is None
+    assert Budget(None).allowed(40, 10, 200) == 300
+    assert Budget(6000).allowed(40, 10, 200) == 300
+    assert Budget(6000).allowed(40, 10, 20) == 60
