@@ -59,9 +59,10 @@ def asked(words: Sequence[str]) -> Asked:
             problems.append(f"{word}: tune decides this itself; engines=hf,fused names engines, memory_gib=16 caps the memory")
         else:
             overrides.append(word)
-    for key in ("budget_minutes", "memory_gib"):
-        if own[key] and not _positive(own[key]):
-            problems.append(f"{key}={own[key]}: expected a number above 0")
+    if own["budget_minutes"] and not _positive(own["budget_minutes"]):
+        problems.append(f"budget_minutes={own['budget_minutes']}: expected a number above 0")
+    if own["memory_gib"] and not (own["memory_gib"].isdecimal() and int(own["memory_gib"])):
+        problems.append(f"memory_gib={own['memory_gib']}: expected whole GiB, as memory_gib=16")
     if problems:
         raise ConfigError("\n".join(problems))
     cap = [f"machine.memory_cap_gib={own['memory_gib']}"] if own["memory_gib"] else []

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from harness import __main__ as harness_main
+from harness.config import requests
+from harness.machine import detect
 from harness.store import load
 from harness.tune import __main__ as tune
-from harness.tuned import read
+from harness.tuned import path_of, read, save
+from tests.report.test_tuning import found
 
 FAKES = Path(__file__).resolve().parents[1] / "fakes" / "conf"
 TOY = (
@@ -91,11 +94,24 @@ def test_somebody_trains_for_use(cache: Path, tmp_path: Path, capsys: pytest.Cap
             shutil.rmtree(adapter)
 
 
+def test_the_best_runs_in_as_many_processes_as_were_found(cache: Path, tmp_path: Path) -> None:
+    words = [*TOY, f"runs={tmp_path}", f"cache={cache}"]
+    workload = requests([*words, "engine=fused"], multirun=False)[1][0].cell.workload
+    tuned = found().model_copy(update={"processes": 2, "knobs": {"micro_batch": 1, "recompute": "fit"}})
+    save(tuned, path_of(tmp_path, detect("cpu"), workload))
+    said: list[str] = []
+    (asked,) = requests([*words, "engine=best", "train.seed=1"], multirun=False, say=said.append)[1]
+    assert asked.cell.engine.processes == 2
+    assert asked.cell.engine.knobs["micro_batch"] == 1
+    assert said[0].startswith("engine=best: fused processes=2 micro_batch=1 recompute=fit")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["engine=hf"], "engine=hf: tune decides this itself; engines=hf,fused names engines"),
         (["budget_minutes=soon"], "budget_minutes=soon: expected a number above 0"),
+        (["memory_gib=2.5"], "memory_gib=2.5: expected whole GiB, as memory_gib=16"),
         (["memory_gib=4", *TOY], "memory_gib caps the allocator of a GPU"),
         (["engines=nobody", *TOY], "there is no such option"),
         (["engines=unsloth", *TOY], "unsloth cannot start"),
