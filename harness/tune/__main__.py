@@ -85,7 +85,7 @@ def _run(asked: Asked) -> int:
     from harness.tune.entrants import entrants
     from harness.tune.runner import Runner
     from harness.tune.scale import capacity_bytes
-    from harness.tune.show import needs, state, summary
+    from harness.tune.show import nothing, state, summary
     from harness.tuned import save
 
     console = Console()
@@ -105,8 +105,7 @@ def _run(asked: Asked) -> int:
     runner = Runner(found, settings, console, budget, lambda view, looked, spent: say(state(view, looked, spent, budget, steps)))
     tuned, path = runner.run()
     if tuned is None:
-        why = [needs(runner.view, capacity_bytes(runner.machine))] if runner.view is not None else []
-        say(["nothing ran: no engine could make even a short look at this run", *why, *found.left_out])
+        say([*nothing(runner, capacity_bytes(runner.machine)), *found.left_out])
         return 6
     save(tuned, path)
     say([*summary(tuned), f"written to {_shown(path)}; python -m harness engine=best … trains with it"])

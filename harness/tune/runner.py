@@ -60,6 +60,7 @@ class Runner:
     on_view: Callable[[View, Sequence[Looked], float], None]
     machine: Machine = field(init=False)
     view: View | None = field(init=False, default=None)
+    stopped: str = field(init=False, default="")
     looked: list[Looked] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -86,13 +87,13 @@ class Runner:
         steps = workload.train.num_steps
         rules = Rules(planned_steps=steps, rungs=tuple(sorted({min(rung, steps) for rung in RUNGS})))
         self._policy = Search(space, scale, capacity_bytes(self.machine), rules)
-        view, stopped = self._search(began)
+        view, self.stopped = self._search(began)
         spent = self._spent(began)
         path = path_of(self.root, self.machine, workload)
         self.view = view
         if view.incumbent is None:
             return None, path
-        return self._tuned(view, stopped, spent, (*self.entrants.left_out, *unable)), path
+        return self._tuned(view, self.stopped, spent, (*self.entrants.left_out, *unable)), path
 
     def _prepare(self) -> Prepared:
         """The planned run's own workload: looks at it share its tokens and weights."""

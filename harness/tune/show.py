@@ -6,8 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
+from harness.record import cause
 from harness.tune.memory_model import SURE
-from harness.tune.runner import Looked, kind_of
+from harness.tune.runner import Looked, Runner, kind_of
 from harness.tune.search import View
 from harness.tuned import Tuned
 
@@ -38,12 +39,19 @@ def state(view: View, looked: Sequence[Looked], spent: float, budget: float | No
     return lines
 
 
+def nothing(runner: Runner, capacity: float | None) -> list[str]:
+    """That nothing ran: what was tried and how each ended, and where memory is a limit what the least needs."""
+    failed = [f"  {one.ask.candidate.title}: {one.record.status}: {cause(one.record)}" for one in runner.looked]
+    least = [needs(runner.view, capacity)] if runner.view is not None and capacity is not None else []
+    return [f"no engine could make even a short look at this run: {runner.stopped}", *failed, *least]
+
+
 def needs(view: View, capacity: float | None) -> str:
     """Why nothing could be tried: what the thriftiest candidate needs, by prediction, and what there is."""
     least, forecast = min(view.forecasts.items(), key=lambda item: item[1].memory.middle)
     there = "" if capacity is None else f"; {capacity / _GIB:.1f} GiB are there"
-    memory = f"{forecast.memory.middle / _GIB:.1f} GiB, up to {forecast.memory.high(SURE) / _GIB:.1f}"
-    return f"the least is needed, by prediction, by {least.title}: {memory}{there}"
+    memory = f"{forecast.memory.middle / _GIB:.1f} GiB"
+    return f"at least {memory} are needed, by prediction, by {least.title} (perhaps {forecast.memory.high(SURE) / _GIB:.1f}){there}"
 
 
 def summary(tuned: Tuned) -> list[str]:

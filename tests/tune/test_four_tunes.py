@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,6 +14,7 @@ from harness.config import request
 from harness.engine import Machine
 from harness.interpreter import lack
 from harness.tune.__main__ import asked
+from harness.tune.__main__ import main as tune
 from harness.tune.entrants import Layouts, candidates, entrants
 from harness.tune.memory_model import LIKELY
 from harness.tune.scale import capacity_bytes, scale_of
@@ -66,8 +68,24 @@ def test_what_does_not_fit_is_answered_by_what_it_needs() -> None:
     view = policy.view([])
     assert view.next is None
     said = needs(view, policy.capacity_bytes)
-    gib = float(re.findall(r": ([0-9.]+) GiB", said)[0])
-    assert "the least is needed, by prediction, by " in said
+    gib = float(re.findall(r"at least ([0-9.]+) GiB", said)[0])
+    assert " are needed, by prediction, by " in said
     assert said.endswith("4.0 GiB are there")
     assert gib > 5, "NF4 weights of 8B alone are more"
     assert gib == pytest.approx(min(forecast.memory.middle for forecast in view.forecasts.values()) / GIB, abs=0.06)
+
+
+def test_the_command_says_what_the_least_needs_and_ends_with_6(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = Machine(device="cuda", name="NVIDIA H100 80GB HBM3", count=1, memory_gib=80, memory_cap_gib=4)
+    monkeypatch.setattr("harness.tune.runner.detect", lambda *_, **__: card)
+    monkeypatch.setattr("harness.tune.runner.prepare_workload", lambda *_: SimpleNamespace(tokens="", base=str(tmp_path)))
+    monkeypatch.setattr("harness.tune.runner.TokenFile", SimpleNamespace(open=lambda _: None))  # even samples: it is not read
+    words = [*shlex.split(TUNES[3])[3:], "machine=cuda", "engines=fused", "memory_gib=4", f"runs={tmp_path}"]
+    assert tune([word for word in words if word != "memory_gib=16"]) == 6
+    out = capsys.readouterr().out
+    assert "nothing that it may try is left, and nothing ran" in out
+    assert re.search(r"at least [0-9.]+ GiB are needed, by prediction, by fused ", out)
+    assert "4.0 GiB are there" in out
+    assert not list((tmp_path / "tuned").rglob("*.yaml"))
