@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 
 from harness.adapters import adapter_folder, drop_adapter
+from harness.best import RESULTS
 from harness.config import Request, Settings, request
 from harness.data.tokens import TokenFile
 from harness.endings import TREE
@@ -23,9 +25,9 @@ from harness.parity import REFERENCE_ENGINE, REFERENCE_KNOBS
 from harness.places import Prepared
 from harness.plan import Planned, plan
 from harness.progress import sweep_progress
-from harness.record import Record
+from harness.record import Record, Status
 from harness.report.judged import judged
-from harness.store import commit_of, load
+from harness.store import Results, commit_of, load
 from harness.sweep import Sweep, prepare_workload, run_one
 from harness.tune.budget import Budget
 from harness.tune.entrants import Entrants, Layouts, candidates, config_of_model
@@ -71,6 +73,7 @@ class Runner:
             raise ConfigError(f"{error}; choose machine=cpu or another machine") from error
         self.root = Path(self.settings.runs).expanduser().resolve()
         self._budget = Budget(self.budget_seconds)
+        self._committed = load(RESULTS) if self.root != RESULTS else Results((), ())
         self._sitting = secrets.token_hex(4)
 
     def run(self) -> tuple[Tuned | None, Path]:
@@ -171,11 +174,13 @@ class Runner:
         return told
 
     def _verdicts(self) -> Mapping[tuple[str, str], Verdict]:
-        """Of every record that was looked at, against what references there are among all records here."""
+        """Of every record that was looked at, against what references there are among all records here; what the same code was found to
+        train where every test was made, by the committed records too, bars it here.
+        """
         wanted = {_key(one.record) for one in self.looked if one.record.status == "ok"}
         if not wanted:
             return {}
-        variants = [variant for group in judged(load(self.root)) for variant in group.variants]
+        variants = [variant for group in judged(_together(self._committed, load(self.root))) for variant in group.variants]
         entries = [entry for variant in variants for entry in (*variant.runs, *variant.failures)]
         known = {_key(entry.record): entry.verdict for entry in entries}
         return {key: verdict for key, verdict in known.items() if key in wanted and isinstance(verdict, Verdict)}
@@ -243,7 +248,12 @@ class Runner:
 
 def kind_of(reason: str) -> str:
     """The kind of a reason for ruling out, without its figures."""
-    return "may not fit" if reason.startswith("may not fit") else "needs as much as one that ran out" if "ran out" in reason else "failed"
+    if reason.startswith("may not fit"):
+        return "may not fit"
+    if reason.startswith("needs at least as much"):
+        return "needs as much as one that ran out"
+    status = reason.partition(":")[0]
+    return status if status in get_args(Status) else "trains something else"
 
 
 def _predicted(view: View, tried: set[object], margin: float) -> tuple[Predicted, ...]:
@@ -260,6 +270,12 @@ def _predicted(view: View, tried: set[object], margin: float) -> tuple[Predicted
         )
         for one, forecast in others[:_SHOWN]
     )
+
+
+def _together(one: Results, other: Results) -> Results:
+    """The records of both, oldest first, with what is known of them."""
+    stored = sorted((*one.stored, *other.stored), key=lambda entry: (entry.record.provenance.started_utc, entry.path))
+    return Results(tuple(stored), (), {**one.updates, **other.updates}, {**one.floors, **other.floors})
 
 
 def _seconds(forecast: Forecast, ask: Ask) -> float:

@@ -128,7 +128,7 @@ class Search:
         if race := self._race(told, totals):
             return view(race)
         if best is None:
-            return view(None, "nothing that it may try is left, and nothing ran")
+            return view(None, "nothing that it may try is left")
         left = "nothing else is left" if bound is None else f"nothing left can take less than {bound:.1f} s, by its optimistic bound"
         return view(None, f"{left}; the best takes {best:.1f} s")
 

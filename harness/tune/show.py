@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
-from harness.record import cause
 from harness.tune.memory_model import SURE
 from harness.tune.runner import Looked, Runner, kind_of
 from harness.tune.search import View
@@ -40,10 +39,11 @@ def state(view: View, looked: Sequence[Looked], spent: float, budget: float | No
 
 
 def nothing(runner: Runner, capacity: float | None) -> list[str]:
-    """That nothing ran: what was tried and how each ended, and where memory is a limit what the least needs."""
-    failed = [f"  {one.ask.candidate.title}: {one.record.status}: {cause(one.record)}" for one in runner.looked]
+    """That nothing was found: what was tried and why it cannot be chosen, and where memory is a limit what the least needs."""
+    why = {} if runner.view is None else runner.view.ruled_out
+    failed = [f"  {one.ask.candidate.title}: {why.get(one.ask.candidate, one.record.status)}" for one in runner.looked]
     least = [needs(runner.view, capacity)] if runner.view is not None and capacity is not None else []
-    return [f"no engine could make even a short look at this run: {runner.stopped}", *failed, *least]
+    return [f"nothing was found: {runner.stopped}", *failed, *least]
 
 
 def needs(view: View, capacity: float | None) -> str:

@@ -85,7 +85,7 @@ def test_the_command_says_what_the_least_needs_and_ends_with_6(
     words = [*shlex.split(TUNES[3])[3:], "machine=cuda", "engines=fused", "memory_gib=4", f"runs={tmp_path}"]
     assert tune([word for word in words if word != "memory_gib=16"]) == 6
     out = capsys.readouterr().out
-    assert "nothing that it may try is left, and nothing ran" in out
+    assert "nothing was found: nothing that it may try is left" in out
     assert re.search(r"at least [0-9.]+ GiB are needed, by prediction, by fused ", out)
     assert "4.0 GiB are there" in out
     assert not list((tmp_path / "tuned").rglob("*.yaml"))

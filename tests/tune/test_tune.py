@@ -13,6 +13,7 @@ from harness.config import requests
 from harness.machine import detect
 from harness.store import load
 from harness.tune import __main__ as tune
+from harness.tune.runner import kind_of
 from harness.tuned import path_of, read, save
 from tests.report.test_tuning import found
 
@@ -122,3 +123,18 @@ def test_the_best_runs_in_as_many_processes_as_were_found(cache: Path, tmp_path:
 def test_mistakes_are_answered(words: list[str], says: str, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main([*words, f"cache={cache}"]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        ("may not fit: 30.1 GiB predicted, up to 34.0", "may not fit"),
+        ("needs at least as much memory as hf micro_batch=4, which ran out", "needs as much as one that ran out"),
+        ("oom: it ran out", "oom"),
+        ("timeout: stopped", "timeout"),
+        ("not comparable: loss of step 1 off by 7", "trains something else"),
+        ("different: ran out of allowance", "trains something else"),
+    ],
+)
+def test_kinds_of_reasons(reason: str, kind: str) -> None:
+    assert kind_of(reason) == kind
