@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from harness.config import Request
+from harness.fingerprint import engine_fingerprint
+from harness.record import Record
+
 _GRACE_SECONDS = 60.0
 _FIRST_GRACE_SECONDS = 180.0  # nobody knows how long it takes to start here, and without it there is no answer at all
 _LOST = 1.5  # of the best: times vary
+_ABOUT = 0.8  # the same search, resumed, has a little more or less of its budget left at the same place
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +38,17 @@ class Budget:
         limits = [] if self.seconds is None else [max(0.0, self.seconds - spent) + max(expected, least)]
         limits += [] if best is None else [max(_LOST * best, least)]
         return min(limits, default=None)
+
+
+def stopped_after(asked: Request, seconds: float | None) -> Request:
+    """``asked`` with the shorter of its own limit and ``seconds``."""
+    limits = [limit for limit in (asked.limits.wall_seconds, seconds) if limit is not None]
+    return asked.model_copy(update={"limits": asked.limits.model_copy(update={"wall_seconds": min(limits, default=None)})})
+
+
+def would_stop_again(asked: Request, record: Record) -> bool:
+    """Whether ``record``, of the same code, was stopped for taking about as long as ``asked`` may take at most."""
+    limit, engine = asked.limits.wall_seconds, asked.cell.engine
+    if record.status != "timeout" or limit is None or record.provenance.wall_seconds < _ABOUT * limit:
+        return False
+    return record.provenance.engine_fingerprint == engine_fingerprint(engine.module, asked.python, asked.packages)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from harness.adapters import adapter_folder, drop_adapter
 from harness.best import RESULTS
-from harness.config import Request, Settings, request
+from harness.config import Settings, request
 from harness.data.tokens import TokenFile
 from harness.endings import TREE
 from harness.engine import Machine
@@ -29,7 +29,7 @@ from harness.record import Record, Status
 from harness.report.judged import judged
 from harness.store import Results, commit_of, load
 from harness.sweep import Sweep, prepare_workload, run_one
-from harness.tune.budget import Budget
+from harness.tune.budget import Budget, stopped_after, would_stop_again
 from harness.tune.entrants import Entrants, Layouts, candidates, config_of_model
 from harness.tune.observed import result_of
 from harness.tune.scale import capacity_bytes, scale_of
@@ -149,11 +149,11 @@ class Runner:
         return time.monotonic() - began + sum(earlier)
 
     def _measure(self, ask: Ask, allowed: float | None) -> Record:
-        asked = _stopped_after(self.entrants.request(ask.candidate, ask.steps, ask.round), allowed)
+        asked = stopped_after(self.entrants.request(ask.candidate, ask.steps, ask.round), allowed)
         records = [stored.record for stored in load(self.root).stored]
         (cell,) = plan([asked], records, self.settings.rerun)
-        if cell.action == "done":
-            mine = [record for record in records if record.cell.key == asked.cell.key and record.machine.key == cell.machine.key]
+        mine = [record for record in records if record.cell.key == asked.cell.key and record.machine.key == cell.machine.key]
+        if cell.action == "done" or (mine and self.settings.rerun != "all" and would_stop_again(asked, mine[-1])):
             return mine[-1]
         with sweep_progress(self.console, [cell]) as progress:
             progress.begin(cell)
@@ -281,12 +281,6 @@ def _together(one: Results, other: Results) -> Results:
 def _seconds(forecast: Forecast, ask: Ask) -> float:
     """What a look is expected to take."""
     return forecast.startup_seconds + ask.steps * forecast.step.middle
-
-
-def _stopped_after(asked: Request, seconds: float | None) -> Request:
-    """``asked`` with the shorter of its own limit and ``seconds``."""
-    limits = [limit for limit in (asked.limits.wall_seconds, seconds) if limit is not None]
-    return asked.model_copy(update={"limits": asked.limits.model_copy(update={"wall_seconds": min(limits, default=None)})})
 
 
 def _is_yardstick(one: Candidate) -> bool:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from harness.tune.budget import Budget
+from harness.config import requests
+from harness.fingerprint import engine_fingerprint
+from harness.record import Record
+from harness.tune.budget import Budget, stopped_after, would_stop_again
+from tests.records import record
 
 
 @pytest.mark.parametrize(
@@ -36,3 +40,22 @@ def test_a_look_that_takes_longer_than_the_best_of_whole_runs_has_lost() -> None
     assert Budget(None).allowed(40, 10, 200) == 300
     assert Budget(6000).allowed(40, 10, 200) == 300
     assert Budget(6000).allowed(40, 10, 20) == 60
+
+
+def test_what_was_stopped_is_not_run_again_for_as_long() -> None:
+    (asked,) = requests(["engine=fused", "model=tiny_llama", "data=dense"], multirun=False)[1]
+    code = engine_fingerprint(asked.cell.engine.module, asked.python, asked.packages)
+    stopped = record(asked.cell.engine, status="timeout")
+
+    def after(seconds: float, **changed: object) -> Record:
+        values = {"wall_seconds": seconds, "engine_fingerprint": code, **changed}
+        return stopped.model_copy(update={"provenance": stopped.provenance.model_copy(update=values)})
+
+    limited = stopped_after(asked, 100)
+    assert limited.limits.wall_seconds == 100
+    assert stopped_after(asked, 10**6).limits == asked.limits
+    assert would_stop_again(limited, after(100))
+    assert would_stop_again(limited, after(90))
+    assert not would_stop_again(limited, after(40))
+    assert not would_stop_again(limited, after(100, engine_fingerprint="older"))
+    assert not would_stop_again(limited, after(100).model_copy(update={"status": "crash"}))
