@@ -17,6 +17,7 @@ from typing import Any
 from harness.errors import StoreError, WeightsError
 from harness.places import Sources
 from harness.spec import Model
+from harness.weights.given_nf4 import from_given, is_given
 from harness.weights.hub import snapshot
 from harness.weights.random_init import random_values
 from harness.weights.sources import TOKENIZER_FILES, fingerprint, resolve_source, tokenizer_fingerprint, write_atomically
@@ -224,11 +225,13 @@ def _from_gguf(model: Model, path: Path, folder: Path) -> tuple[dict[str, Any], 
 def _from_folder(model: Model, source: Path, folder: Path) -> tuple[dict[str, Any], str]:
     config = _folder_config(source)
     _check_config(model, config, source.name)
+    if is_given(config):
+        return from_given(model, source, config, folder)
     stored = read_tensors(source)
     foreign = sorted({tensor.code for tensor in stored.values()} - set(CODES.values()))
     if foreign or "quantization_config" in config:
         kinds = ", ".join(foreign) or "quantization_config in its config.json"
-        raise WeightsError(f"{source.name}: quantised weights ({kinds}); a base must be stored in {', '.join(CODES)}")
+        raise WeightsError(f"{source.name}: quantised weights ({kinds}); a base is stored in {', '.join(CODES)} or bitsandbytes' NF4")
     if {tensor.code for tensor in stored.values()} == {CODES[model.dtype]}:
         for file in (*source.glob("*.safetensors"), *source.glob("model.safetensors.index.json")):
             (folder / file.name).symlink_to(file.resolve())  # already what is wanted: no copy

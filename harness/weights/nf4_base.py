@@ -1,4 +1,4 @@
-"""A prepared base whose linear modules are stored in NF4, made once from the base in ``model.dtype``."""
+"""A prepared base whose linear modules are stored in NF4: made once from the base in ``model.dtype``, or the bytes that its source gave."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import WeightsError
 from harness.weights.base_model import Base, building, read_base
+from harness.weights.given_nf4 import GIVEN, given_weights
 from harness.weights.sources import TOKENIZER_FILES, write_atomically
 from harness.weights.tensors import SHARD_BYTES, adapter_sha256
 
@@ -38,6 +39,8 @@ def find_nf4(base: Base, cache: Path) -> Base | None:
 
 
 def _folder(base: Base, cache: Path) -> Path:
+    if (base.path / GIVEN).is_dir():  # the name of a base's folder tells the content of its source; scales are not told by decoded values
+        return cache / "nf4" / f"{base.path.name}-given-{FORMAT}"
     return cache / "nf4" / f"{base.sha256[:20]}-{base.tokenizer_sha256[:8]}-{FORMAT}"
 
 
@@ -57,7 +60,7 @@ def _build(base: Base, dtype: str, folder: Path) -> None:
     manifest = {
         "format": FORMAT,
         "base_sha256": replace(base, config=config).content_sha256(adapter_sha256(folder)),
-        "description": f"{base.description}; linear layers in NF4",
+        "description": f"{base.description}; linear layers in NF4{' as given' if (base.path / GIVEN).is_dir() else ''}",
         "dtype": dtype,
         "tokenizer_sha256": base.tokenizer_sha256,
     }
@@ -65,16 +68,18 @@ def _build(base: Base, dtype: str, folder: Path) -> None:
 
 
 def _write(source: Path, quantised: set[str], folder: Path) -> None:
-    """The tensors of ``source``, in files of about ``SHARD_BYTES``."""
+    """The tensors of ``source``, in files of about ``SHARD_BYTES``; packed ones as they were given, if they were."""
     from safetensors.torch import save_file
 
     from harness.nf4 import quantise, stored_tensors, to_tensors
 
+    given = given_weights(dict(stored_tensors(source / GIVEN))) if (source / GIVEN).is_dir() else None
     shard: dict[str, Tensor] = {}
     placed: dict[str, str] = {}
     held = total = number = 0
     for name, tensor in stored_tensors(source):
-        made = to_tensors(name, quantise(tensor)) if name in quantised else {name: tensor}
+        weight = None if name not in quantised else given(name) if given else quantise(tensor)
+        made = {name: tensor} if weight is None else to_tensors(name, weight)
         size = sum(each.nbytes for each in made.values())
         if shard and held + size > SHARD_BYTES:
             save_file(shard, folder / _file(number), metadata={"format": "pt"})
