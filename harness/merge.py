@@ -15,9 +15,12 @@ from harness.compose import CONF
 from harness.config import requests
 from harness.errors import ConfigError, HarnessError, StoreError, WeightsError, nearest
 from harness.nf4 import is_nf4
+from harness.record import Record
 from harness.score import load_model, with_adapter
-from harness.spec import QLora
-from harness.weights.base_model import building, prepare_base
+from harness.spec import LoraFp8, QLora
+from harness.store import load
+from harness.weights.base_model import Base, as_fp8, prepare_base
+from harness.weights.building import building
 from harness.weights.nf4_base import prepare_nf4
 from harness.weights.sources import TOKENIZER_FILES
 from harness.weights.tensors import CODES, read_tensors
@@ -28,7 +31,8 @@ if TYPE_CHECKING:
 DONE, USAGE, DIFFERENT = 0, 2, 7
 USAGE_TEXT = """python -m harness.merge ADAPTER OUT [--base FOLDER] [--dtype DTYPE] [--device DEVICE] [OVERRIDE …]
 
-  python -m harness.merge runs/adapters/0123456789abcdef merged                   the base by the name that the adapter gives
+  python -m harness.merge runs/adapters/0123456789abcdef merged                   the base by the name that the adapter gives, and the
+                                                                                  method of its record, where that is beside it in runs
   python -m harness.merge ADAPTER merged model=local model.weights=dir:my-model   the base by overrides (method=qlora: in NF4)
   python -m harness.merge ADAPTER merged --base my-model                          the base as a folder, plain or in NF4
 
@@ -74,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         adapter, out = _adapter(options.adapter), _empty(options.out)
-        base = _base(options.base, options.overrides, str(adapter.get("base_model_name_or_path") or ""))
+        record = _record(options.adapter)
+        base, said = _base(options.base, options.overrides, str(adapter.get("base_model_name_or_path") or ""), record)
+        print(f"base: {said}", flush=True)
         dtype = options.dtype or _stored_dtype(base)
         with building(out) as folder:
             checks = merge(options.adapter, base, folder, dtype, options.device)
@@ -169,19 +175,49 @@ def _empty(out: Path) -> Path:
     return out.resolve()
 
 
-def _base(folder: Path | None, overrides: Sequence[str], name: str) -> Path:
-    """The base's folder: given, or prepared as overrides or the adapter's own word say."""
+def _record(adapter: Path) -> Record | None:
+    """That of the run which left ``adapter``, where both are still where the run put them."""
+    folder = adapter.resolve()
+    if folder.parent.name != "adapters":
+        return None
+    for stored in load(folder.parent.parent).stored:
+        made = stored.record.measurement
+        if made is not None and (made.artifacts.adapter_sha256 or "").startswith(folder.name):
+            return stored.record
+    return None
+
+
+def _base(folder: Path | None, overrides: Sequence[str], name: str, record: Record | None) -> tuple[Path, str]:
+    """The base's folder, given, or prepared as overrides, the adapter's record and its own word say; and what it is."""
     if folder is not None:
         if overrides:
             raise ConfigError(f"{' '.join(overrides)}: overrides find a base, --base gives one; leave one of them out")
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
             raise WeightsError(f"{folder}: no config.json with *.safetensors; --base is a Hugging Face model folder")
-        return folder
-    named = [] if any(word.startswith("model=") for word in overrides) else [f"model={_known(name)}"]
+        return folder, f"{folder}{', in NF4, decoded' if is_nf4(folder) else ''}"
+    given = {word.partition("=")[0] for word in overrides}
+    named = [] if "model" in given else [f"model={_known(name)}"]
+    if record is not None and "method" not in given:
+        named.append(f"method={record.cell.workload.method.name}")
     settings, (request,) = requests([*named, *overrides], multirun=False)
     cache, workload = Path(settings.cache).expanduser(), request.cell.workload
     base = prepare_base(workload.model, request.sources, cache)
-    return (prepare_nf4(base, workload.model.dtype, cache) if isinstance(workload.method, QLora) else base).path
+    base = prepare_nf4(base, workload.model.dtype, cache) if isinstance(workload.method, QLora) else base
+    if record is not None:
+        _expect_trained_on(base, record)
+    return base.path, f"{workload.model.name}: {base.description}"
+
+
+def _expect_trained_on(base: Base, record: Record) -> None:
+    """Raise WeightsError where the adapter's record names another base."""
+    workload, made = record.cell.workload, record.measurement
+    found = as_fp8(base) if isinstance(workload.method, LoraFp8) else base
+    if made is not None and made.artifacts.base_sha256 != found.sha256:
+        raise WeightsError(
+            f"the record of this adapter says that it was trained on another base (model.name={workload.model.name}, "
+            f"model.weights={workload.model.weights}, model.dtype={workload.model.dtype}, method={workload.method.name}) "
+            f"than what was found here ({base.description}); give the model=… and model.… of its run, or --base FOLDER"
+        )
 
 
 def _known(name: str) -> str:

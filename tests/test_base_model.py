@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 from harness.errors import ConfigError, HarnessError, StoreError, WeightsError
 from harness.places import Sources
 from harness.weights import fingerprint
-from harness.weights.base_model import Base, building, prepare_base, tokenizing
+from harness.weights.base_model import Base, prepare_base, tokenizing
+from harness.weights.building import building
 from harness.weights.sources import write_atomically
 from harness.weights.tensors import read_tensors
 from tests.real_files import ROOT, conf, model

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from harness import merge as door
+from harness import store
 from harness.merge import logits, main
 from harness.nf4 import load_decoded
 from harness.spec import parse
 from harness.weights.base_model import Base
 from harness.weights.nf4_base import prepare_nf4
+from harness.weights.tensors import adapter_sha256
+from tests import records
 from tests.engines.tiny import FAMILIES, LORA, QLORA, RecordingProbe, make_job
-from tests.real_files import ROOT
+from tests.real_files import ROOT, conf, workload
 
 FALCON = {
     "model_type": "falcon", "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "multi_query": True,
@@ -124,6 +129,42 @@ def test_the_adapter_names_its_base_and_the_tokenizer_comes_along(cache: Path, t
     assert main([str(tmp_path / "adapter"), str(tmp_path / "out"), f"cache={cache}"]) == 0
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (tiny.path, tmp_path / "out")]
     assert len({str(each.encode("def f(): return 1")) for each in tokenizers}) == 1
+
+
+def test_the_record_beside_an_adapter_says_the_method_and_the_base(
+    cache: Path, tmp_path: Path, tiny: Base, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrapped = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny.path, dtype=torch.float32),
+        LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    wrapped.peft_config["default"].base_model_name_or_path = "tiny_llama"
+    wrapped.save_pretrained(tmp_path / "made", save_embedding_layers=False)
+    sha = adapter_sha256(tmp_path / "made")
+    (tmp_path / "adapters").mkdir()
+    adapter = (tmp_path / "made").rename(tmp_path / "adapters" / sha[:16])
+    packed = prepare_nf4(tiny, "float32", cache)
+    ran = records.record(work=workload(method=conf("method", "qlora")), artifacts={"adapter_sha256": sha, "base_sha256": packed.sha256})
+    store.save(ran, tmp_path)
+    assert main([str(adapter), str(tmp_path / "out"), f"cache={cache}"]) == 0
+    assert "base: tiny_llama: random, seed 0; linear layers in NF4" in capsys.readouterr().out
+    merged, right = load_file(tmp_path / "out" / "model.safetensors"), load_decoded(packed.path, torch.float32).state_dict()
+    assert merged["model.layers.0.mlp.up_proj.weight"].equal(right["model.layers.0.mlp.up_proj.weight"])
+    assert main([str(adapter), str(tmp_path / "other"), "method=lora", f"cache={cache}"]) == 2
+    said = capsys.readouterr().err
+    assert "was trained on another base (model.name=tiny_llama, model.weights=random, model.dtype=float32, method=qlora)" in said
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """safetensors raises an error of its own, which is no OSError."""
+    base, adapter = make(tmp_path, *MODELS["llama"])
+    code = f"from harness.merge import main; raise SystemExit(main([{str(adapter)!r}, {str(tmp_path / 'out')!r}, '--base', {str(base)!r}]))"
+    limited = f'ulimit -f 60; exec {sys.executable} -c "$0"'
+    ended = subprocess.run(["bash", "-c", limited, code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert "error: cannot write" in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_a_base_in_nf4_is_merged_decoded(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 
 from harness.errors import ConfigError, WeightsError, nearest
 from harness.spec import Lora, Workload, content_key
-from harness.weights.base_model import Base, building
+from harness.weights.base_model import Base
+from harness.weights.building import building
 from harness.weights.random_init import kaiming_uniform
 from harness.weights.sources import write_atomically
 from harness.weights.tensors import ADAPTER_FILE, Floats, adapter_sha256, write_tensors

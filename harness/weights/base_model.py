@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from typing import Any
 from harness.errors import StoreError, WeightsError
 from harness.places import Sources
 from harness.spec import Model
+from harness.weights.building import building
 from harness.weights.given_nf4 import from_given, is_given
 from harness.weights.hub import snapshot
 from harness.weights.random_init import random_values
@@ -109,38 +108,6 @@ def _places(model: Model, sources: Sources, cache: Path) -> tuple[Path | None, P
     if model.tokenizer_fingerprint not in (None, identity["tokenizer"]):
         raise WeightsError(f"'{model.tokenizer}': its files changed since the run was planned; run again")
     return weights, tokenizer, cache / "base" / _hash(identity)[:20]
-
-
-@contextmanager
-def building(folder: Path) -> Iterator[Path]:
-    """A new folder that becomes ``folder`` at once when the body succeeds; whoever comes second keeps the first one's."""
-    partial = folder.with_name(f".{folder.name}.{platform.node()}.{os.getpid()}.partial")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder)
-        partial.mkdir()
-        yield partial
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    except OSError as error:
-        raise StoreError(f"cannot write {folder}: {error}; free space there or choose another cache folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """What a killed process of this host left while it made the same folder."""
-    for left in folder.parent.glob(f".{folder.name}.{platform.node()}.*.partial"):
-        process = int(left.name.split(".")[-2])
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            shutil.rmtree(left, ignore_errors=True)
-        except PermissionError:
-            continue
 
 
 def _located_tokenizer(model: Model, sources: Sources) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import WeightsError
 from harness.spec import Model
 from harness.weights.structure import folder_config, structure
-from harness.weights.tensors import Floats, write_model
+from harness.weights.tensors import Floats, read_tensors, write_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,7 @@ def from_given(model: Model, source: Path, config: dict[str, Any], folder: Path)
     """
     from harness.nf4 import PARTS, STATE, stored_tensors
 
+    read_tensors(source)  # a torn file is named
     tensors = dict(stored_tensors(source))
     packed = {name.removesuffix(STATE) for name in tensors if name.endswith(STATE)}
     _check_names(source, packed)

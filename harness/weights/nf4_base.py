@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import WeightsError
-from harness.weights.base_model import Base, building, read_base
+from harness.weights.base_model import Base, read_base
+from harness.weights.building import building
 from harness.weights.given_nf4 import GIVEN, given_weights
 from harness.weights.sources import TOKENIZER_FILES, write_atomically
 from harness.weights.tensors import SHARD_BYTES, adapter_sha256
