@@ -6,7 +6,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,12 +105,12 @@ def _of_one_workload(known: Sequence[Run], label: str | None) -> list[Run]:
     for run in known:
         work = run.record.cell.workload
         groups.setdefault(content_key(work.model_copy(update={"train": work.train.model_copy(update={"seed": 0})})), []).append(run)
-    if label is not None:
-        groups = {key: group for key, group in groups.items() if any(run.record.cell.workload.label == label for run in group)}
-    if len(groups) != 1:
+    named = [group for group in groups.values() if label is None or any(run.record.cell.workload.label == label for run in group)]
+    if len(named) != 1:
         labels = ", ".join(sorted(group[0].record.cell.workload.label for group in groups.values())) or "none"
-        raise ConfigError(f"one workload is compared, over its seeds; found: {labels}; name one with --workload LABEL")
-    return next(iter(groups.values()))
+        which = "" if label is None else f", and none is '{label}'"
+        raise ConfigError(f"one workload is compared, over its seeds; found: {labels}{which}; name one with --workload LABEL")
+    return named[0]
 
 
 def _is(run: Run, name: str) -> bool:
@@ -122,12 +122,36 @@ def _is(run: Run, name: str) -> bool:
     return spec.name == engine and all(str(spec.knobs.get(knob)) == value for knob, value in pairs)
 
 
-def _figures(known: Sequence[Run], name: str) -> Figures:
-    """Means over the repeats of each seed."""
+def _chosen(known: Sequence[Run], name: str) -> list[Run]:
+    """Those that ``name`` names, all of one set of knobs."""
     chosen = [run for run in known if _is(run, name)]
     if not chosen:
-        there = sorted({run.record.cell.engine.name for run in known})
-        raise ConfigError(f"'{name}': no run of it; there are runs of {', '.join(there) or 'nothing'}")
+        there = _names(run for run in known if run.record.cell.engine.name == name.split(",")[0]) or _names(known)
+        raise ConfigError(f"'{name}': no run of it; there are runs of {there or 'nothing'}")
+    if len({_knobs(run) for run in chosen}) > 1:
+        raise ConfigError(f"'{name}' names runs of several sets of knobs, which are not averaged; say which: {_names(chosen)}")
+    return chosen
+
+
+def _knobs(run: Run) -> tuple[str, str]:
+    spec = run.record.cell.engine
+    return spec.name, json.dumps(spec.knobs, sort_keys=True)
+
+
+def _names(found: Iterable[Run]) -> str:
+    """The engines of ``found``, each with the knobs in which its runs differ."""
+    specs = {_knobs(run): run.record.cell.engine for run in found}
+    names = set()
+    for spec in specs.values():
+        others = [other.knobs for other in specs.values() if other.name == spec.name]
+        differ = [knob for knob in spec.knobs if len({str(knobs.get(knob)) for knobs in others}) > 1]
+        names.add(",".join([spec.name, *(f"{knob}={spec.knobs[knob]}" for knob in differ)]))
+    return "; ".join(sorted(names))
+
+
+def _figures(known: Sequence[Run], name: str) -> Figures:
+    """Means over the repeats of each seed."""
+    chosen = _chosen(known, name)
     by_seed: dict[int, list[tuple[float, float]]] = {}
     for run in chosen:
         if not unusable(run) and run.score is not None and not not_finite(run):

@@ -153,7 +153,8 @@ def load(spec: EngineSpec) -> Engine[Any]:
     except ModuleNotFoundError as error:
         if error.name is None or not spec.module.startswith(error.name):
             raise
-        raise ConfigError(f"engine.module: there is no module '{spec.module}'; conf/engine/{spec.name}.yaml names it") from error
+        where = f"conf/engine/{spec.name}.yaml names it; if it lies elsewhere, put its folder, as an absolute path, on PYTHONPATH"
+        raise ConfigError(f"engine.module: there is no module '{spec.module}'; {where}") from error
     missing = [name for name in ("Knobs", "unsupported", "train") if not hasattr(module, name)]
     if missing:
         raise ConfigError(f"engine.module: '{spec.module}' is no engine, it lacks {', '.join(missing)}; see docs/adding-an-engine.md")

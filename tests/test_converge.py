@@ -10,6 +10,7 @@ import pytest
 
 from harness.comparable import Run
 from harness.converge import Convergence, judge, main
+from harness.errors import ConfigError
 from harness.store import save, save_score
 from tests import records
 
@@ -107,7 +108,7 @@ def test_mistakes_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> N
     for arguments, reason in (
         ([str(root / "none"), *NAMES], "no folder"),
         ([str(root), *NAMES], "name one with --workload LABEL"),
-        ([str(root), *NAMES, "--workload", "other"], "found: none"),
+        ([str(root), *NAMES, "--workload", "other"], ", and none is 'other'; name one"),
         ([str(root), "axolotl", "hf", "--workload", records.workload().label], "'axolotl': no run of it"),
         ([str(root), "hf,float32", "hf", "--workload", records.workload().label], "expected ENGINE[,KNOB=VALUE…]"),
     ):
@@ -121,3 +122,14 @@ def test_help_is_printed_and_says_what_is_allowed(capsys: pytest.CaptureFixture[
         main(["--help"])
     assert ended.value.code == 0
     assert "by 0.5 % of what the" in capsys.readouterr().out
+
+
+def test_runs_of_several_sets_of_knobs_are_not_averaged() -> None:
+    known = [*REFERENCE, *three(FP32, (0.0, 0.0, 0.0)), *three(INT8, (0.0009, 0.0, 0.0))]
+    with pytest.raises(ConfigError, match="several sets of knobs, which are not averaged; say which: fused,optimizer_state=fp32; fused,op"):
+        judge(known, "hf", "fused", ())
+    with pytest.raises(ConfigError, match="no run of it; there are runs of fused,optimizer_state=fp32; fused,optimizer_state=int8"):
+        judge(known, "hf", "fused,optimizer_sate=int8", ())
+    with pytest.raises(ConfigError, match="there are runs of fused,optimizer_state=fp32; fused,optimizer_state=int8; hf"):
+        judge(known, "hf", "nope", ())
+    assert judge(known, "hf", "fused,optimizer_state=int8", ("fused,optimizer_state=fp32",)).kind == "same"
