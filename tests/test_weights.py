@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from harness.errors import WeightsError
 from harness.weights import adapter_sha256, fingerprint, resolve_source
 from harness.weights.random_init import random_values
-from harness.weights.sources import split_hub
+from harness.weights.sources import split_hub, tokenizer_fingerprint
 from harness.weights.tensors import CHUNK, read_tensors, write_model, write_tensors
 from tests.real_files import ROOT, TOKENIZER
 
@@ -96,6 +96,8 @@ def test_the_fingerprint_of_a_folder_is_of_the_files_that_matter(folder: Path, t
     (folder / "tokenizer_config.json").write_text("{}")
     assert fingerprint(folder, tmp_path) != first
     (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightsError, match=r"no tokenizer here; name one with model\.tokenizer="):
+        tokenizer_fingerprint(tmp_path / "empty", tmp_path)
     with pytest.raises(WeightsError, match="nothing to use here"):
         fingerprint(tmp_path / "empty", tmp_path)
 

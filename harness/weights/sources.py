@@ -61,6 +61,8 @@ def fingerprint(path: Path, cache: Path, *, names: tuple[str, ...] | None = None
     if path.is_file():
         return _hashes([path], cache)[0]
     files = relevant_files(path) if names is None else [path / name for name in names if (path / name).is_file()]
+    if not files and names == TOKENIZER_FILES:
+        raise WeightsError(f"{path}: no tokenizer here; name one with model.tokenizer=dir:PATH, hub:OWNER/NAME or package:PACKAGE/FILE")
     if not files:
         raise WeightsError(f"{path}: nothing to use here; expected config.json, *.safetensors, tokenizer files or a .gguf file")
     lines = [f"{file.name} {digest}" for file, digest in zip(files, _hashes(files, cache), strict=True)]
