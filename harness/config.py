@@ -18,7 +18,7 @@ from harness.interpreter import located
 from harness.named import named_data, named_model
 from harness.places import Nodes, Sources
 from harness.record import Price
-from harness.searched import Searched
+from harness.searched import PROCESSES, Searched
 from harness.spec import Cell, Data, DType, EngineSpec, Method, Model, Name, Positive, Spec, Train, Workload, parse
 from harness.weights.vocabulary import check_fits, num_entries, num_rows
 
@@ -44,7 +44,7 @@ class EngineConfig(Spec):
     @property
     def searched_knobs(self) -> dict[str, Searched]:
         """Of ``search`` the knobs alone."""
-        return {name: searched for name, searched in self.search.items() if name != "processes"}
+        return {name: searched for name, searched in self.search.items() if name != PROCESSES}
 
 
 class MachineConfig(Spec):

@@ -11,6 +11,7 @@ from harness.spec import Spec, parse
 
 Factor = Annotated[float, Field(ge=0)]
 Kind = Literal["seconds", "layers", "working", "logits"]
+PROCESSES = "processes"  # searched beside the knobs, and none of them
 
 
 class Searched(Spec):

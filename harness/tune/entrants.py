@@ -14,10 +14,10 @@ from harness.data.tokens import TokenFile
 from harness.engine import Machine, load, requires, resumes
 from harness.errors import ConfigError
 from harness.interpreter import lack, located
-from harness.searched import Searched
+from harness.searched import PROCESSES, Searched
 from harness.spec import EngineSpec, Workload, parse
 from harness.tune.scale import capacity_bytes, dense_facts, token_facts, with_footprint
-from harness.tune.space import PROCESSES, Candidate, Facts, Space, enumerate_space
+from harness.tune.space import Candidate, Facts, Space, enumerate_space
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from pydantic import JsonValue
 
-from harness.searched import Kind, Searched
+from harness.searched import PROCESSES, Kind, Searched
 from harness.tune.gaussian import Floats
 
 Expected = Mapping[str, Searched]  # by knob
 KINDS: tuple[Kind, ...] = ("layers", "working", "logits")  # of what a token takes
-PROCESSES = "processes"  # searched beside the knobs, and none of them
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,8 +61,6 @@ def fingerprint(path: Path, cache: Path, *, names: tuple[str, ...] | None = None
     if path.is_file():
         return _hashes([path], cache)[0]
     files = relevant_files(path) if names is None else [path / name for name in names if (path / name).is_file()]
-    if not files and names == TOKENIZER_FILES:
-        raise WeightsError(f"{path}: no tokenizer here; name one with model.tokenizer=dir:PATH, hub:OWNER/NAME or package:PACKAGE/FILE")
     if not files:
         raise WeightsError(f"{path}: nothing to use here; expected config.json, *.safetensors, tokenizer files or a .gguf file")
     lines = [f"{file.name} {digest}" for file, digest in zip(files, _hashes(files, cache), strict=True)]
@@ -70,7 +68,9 @@ def fingerprint(path: Path, cache: Path, *, names: tuple[str, ...] | None = None
 
 
 def tokenizer_fingerprint(path: Path, cache: Path) -> str:
-    """Content hash of the tokenizer in ``path``, whatever else lies in the folder."""
+    """Content hash of the tokenizer in ``path``, whatever else lies in the folder. Raises WeightsError where there is none."""
+    if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise WeightsError(f"{path}: no tokenizer here; name one with model.tokenizer=dir:PATH, hub:OWNER/NAME or package:PACKAGE/FILE")
     return fingerprint(path, cache, names=TOKENIZER_FILES if path.is_dir() else None)
 
 
