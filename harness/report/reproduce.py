@@ -54,11 +54,14 @@ def command(cell: Cell, machine: Machine, repeats: Sequence[int], known: Options
     newer = newer_knobs(cell.engine, known)
     for group in GROUPS:
         wanted = _wanted(cell, group)
+        all_of, mine = known.get(group, {}), wanted.get("name")
+        named = {option: values for option, values in all_of.items() if values.get("name", mine) == mine}
+        if not named and group in ("data", "model"):  # it was given a name of its own: data=jsonl data.name=mine
+            named = {option: values for option, values in all_of.items() if MISSING in values.values()}
         choices = {
             name: _without(values, newer) if group == "engine" else values
-            for name, values in known.get(group, {}).items()
-            if values.get("name", wanted.get("name")) == wanted.get("name")
-            and not (group == "engine" and _sets(values, newer, known[group].get(cell.engine.name, {})))
+            for name, values in named.items()
+            if not (group == "engine" and _sets(values, newer, known[group].get(cell.engine.name, {})))
         }
         lists = {name: _overrides(wanted, values, group, _model(cell, group)) for name, values in choices.items()}
         if lists:

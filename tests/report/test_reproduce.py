@@ -143,12 +143,10 @@ def test_the_command_beside_every_committed_record_composes_today() -> None:
         assert spec.knobs.items() <= again["knobs"].items()
 
 
-def test_an_engine_or_model_that_conf_does_not_know_is_named_all_the_same() -> None:
-    cell = Cell(workload=records.workload(model="elsewhere"), engine=records.engine("peer"), repeat=1)
+def test_an_engine_that_conf_does_not_know_is_named_all_the_same() -> None:
+    cell = Cell(workload=records.workload(), engine=records.engine("peer"), repeat=1)
     said = words(command(cell, records.GPU, [1], KNOWN))
-    assert {"engine=peer", "model=elsewhere", "++engine.knobs={compute_dtype:float32,micro_batch:4}", "machine=cuda", "repeat=1"} <= set(
-        said
-    )
+    assert {"engine=peer", "++engine.knobs={compute_dtype:float32,micro_batch:4}", "machine=cuda", "repeat=1"} <= set(said)
 
 
 def test_without_conf_every_value_is_said() -> None:
@@ -215,3 +213,12 @@ def test_hydra_reads_back_what_was_written(value: Any) -> None:
     read = OverridesParser.create().parse_override(f"a.b={hydra_value(value)}").value()
     assert read == value
     assert type(read) is type(value)
+
+
+def test_data_and_a_model_under_names_of_their_own_are_the_options_that_are_filled_in() -> None:
+    data = {"name": "mine", "source": "jsonl", "path": "mine.jsonl", "sequence_length": 512, "held_out_fraction": 0.1}
+    cell = Cell(workload=records.workload(model="ours", data=data), engine=records.engine("hf"), repeat=0)
+    said = words(command(cell, records.GPU, [0], KNOWN))
+    assert {"data=jsonl", "data.name=mine", "data.path=mine.jsonl", "model=local", "model.name=ours"} <= set(said)
+    again = composed(cell, records.GPU)
+    assert (again["data"]["name"], again["model"]["name"]) == ("mine", "ours")
