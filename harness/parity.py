@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import JsonValue
 
+from harness.calibration import NUM_VARIANTS, Calibration, calibrate
 from harness.comparable import Light, Run, blocked, measured, missing, not_finite, scored, unusable
 from harness.deviations import HELD_OUT, HELD_OUT_FLOOR, TESTS, deviations, loss_floor, weights_deviations
 from harness.record import Record, Score
@@ -17,8 +18,6 @@ from harness.suspicion import suspicion
 from harness.updates import Alike
 from harness.verdict import Kind, Verdict
 
-SPREAD = 2.0  # an allowance is at least this many times the largest deviation among harmless variants of the anchor
-NUM_VARIANTS = 3  # fewer say nothing about how far harmless variants stray
 POWER = 10.0  # the held-out gain of the reference must be this many allowances, or equality proves nothing
 LIGHT_RELATIVE = 0.002  # of the loss: the light check's allowance beside the loss floor, wide enough for bf16 on long steps
 # In loss floors: three harmless variants of hf in bf16 strayed up to 2.4 (SmolLM2-135M, H100, docs/log.md 2026-11-23); twice that.
@@ -40,35 +39,29 @@ REFERENCE_KNOBS: Mapping[str, tuple[JsonValue, ...]] = {
 AUGMENTED_KNOBS = {"operations": "reference", "compute_dtype": "bfloat16"}
 
 
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """Per test, the allowance in floors, and from how many harmless variants it is known."""
-
-    allowed: Mapping[str, float]
-    known: Mapping[str, int]
-
-
 @dataclass(frozen=True)
 class Anchor:
     """A run to be judged against; ``variants`` are harmless variants of it, which widen the allowances.
 
-    ``rounding``: around the fp32 truth, the variants that matter to a candidate which computes in bf16.
+    ``rounding``: around the fp32 truth, the variants that matter to a candidate which computes in bf16. ``truth``: of a run that rounds,
+    the same in fp32, where that was run.
     """
 
     name: str
     run: Run
     variants: tuple[Run, ...] = ()
     rounding: tuple[Run, ...] = ()
+    truth: Run | None = None
 
     @functools.cached_property
     def plain(self) -> Calibration:
         """From ``variants``; found once, however many runs are judged against this one."""
-        return _calibrate(self.run, self.variants)
+        return calibrate(self.run, self.variants, self.truth)
 
     @functools.cached_property
     def rounded(self) -> Calibration:
         """From ``rounding``."""
-        return _calibrate(self.run, self.rounding)
+        return calibrate(self.run, self.rounding)
 
     def calibration(self, candidate: Run) -> Calibration:
         """What ``candidate`` is allowed."""
@@ -117,7 +110,8 @@ def anchor_at(run: Run, runs: Sequence[Run]) -> Anchor:
 def _anchor(name: str, run: Run, runs: Sequence[Run]) -> Anchor:
     alike = [one for one in runs if _computes_in(one.record, _dtype(run))]
     augmented = [one for one in runs if _is_augmented(one.record)] if _in_fp32(run) else []
-    return Anchor(name, run, _variants(run, alike), _variants(run, augmented))
+    exact = (one for one in runs if not _in_fp32(run) and _computes_in(one.record, "float32") and not blocked(one, run)[0])
+    return Anchor(name, run, _variants(run, alike), _variants(run, augmented), next(exact, None))
 
 
 def is_yardstick(record: Record) -> bool:
@@ -244,20 +238,6 @@ def _uncalibrated(known: int, *, around_truth: bool) -> str:
     how = "engine=fused engine.knobs.operations=reference in bfloat16" if around_truth else "engine=hf with other attention,"
     what = f"outside the floor, but how far harmless variants stray is known from {known} of {NUM_VARIANTS}"
     return f"{what}: run {how} with other micro_batch and recompute" if around_truth else f"{what}: run {how} micro_batch and recompute"
-
-
-def _calibrate(reference: Run, variants: Sequence[Run]) -> Calibration:
-    """Per test, in floors: at least 1, and twice the largest deviation among the variants, once there are enough of them."""
-    seen: dict[str, list[float]] = {name: [] for name in TESTS}
-    for variant in variants:
-        problems = blocked(variant, reference)[0] or not_finite(variant) or missing(variant, reference)
-        if problems:
-            raise ValueError(f"not a variant of the reference: {problems[0]}")
-        for test in deviations(variant, reference)[0]:
-            seen[test.name].append(test.excess)
-    known = {name: len(excesses) for name, excesses in seen.items()}
-    widened = {name: SPREAD * max(excesses) for name, excesses in seen.items() if known[name] >= NUM_VARIANTS}
-    return Calibration({name: max(1.0, widened.get(name, 1.0)) for name in TESTS}, known)
 
 
 def _light(candidate: Run, reference: Run) -> Light:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from harness.comparable import Run
-from harness.parity import Anchor, anchors, is_yardstick, judge, verdict
+from harness.parity import Anchor, anchors, is_yardstick, judge, judge_against, verdict
 from tests import records
 
 LOSSES = records.losses()
@@ -99,3 +100,26 @@ def test_candidates_that_round_are_allowed_what_the_augmented_reference_strays_f
     assert verdict(run(off=0.007, dtype="float32", attention="eager"), [truth]).kind == "different", (
         "what computes in fp32 has no rounding to excuse it"
     )
+
+
+@pytest.mark.parametrize(("first", "kind"), [(-0.009, "same"), (0.009, "same"), (0.011, "different")])
+def test_before_any_update_the_truth_is_a_variant_of_what_rounds(first: float, kind: str) -> None:
+    """The variants agree to 0.001 in the first loss, the truth is 0.005 away; all of them stray by 0.01 later."""
+    knobs: tuple[dict[str, Any], ...] = ({"attention": "eager"}, {"micro_batch": 1}, {"recompute": "full"})
+    exact = bent(0.005, 0.3, dtype="float32")
+    around = [bent(0.001, 0.01, **changed) for changed in knobs]
+    group = [run(), *around, exact]
+    anchor = next(one for one in anchors(group, exact.record.cell.workload.key, records.CPU.key) if one.name == "bf16")
+    assert anchor.truth is exact
+    assert judge_against(bent(first, 0.01, "fused"), anchor).kind == kind
+    without = judge_against(bent(first, 0.01, "fused"), replace(anchor, truth=None))
+    assert without.kind == "different"
+    assert "loss of step 1" in without.detail
+
+
+def bent(first: float, later: float, name: str = "hf", *, dtype: str = "bfloat16", **knobs: Any) -> Run:
+    """A run whose loss is off by ``first`` in step 1 and by ``later`` after that."""
+    record = records.record(
+        records.engine(name, compute_dtype=dtype, **knobs), losses=(LOSSES[0] + first, *(loss + later for loss in LOSSES[1:]))
+    )
+    return Run(record, records.score(record), records.score(record, base=True))

@@ -1,0 +1,42 @@
+"""How far a candidate may stray from an anchor: what harmless variants of the anchor were seen to need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from harness.comparable import Run, blocked, measured, missing, not_finite
+from harness.deviations import FIRST_LOSS, TESTS, deviations, loss_floor
+
+SPREAD = 2.0  # an allowance is at least this many times the largest deviation among harmless variants of the anchor
+NUM_VARIANTS = 3  # fewer say nothing about how far harmless variants stray
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Per test, the allowance in floors, and from how many harmless variants it is known."""
+
+    allowed: Mapping[str, float]
+    known: Mapping[str, int]
+
+
+def calibrate(reference: Run, variants: Sequence[Run], truth: Run | None = None) -> Calibration:
+    """Per test, in floors: at least 1, and twice the largest deviation among the variants, once there are enough of them.
+
+    ``truth``: the fp32 run that a rounded reference stands beside. Before any update both are the same function, so what lies between
+    their first losses is rounding, and another engine's rounding may be as large: for that test alone the truth is a variant too
+    (docs/decisions/0023). Later losses of a rounded reference trail the truth's by more than rounding (docs/log.md).
+    """
+    seen: dict[str, list[float]] = {name: [] for name in TESTS}
+    for variant in variants:
+        problems = blocked(variant, reference)[0] or not_finite(variant) or missing(variant, reference)
+        if problems:
+            raise ValueError(f"not a variant of the reference: {problems[0]}")
+        for test in deviations(variant, reference)[0]:
+            seen[test.name].append(test.excess)
+    if truth is not None:
+        steps, theirs = measured(reference).steps, measured(truth).steps
+        seen[FIRST_LOSS].append(abs(theirs.losses[0] - steps.losses[0]) / loss_floor(steps.tokens_loss[0]))
+    known = {name: len(excesses) for name, excesses in seen.items()}
+    widened = {name: SPREAD * max(excesses) for name, excesses in seen.items() if known[name] >= NUM_VARIANTS}
+    return Calibration({name: max(1.0, widened.get(name, 1.0)) for name in TESTS}, known)
