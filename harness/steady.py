@@ -33,9 +33,9 @@ def steady(steps: Steps) -> Steady:
     """The steady window of a run.
 
     It begins at the smallest k with |median(k .. k + 10) / median(rest) - 1| below 1 %, no compilation in it and the allocator's reserve
-    flat. Where steps differ in size, a line through (positions processed, seconds) is taken out first. Where single steps are noisy, 1 %
-    becomes three standard errors of the window's median, at most 5 %. A run of fewer than 40 steps is not judged: its first tenth is
-    left out, and what comes before the last compilation, as long as half of the steps remain.
+    flat. Where steps differ in size, a line through (positions processed, seconds) is taken out first, and the reserve may grow. Where
+    single steps are noisy, 1 % becomes three standard errors of the window's median, at most 5 %. A run of fewer than 40 steps is not
+    judged: its first tenth is left out, and what comes before the last compilation, as long as half of the steps remain.
     """
     num_steps = len(steps.seconds)
     settled = _settled(steps)
@@ -57,11 +57,16 @@ def steady(steps: Steps) -> Steady:
 
 
 def _settled(steps: Steps) -> int:
-    """The first step after every compilation and every change of the allocator's reserve."""
+    """The first step after every compilation and, where steps are of one size, after every change of the allocator's reserve.
+
+    Where they differ, the reserve grows whenever a step is larger than all before it: such steps are part of the work.
+    """
     settled = max((index + 1 for index, count in enumerate(steps.compiles or ()) if count), default=0)
     reserved = steps.reserved_bytes or ()
+    if not reserved or len(set(steps.tokens_processed)) > 1:
+        return settled
     changed = (index for index in range(1, len(reserved)) if reserved[index] != reserved[index - 1])
-    return max(settled, max(changed, default=0) + 1 if reserved else 0)
+    return max(settled, max(changed, default=0) + 1)
 
 
 def _tolerance(rest: Sequence[float]) -> float:

@@ -49,6 +49,13 @@ def test_nothing_before_the_last_compilation_or_the_last_change_of_the_reserve_c
     assert steady(run(flat, reserved_bytes=(*[200] * 20, *[100] * 40))).steps == range(21, 60), "given back, and taken again later"
 
 
+def test_where_steps_differ_in_size_the_reserve_grows_with_the_largest_and_that_unsettles_nothing() -> None:
+    sizes = [1000 + 100 * (step % 7) for step in range(60)]
+    sizes[50] = 5000
+    found = steady(run([size / 1000 for size in sizes], tokens_processed=sizes, reserved_bytes=(*[100] * 50, *[200] * 10)))
+    assert (found.steps, found.problem) == (range(1, 60), None)
+
+
 def test_a_run_that_compiles_until_its_end_is_unsteady() -> None:
     found = steady(run([1.0] * 60, compiles=(*[0] * 55, 1, *[0] * 4)))
     assert found.problem is not None
