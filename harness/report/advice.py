@@ -22,16 +22,13 @@ _Held = tuple[Member, Variant, int]
 def advice(family: Family) -> Sentences:
     """What a person with some card should know of ``family``: the fastest for its memory, what each method costs, how sure that is."""
     others = [member for member in family.members if member is not family.reference]
-    details = [
+    costs = [
         *(_cost(member, family.reference) for member in others if member.able),
         *(f"{member.name}: {nothing(member.group)}." for member in others if not member.able),
-        *_learning(family, others),
-        *_unlike(family, others),
         *_barred(family),
-        *_leanest(family),
-        _hosts(family),
     ]
-    return Sentences(_headline(family), tuple(details))
+    paragraphs = [costs, _learning(family, others), [*_unlike(family, others), *_leanest(family), _hosts(family)]]
+    return Sentences(_headline(family), tuple(" ".join(sentences) for sentences in paragraphs if sentences))
 
 
 def words(name: str) -> str:
@@ -130,27 +127,26 @@ def _learning(family: Family, others: Sequence[Member]) -> list[str]:
     if known and len(family.losses) > 1:
         spread = max(family.losses.values()) - min(family.losses.values())
         said.append(f"{family.reference.name}'s own spans {spread:.4f} over the seeds {', '.join(map(str, family.losses))}.")
-    if any(len(distance.by_seed) == 1 for _, distance in known):
-        said.append("One seed says nothing about chance.")
+    if single := [member.name for member, distance in known if len(distance.by_seed) == 1]:
+        said.append(f"One seed, which says nothing about chance: {', '.join(single)}.")
     missing = [member.name for member in others if member.able and not member.distance]
     if missing:
-        said.append(f"How well {' and '.join(missing)} learns beside {family.reference.name} is not shown: no held-out losses to compare.")
+        said.append(f"Not shown is how well {', '.join(missing)} learns: no held-out losses that compare with {family.reference.name}'s.")
     return said
 
 
 def _learnt(member: Member, distance: Distance, reference: Member) -> str:
     values, mean = list(distance.by_seed.values()), distance.mean
-    way = "above" if mean > 0 else "below"
+    way, whose = "above" if mean > 0 else "below", f"{reference.name}'s"
+    if member.first and member.first.engine.name != distance.against.engine.name:
+        whose += f" (of {distance.against.engine.name}, not {member.first.engine.name}: engines differ, too)"
     if len(values) == 1:
-        near = abs(mean) <= HELD_OUT_FLOOR
-        size = f"within {HELD_OUT_FLOOR:g} of" if near else f"{abs(mean):.4f} {way}"
-        return f"The held-out loss of {member.name} is {size} {reference.name}'s."
+        size = f"within {HELD_OUT_FLOOR:g} of" if abs(mean) <= HELD_OUT_FLOOR else f"{abs(mean):.4f} {way}"
+        return f"The held-out loss of {member.name} is {size} {whose}."
     reach = f"{signed(min(values))} to {signed(max(values))} over {len(values)} seeds"
     if min(values) < 0 < max(values):
-        return (
-            f"The held-out loss of {member.name} is {abs(mean):.4f} {way} {reference.name}'s on average, but {reach}: no difference shown."
-        )
-    return f"The held-out loss of {member.name} is {abs(mean):.4f} {way} {reference.name}'s on average ({reach})."
+        return f"The held-out loss of {member.name} is {abs(mean):.4f} {way} {whose} on average, but {reach}: no difference shown."
+    return f"The held-out loss of {member.name} is {abs(mean):.4f} {way} {whose} on average ({reach})."
 
 
 def _unlike(family: Family, others: Sequence[Member]) -> list[str]:
@@ -197,7 +193,7 @@ def _leanest(family: Family) -> list[str]:
     alone = [member.name for member, is_first in held if is_first]
     said = [CONTEXT] if held and family.reference.group.machine.device == "cuda" else []
     if alone and len(alone) < len(held):
-        said.insert(0, f"Of {' and '.join(alone)} nothing was measured that needs less than the fastest, so its least may be less.")
+        said.insert(0, f"Nothing leaner than the fastest was measured, so less memory may do: {', '.join(alone)}.")
     return said
 
 

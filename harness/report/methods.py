@@ -109,7 +109,8 @@ def _distance_note(member: Member) -> str:
     distance = member.distance
     if distance is None:
         return ""
-    each = [f"seed {seed}: {signed(value)}" for seed, value in distance.by_seed.items()] if len(distance.by_seed) > 1 else []
+    values = distance.by_seed.values()
+    each = [f"{signed(min(values))} to {signed(max(values))}, {len(values)} seeds"] if len(values) > 1 else []
     other = [] if member.first and distance.against.engine.key == member.first.engine.key else [f"from {distance.against.label}"]
     return ", ".join([*each, *other])
 

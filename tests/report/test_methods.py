@@ -71,7 +71,7 @@ def test_a_row_a_method_the_fastest_first() -> None:
         "qlora at its fastest needs 7.80 GiB (lora 10.00) and has 0.83 times lora's rate (98\u00a0% interval 0.830 to 0.830, 3 pairs)."
         in said
     )
-    assert "The held-out loss of qlora is 0.0123 above lora's. One seed says nothing about chance." in said
+    assert "The held-out loss of qlora is 0.0123 above lora's. One seed, which says nothing about chance: qlora." in said
     assert "Measured on one host, 2026-11-23 10:00 to 2026-11-23 10:02 UTC; rates of different sittings compare only within about 3" in said
 
 
@@ -92,7 +92,7 @@ def test_memory_that_did_not_suffice_is_an_answer() -> None:
         "nothing ran to the end (oom)", "", "", "", "", "",
     )  # fmt: skip
     assert table.sentences.headline == "lora alone has a rate here: 2,000 tokens/s."
-    assert "full: nothing ran to the end (oom)." in table.sentences.details
+    assert "full: nothing ran to the end (oom)." in table.sentences.text
 
 
 def test_the_least_memory_is_of_any_variant_and_what_was_not_tried_is_said() -> None:
@@ -104,7 +104,7 @@ def test_the_least_memory_is_of_any_variant_and_what_was_not_tried_is_said() -> 
     assert table.sentences.headline.endswith(
         ": lora from 5.00 GiB (1,400 tokens/s); qlora from 7.80 GiB (1,660 tokens/s); lora from 10.00 GiB (2,000 tokens/s)."
     )
-    assert "Of qlora nothing was measured that needs less than the fastest, so its least may be less." in table.sentences.details
+    assert "Nothing leaner than the fastest was measured, so less memory may do: qlora." in table.sentences.text
     leaner = only(LORA, ran("lora", 1800.0, 5.0, spec=lean), QLORA).sentences.headline
     assert leaner.startswith("lora from 5.00 GiB (1,800 tokens/s, up to 2,000 in 10.00): no other method"), "qlora is slower in more"
 
@@ -113,9 +113,7 @@ def test_who_trained_something_else_is_no_row_but_is_named() -> None:
     cheat = ran("qlora", 4000.0, 1.0, TRAINED_LOSS, spec=engine("cheat"), losses=(0.0,) * 20)
     table = only(LORA, ran("qlora", 1660.0, 7.8, spec=engine("hf")), cheat)
     assert (row(table, "qlora").first, row(table, "qlora").least) == ("hf", "7.80")
-    (said,) = (detail for detail in table.sentences.details if "cannot win" in detail)
-    assert said.startswith("qlora: cheat was faster (4,000 tokens/s) but cannot win: not comparable")
-    assert said.endswith("; its held-out loss is 2.1000.")
+    assert "qlora: cheat was faster (4,000 tokens/s) but cannot win: not comparable; its held-out loss is 2.1000." in table.sentences.text
 
 
 def test_other_hosts_and_single_runs_are_no_verdict() -> None:
@@ -144,7 +142,7 @@ def test_held_out_losses_over_seeds() -> None:
     above = seeds(2.105, 2.116, 2.127)
     assert above.facts == "20 steps, seed 0"
     assert row(above, "qlora").distance == "+0.0060"
-    assert row(above, "qlora").distance_note == "seed 0: +0.0050, seed 1: +0.0060, seed 2: +0.0070"
+    assert row(above, "qlora").distance_note == "+0.0050 to +0.0070, 3 seeds"
     said = above.sentences.text
     assert "The held-out loss of qlora is 0.0060 above lora's on average (+0.0050 to +0.0070 over 3 seeds)." in said
     assert "lora's own spans 0.0200 over the seeds 0, 1, 2." in said
@@ -159,6 +157,9 @@ def test_losses_compare_within_one_engine_where_it_ran_both() -> None:
     assert (row(table, "qlora").distance, row(table, "qlora").distance_note) == ("+0.0100", "")
     other = only(LORA, ran("qlora", 400.0, 6.0, 2.16, spec=engine("unsloth")))
     assert (row(other, "qlora").distance, row(other, "qlora").distance_note) == ("+0.0600", "from fused")
+    assert "is 0.0600 above lora's (of fused, not unsloth: engines differ, too)." in other.sentences.text
+    near = only(LORA, ran("qlora", 1660.0, 7.8, TRAINED_LOSS - 0.0009)).sentences.text
+    assert "The held-out loss of qlora is within 0.001 of lora's." in near
 
 
 def test_other_steps_are_said_and_leave_rates_only() -> None:
@@ -166,8 +167,8 @@ def test_other_steps_are_said_and_leave_rates_only() -> None:
     found = row(table, "qlora")
     assert (found.differs, found.held_out_loss, found.distance) == ("steps 40", "2.5000", "")
     assert found.ratio == "0.830"
-    assert "qlora was trained with steps 40 instead of 20: that changes losses, not rates." in table.sentences.details
-    assert "How well qlora learns beside lora is not shown: no held-out losses to compare." in table.sentences.details
+    assert "qlora was trained with steps 40 instead of 20: that changes losses, not rates." in table.sentences.text
+    assert "Not shown is how well qlora learns: no held-out losses that compare with lora's." in table.sentences.text
 
 
 def test_a_learning_rate_is_a_methods_own() -> None:
@@ -198,7 +199,7 @@ def test_an_engine_that_was_changed_in_between_is_named() -> None:
         stored(one.record.model_copy(update={"provenance": one.record.provenance.model_copy(update={"engine_fingerprint": "e" * 12})}))
         for one in QLORA
     ]
-    assert "fused was changed between the runs of lora and qlora." in only(LORA, changed).sentences.details
+    assert "fused was changed between the runs of lora and qlora." in only(LORA, changed).sentences.text
     assert "was changed" not in only(LORA, QLORA).sentences.text
 
 
