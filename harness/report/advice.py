@@ -12,9 +12,10 @@ from harness.report.columns import memory_bytes
 from harness.report.families import Distance, Family, Member, best_by_memory
 from harness.report.numbers import gib, number, percent, plain_rate, rate, times
 from harness.report.sentence import Sentences
-from harness.stats import CONFIDENCE, Comparison
+from harness.stats import CONFIDENCE, SAME, Comparison
 
 SITTINGS = 0.03  # drift of conf/check.yaml: rates of two sittings that differ by less cannot be told apart
+LEAST_SEEDS = 3  # of harness.converge
 CONTEXT = "A card also holds the CUDA context, about half a GiB."
 _Held = tuple[Member, Variant, int]
 
@@ -88,7 +89,7 @@ def _stretch(found: Sequence[_Held], before: Sequence[_Held] | None) -> str:
     if before:
         slower = before[-1][1]
         ratio = (high.tokens_per_second or 0.0) / (slower.tokens_per_second or math.inf)
-        said += [] if _can_be_told(ratio, compare_variants(high, slower)) else ["too close to call"]
+        said += filter(None, [_doubt(ratio, compare_variants(high, slower))])
     return f"{member.name} from {gib(size)} GiB ({', '.join(said)})"
 
 
@@ -105,19 +106,18 @@ def _cost(member: Member, reference: Member) -> str:
 
 
 def _how_sure(ratio: float, compared: Comparison | None) -> str:
-    interval = compared.interval if compared else None
-    several = interval is not None and interval.n > 1
-    reach = (
-        f" ({percent(CONFIDENCE)} interval {interval.low:.3f} to {interval.high:.3f}, {interval.n} pairs)" if interval and several else ""
-    )
-    return reach if _can_be_told(ratio, compared) else f"{reach}, too close to call"
+    interval, reach = compared.interval if compared else None, ""
+    if interval and interval.n > 1:
+        reach = f" ({percent(CONFIDENCE)} interval {interval.low:.3f} to {interval.high:.3f}, {interval.n} pairs)"
+    doubt = _doubt(ratio, compared)
+    return f"{reach}, {doubt}" if doubt else reach
 
 
-def _can_be_told(ratio: float, compared: Comparison | None) -> bool:
-    """Whether a difference of rates is more than chance, and more than what two sittings differ by where runs are not paired."""
+def _doubt(ratio: float, compared: Comparison | None) -> str:
+    """Why two rates are not to be told apart: chance, or, of runs that are not paired, two sittings; nothing where they are."""
     if compared and compared.interval and compared.interval.n > 1:
-        return compared.answer in ("faster", "slower")
-    return abs(math.log(ratio)) > math.log1p(SITTINGS)
+        return {"same": f"the same within ±{percent(SAME)}", "inconclusive": "too close to call"}.get(compared.answer, "")
+    return "too close to call" if abs(math.log(ratio)) <= math.log1p(SITTINGS) else ""
 
 
 def _learning(family: Family, others: Sequence[Member]) -> list[str]:
@@ -127,8 +127,8 @@ def _learning(family: Family, others: Sequence[Member]) -> list[str]:
     if known and len(family.losses) > 1:
         spread = max(family.losses.values()) - min(family.losses.values())
         said.append(f"{family.reference.name}'s own spans {spread:.4f} over the seeds {', '.join(map(str, family.losses))}.")
-    if single := [member.name for member, distance in known if len(distance.by_seed) == 1]:
-        said.append(f"One seed, which says nothing about chance: {', '.join(single)}.")
+    if few := [f"{member.name} ({len(distance.by_seed)})" for member, distance in known if len(distance.by_seed) < LEAST_SEEDS]:
+        said.append(f"Too few seeds to tell a difference from chance: {', '.join(few)}.")
     missing = [member.name for member in others if member.able and not member.distance]
     if missing:
         said.append(f"Not shown is how well {', '.join(missing)} learns: no held-out losses that compare with {family.reference.name}'s.")
@@ -140,9 +140,12 @@ def _learnt(member: Member, distance: Distance, reference: Member) -> str:
     way, whose = "above" if mean > 0 else "below", f"{reference.name}'s"
     if member.first and member.first.engine.name != distance.against.engine.name:
         whose += f" (of {distance.against.engine.name}, not {member.first.engine.name}: engines differ, too)"
-    if len(values) == 1:
-        size = f"within {HELD_OUT_FLOOR:g} of" if abs(mean) <= HELD_OUT_FLOOR else f"{abs(mean):.4f} {way}"
-        return f"The held-out loss of {member.name} is {size} {whose}."
+    several = len(values) > 1
+    if max(map(abs, values)) <= HELD_OUT_FLOOR:
+        seeds = f" in each of {len(values)} seeds" if several else ""
+        return f"The held-out loss of {member.name} is within {HELD_OUT_FLOOR:g} of {whose}{seeds}."
+    if not several:
+        return f"The held-out loss of {member.name} is {abs(mean):.4f} {way} {whose}."
     reach = f"{signed(min(values))} to {signed(max(values))} over {len(values)} seeds"
     if min(values) < 0 < max(values):
         return f"The held-out loss of {member.name} is {abs(mean):.4f} {way} {whose} on average, but {reach}: no difference shown."
@@ -204,6 +207,6 @@ def _hosts(family: Family) -> str:
     hosts = [{run.record.provenance.host for run in first.runs} for _, first in firsts]
     days = sorted(run.record.provenance.started_utc for _, first in firsts for run in first.runs)
     where = "on one host" if set.intersection(*hosts) else "on different hosts"
-    when = " to ".join(day[:16].replace("T", " ") for day in dict.fromkeys((days[0], days[-1])))
+    when = " to ".join(dict.fromkeys(day[:16].replace("T", " ") for day in (days[0], days[-1])))
     said = f"Measured {where}, {when} UTC; rates of different sittings compare only within about {percent(SITTINGS)}."
     return f"{said} One run each, which says nothing about chance: {', '.join(single)}." if single else said

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.report.advice import SITTINGS
+from harness.converge import LEAST_SEEDS as SEEDS_OF_CONVERGE
+from harness.report.advice import LEAST_SEEDS, SITTINGS
 from harness.report.glance import identifier
 from harness.report.judged import judged
 from harness.report.methods import Row, Table, methods
@@ -71,7 +72,7 @@ def test_a_row_a_method_the_fastest_first() -> None:
         "qlora at its fastest needs 7.80 GiB (lora 10.00) and has 0.83 times lora's rate (98\u00a0% interval 0.830 to 0.830, 3 pairs)."
         in said
     )
-    assert "The held-out loss of qlora is 0.0123 above lora's. One seed, which says nothing about chance: qlora." in said
+    assert "The held-out loss of qlora is 0.0123 above lora's. Too few seeds to tell a difference from chance: qlora (1)." in said
     assert "Measured on one host, 2026-11-23 10:00 to 2026-11-23 10:02 UTC; rates of different sittings compare only within about 3" in said
 
 
@@ -128,7 +129,14 @@ def test_other_hosts_and_single_runs_are_no_verdict() -> None:
     assert "too close" not in only(LORA, ran("qlora", 1920.0, 7.8, host="host-2")).sentences.text, "4 % is more than sittings differ by"
 
 
-def test_the_margin_of_sittings_is_that_of_the_check() -> None:
+def test_pairs_of_one_host_are_told_apart_by_their_interval() -> None:
+    assert "3 pairs), the same within ±2\u00a0%." in only(LORA, ran("qlora", 1990.0, 7.8)).sentences.text
+    noisy = repeats(engine("fused"), [1700.0, 2100.0, 1500.0], work=work("qlora"), memory_gib=7.8, scored=False)
+    assert "3 pairs), too close to call." in only(LORA, noisy).sentences.text
+
+
+def test_the_margin_of_sittings_is_that_of_the_check_and_seeds_are_as_many_as_converge_wants() -> None:
+    assert LEAST_SEEDS == SEEDS_OF_CONVERGE
     conf = Path(__file__).resolve().parents[2] / "conf" / "check.yaml"
     assert yaml.safe_load(conf.read_text(encoding="utf-8"))["drift"] == SITTINGS
 
@@ -146,6 +154,10 @@ def test_held_out_losses_over_seeds() -> None:
     said = above.sentences.text
     assert "The held-out loss of qlora is 0.0060 above lora's on average (+0.0050 to +0.0070 over 3 seeds)." in said
     assert "lora's own spans 0.0200 over the seeds 0, 1, 2." in said
+    assert "Too few seeds" not in said
+    assert "Too few seeds to tell a difference from chance: qlora (2)." in seeds(2.105, 2.116).sentences.text
+    near = seeds(2.1005, 2.1105, 2.1195).sentences.text
+    assert "The held-out loss of qlora is within 0.001 of lora's in each of 3 seeds." in near
     either = seeds(2.095, 2.116, 2.127).sentences.text
     assert "on average, but \N{MINUS SIGN}0.0050 to +0.0070 over 3 seeds: no difference shown." in either
 
