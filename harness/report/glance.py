@@ -61,8 +61,12 @@ def identifier(group: Group) -> str:
 def title(group: Group) -> str:
     """``llama3_8b · lora · dense · 4 × 2,048``: samples a step by their greatest length in tokens."""
     work = group.workload
-    shape = f"{work.train.samples_per_step}\u00a0×\u00a0{work.data.sequence_length:,}"
-    return f"{work.model.name} · {work.method.name} · {work.data.name} · {shape}"
+    return f"{work.model.name} · {work.method.name} · {work.data.name} · {shape(group)}"
+
+
+def shape(group: Group) -> str:
+    """``4 × 2,048``: samples a step by their greatest length."""
+    return f"{group.workload.train.samples_per_step}\u00a0×\u00a0{group.workload.data.sequence_length:,}"
 
 
 def facts(group: Group) -> tuple[str, ...]:

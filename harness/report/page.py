@@ -16,6 +16,7 @@ from harness.rank import Group
 from harness.report.glance import glance, identifier
 from harness.report.history import history
 from harness.report.judged import judged
+from harness.report.methods import methods, side_by_side
 from harness.report.plots import looks, plots
 from harness.report.reproduce import options
 from harness.report.tuning import tuning
@@ -55,11 +56,14 @@ def _content(results: Results, groups: tuple[Group, ...] | None = None) -> dict[
     outdated = {line.id: line.outdated for machine in at_a_glance for line in machine.lines}  # in the order of the page
     groups = tuple(sorted(groups, key=lambda group: list(outdated).index(identifier(group))))
     records = [stored.record for stored in results.stored]
+    tables = methods(groups, outdated)
     return {
         "sections": [
             section(group, groups, known, results.floors, plots(group, look), look, outdated[identifier(group)]) for group in groups
         ],
         "glance": at_a_glance if len(groups) > 1 else (),
+        "methods": tables,
+        "side_by_side": side_by_side(tables),
         "problems": results.problems,
         "history": history(results).lines,
         "tunings": [tuning(found) for found in results.tuned],

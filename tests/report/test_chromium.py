@@ -15,6 +15,7 @@ import pytest
 from harness.report.page import html as page
 from tests import records
 from tests.records import engine, repeats, results
+from tests.report.test_methods import work
 from tests.report.test_report import HOSTILE, hostile
 from tests.test_derived import gpu_record
 
@@ -99,6 +100,7 @@ def full() -> str:
         *repeats(engine("long", note=LONG), [50.0, 51.0, 49.0]),
         *repeats(engine("long", note="short"), [50.0]),
         records.stored(records.record(engine("long", note=LONG), repeat=9, status="crash", reason=LONG * 3)),
+        *repeats(engine("fused", micro_batch=4, note=LONG), [150.0, 151.0, 149.0], work=work("qlora", seed=1)),
         *repeats(engine("hf", compute_dtype="bfloat16"), [8140.0], machine=records.GPU, memory_gib=58.4, scored=False),
         records.stored(gpu_record(), scored=False),
     ]
@@ -110,7 +112,7 @@ def test_the_page_fits_shows_its_charts_and_runs_nothing(full: str, tmp_path: Pa
     found = look(tmp_path, full, width)
     assert found["scroll"] == width, found["wide"]
     assert found["wide"] == []
-    assert found["charts"] == 9
+    assert found["charts"] == 12
     assert found["broken"] == []
     assert found["scripts"] == 0
     assert not found["hacked"]
@@ -118,6 +120,7 @@ def test_the_page_fits_shows_its_charts_and_runs_nothing(full: str, tmp_path: Pa
     assert "<script>window.hacked=1</script><img src=x onerror=alert(1)> | a`b*c*[d](javascript:e) $x$" in visible
     assert HOSTILE[-1] in visible
     assert "cheat was faster" in visible
+    assert "Which method?" in visible
 
 
 def test_the_look_sees_what_it_looks_for(tmp_path: Path) -> None:
