@@ -63,10 +63,12 @@ def _beside(one: Verdict, found: _Found, card: str) -> Verdict:
         if where == card or (label, card) not in found or found[label, card].kind != other.kind
     }
     same = one.can_win and bool(elsewhere) and all(other.kind == "same" for other in elsewhere.values())
-    said = ", ".join(
-        f"{other.anchor if same else other.label} on {label}{'' if where == card else f', {where}'}"
-        for (label, where), other in elsewhere.items()
-    )
+    found_alike: dict[tuple[str, str, str], list[str]] = {}
+    for (label, where), other in elsewhere.items():
+        stem, _, key = label.rpartition("-")
+        what = str(other.anchor if same else other.label)
+        found_alike.setdefault((what, stem, "" if where == card else f", {where}"), []).append(key)
+    said = ", ".join(f"{what} on {stem}-{' and -'.join(keys)}{where}" for (what, stem, where), keys in found_alike.items())
     return replace(one, elsewhere=said, same_elsewhere=same, can_win=one.can_win and (same or not elsewhere))
 
 

@@ -26,8 +26,8 @@ def fused(*entries: Stored) -> list[Variant]:
     return [variant for group in groups for variant in group.variants if variant.engine.name == "fused" and group.workload == SPEED]
 
 
-def on_parity(**changed: Any) -> list[Stored]:
-    return [entry("hf", REAL), entry("fused", REAL, **changed), *(entry(name, REAL.first_step, scored=False) for name in ("hf", "fused"))]
+def on_parity(work: Workload = REAL, **changed: Any) -> list[Stored]:
+    return [entry("hf", work), entry("fused", work, **changed), *(entry(name, work.first_step, scored=False) for name in ("hf", "fused"))]
 
 
 SPEED_ROWS = [entry("hf", SPEED, scored=False), entry("fused", SPEED, scored=False, rate=2000.0)]
@@ -44,6 +44,14 @@ def test_a_row_on_random_weights_carries_the_verdict_of_the_workload_that_can_be
     (vouched,) = fused(*SPEED_ROWS, *on_parity())
     assert vouched.verdict is not None
     assert (vouched.verdict.label, vouched.verdict.look, vouched.can_win) == (f"same elsewhere (fp32 on {REAL.label})", "same", True)
+
+
+def test_seeds_of_one_workload_are_named_together() -> None:
+    other = records.workload(seed=1)
+    (vouched,) = fused(*SPEED_ROWS, *on_parity(), *on_parity(other))
+    assert vouched.verdict is not None
+    first, second = sorted(work.label for work in (REAL, other))
+    assert vouched.verdict.label == f"same elsewhere (fp32 on {first} and -{second.rpartition('-')[2]})"
 
 
 def test_an_engine_that_trains_another_function_there_wins_nowhere() -> None:
