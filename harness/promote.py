@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.errors import HarnessError, StoreError
 from harness.record import Record
-from harness.store import Results, Stored, load, save_floor, save_pair, save_score, write_at_once
+from harness.store import Results, Stored, load, pair_path, save_floor, save_pair, save_score, write_at_once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,11 +69,12 @@ def _copy(runs: Path, to: Path, stored: Stored) -> Path:
 
 
 def _copy_pairs(results: Results, to: Path) -> None:
-    """What is known of the updates of the promoted records."""
+    """What is known of the updates of the promoted records; what is known already stays: measured again, its last digits differ."""
     clean = [stored.record.measurement for stored in results.stored if not _refusal(stored.record)]
     promoted = {measurement.artifacts.adapter_sha256 for measurement in clean if measurement}
     for pair in results.updates.values():
-        if promoted.issuperset(pair.trained_sha256):
+        known = pair_path(to, pair.start_sha256, *pair.trained_sha256).exists()
+        if promoted.issuperset(pair.trained_sha256) and not known:
             save_pair(pair, to)
 
 

@@ -37,7 +37,9 @@ def test_a_record_travels_with_its_scores(tmp_path: Path) -> None:
     assert ([file.read_bytes() for file in promoted], refused) == ([path.read_bytes()], [])
     (stored,) = load(results).stored
     assert (stored.record, stored.score is not None, stored.base_score is not None) == (record, True, True)
+    save_pair(known.model_copy(update={"cosine": 1.0 - 1e-12}), runs)
     assert promote(runs, results)[0] == promoted, "promoting again changes nothing"
+    assert list(load(results).updates.values()) == [known]
 
 
 def test_a_dirty_tree_is_no_evidence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
