@@ -33,11 +33,11 @@ COLUMNS = sorted({place for _, place in CELLS})
 
 
 def group(place: int) -> Group:
-    """The one group of results/ that a column shows."""
+    """The group of results/ that a column shows: of several (trainings of other lengths) the one with most blocks of ours and Unsloth's."""
     said = re.fullmatch(r"(\d)B( on NF4)?, (\d+) × ([\d,]+)", CELLS["column", place])
     assert said is not None
     wanted = (MODELS[said[1]], "qlora" if said[2] else "lora", int(said[3]), int(said[4].replace(",", "")))
-    (found,) = (
+    found = [
         one
         for one in GROUPS
         if (one.workload.model.name, one.workload.method.name, one.workload.train.samples_per_step, one.workload.data.sequence_length)
@@ -45,8 +45,22 @@ def group(place: int) -> Group:
         and CELLS["card", place] in one.machine.name
         and one.machine.count == 1
         and shows_both(one)
-    )
-    return found
+    ]
+    return max(found, key=num_blocks)
+
+
+def num_blocks(group: Group) -> int:
+    """Repeats that ours and the faster of Unsloth's, nothing recomputed, have in common."""
+    ours, theirs = pair(group)
+    between = compare_variants(ours, theirs).interval
+    return between.n if between else 0
+
+
+def pair(group: Group) -> tuple[Variant, Variant]:
+    variants = {variant.label: variant for variant in group.variants if variant.runs}
+    theirs = fastest(variants, "unsloth/nockpt")
+    assert theirs is not None
+    return variants["fused"], theirs
 
 
 def shows_both(group: Group) -> bool:
@@ -69,9 +83,9 @@ def fastest(variants: Mapping[str, Variant], *names: str) -> Variant | None:
 
 @pytest.mark.parametrize("place", COLUMNS)
 def test_a_column_of_the_readme_is_what_its_records_say(place: int) -> None:
-    variants = {variant.label: variant for variant in group(place).variants if variant.runs}
-    ours, theirs = variants["fused"], fastest(variants, "unsloth/nockpt")
-    assert theirs is not None
+    shown = group(place)
+    variants = {variant.label: variant for variant in shown.variants if variant.runs}
+    ours, theirs = pair(shown)
     between = compare_variants(ours, theirs).interval
     assert between is not None
     reach = f" ({between.low:.3f} to {between.high:.3f})" if between.n > 1 else ""
