@@ -101,22 +101,60 @@ def _config(job: Job, knobs: Knobs) -> dict[str, Any]:
     would reduce in bf16: none. All weights are trained as bf16 copies of float32 masters.
     """
     rounded, adapted = knobs.compute_dtype == "bfloat16", isinstance(job.workload.method, Lora)
-    zero: dict[str, Any] = {"stage": knobs.stage}
+    zero: dict[str, Any] = {"stage": knobs.stage, "compute_grad_norm": not _clipped_here(job, knobs)}
     for where, to in (("offload_optimizer", knobs.offload_optimizer), ("offload_param", knobs.offload_parameters)):
         if to == "cpu":
             zero[where] = {"device": "cpu", "pin_memory": job.device == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": job.workload.train.max_grad_norm or 0.0,
+        "gradient_clipping": 0.0 if _clipped_here(job, knobs) else job.workload.train.max_grad_norm or 0.0,
         "zero_optimization": zero,
-        "bf16": {"enabled": rounded and not adapted},
+        "bf16": {"enabled": rounded and not adapted, "check_grad_overflow": False},  # no loss is scaled; looking waits for the device
+        "timers": {"throughput": {"enabled": False}},  # waits for the device before every forward pass and after every step
         "torch_autocast": {"enabled": rounded and adapted, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,  # torch's AdamW, which every engine has: its own would be compiled at the first start
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def _clipped_here(job: Job, knobs: Knobs) -> bool:
+    """Whether ``_Clipping`` does it: where each optimizer step sees this rank's whole gradient, on the device, and DeepSpeed may leave it."""
+    method = job.workload.method
+    one_group = not isinstance(method, Lora) or method.b_learning_rate_ratio == 1
+    return knobs.stage < 3 and knobs.offload_optimizer == "none" and one_group
+
+
+class _Clipping:
+    """The norm of the gradient of all ranks, and clipping by it, before each step of ``optimizer``, which gets what its rank holds.
+
+    DeepSpeed's own asks the device three times a step what the norm is, so nothing is queued behind it, and takes it tensor by tensor.
+    """
+
+    def __init__(self, optimizer: Any, max_norm: float | None) -> None:
+        self._max_norm = max_norm
+        self._norms: list[Tensor] = []
+        optimizer.register_step_pre_hook(self._clip)
+
+    def norm(self) -> Tensor:
+        """Before clipping, of the one step that was made since the last call. Raises RuntimeError when it was not one."""
+        norms, self._norms = self._norms, []
+        if len(norms) != 1:
+            raise RuntimeError(f"DeepSpeed made {len(norms)} optimizer steps where one was due: gradients were not clipped as a whole")
+        return norms[0]
+
+    def _clip(self, optimizer: Any, *_: Any) -> None:
+        from torch import distributed
+        from torch.nn import utils
+
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        squared = utils.get_total_norm([parameter.grad for parameter in parameters]).square()
+        distributed.all_reduce(squared)
+        self._norms.append(squared.sqrt())
+        if self._max_norm is not None:
+            utils.clip_grads_with_norm_(parameters, self._max_norm, self._norms[-1])
 
 
 class _Trained:
@@ -135,6 +173,7 @@ class _Trained:
             for module in model.modules():  # but buffers stay where they are
                 module._buffers.update({name: value.to(job.device) for name, value in module._buffers.items() if value is not None})
         optimizer = adamw(groups(model, job.workload.method), self._schedule, job.device)
+        self._clipping = _Clipping(optimizer, self._schedule.max_grad_norm) if _clipped_here(job, knobs) else None
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
         self._model, self._get = model, deepspeed.utils.safe_get_full_fp32_param
         for parameter, value in exact.items():
@@ -150,7 +189,7 @@ class _Trained:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = self._schedule.learning_rate_at(index) * group.get("ratio", 1.0)
         self._engine.step()
-        norm: Tensor | float = self._engine.get_global_grad_norm()
+        norm: Tensor | float = self._clipping.norm() if self._clipping else self._engine.get_global_grad_norm()
         return norm
 
     def save_state(self, folder: Path) -> None:
