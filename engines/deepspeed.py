@@ -101,7 +101,12 @@ def _config(job: Job, knobs: Knobs) -> dict[str, Any]:
     would reduce in bf16: none. All weights are trained as bf16 copies of float32 masters.
     """
     rounded, adapted = knobs.compute_dtype == "bfloat16", isinstance(job.workload.method, Lora)
-    zero: dict[str, Any] = {"stage": knobs.stage, "compute_grad_norm": not _clipped_here(job, knobs)}
+    zero: dict[str, Any] = {
+        "stage": knobs.stage,
+        "compute_grad_norm": not _clipped_here(job, knobs),
+        # Adapters are small: their gradients are reduced from where autograd left them, else by way of a buffer of 2 GB made in every pass.
+        "contiguous_gradients": not (adapted and _on_device(knobs)),
+    }
     for where, to in (("offload_optimizer", knobs.offload_optimizer), ("offload_param", knobs.offload_parameters)):
         if to == "cpu":
             zero[where] = {"device": "cpu", "pin_memory": job.device == "cuda"}
@@ -120,17 +125,21 @@ def _config(job: Job, knobs: Knobs) -> dict[str, Any]:
     }
 
 
+def _on_device(knobs: Knobs) -> bool:
+    """Whether the optimizer finds a rank's part of the gradients on its device, all of a group as one tensor."""
+    return knobs.stage < 3 and knobs.offload_optimizer == "none"
+
+
 def _clipped_here(job: Job, knobs: Knobs) -> bool:
-    """Whether ``_Clipping`` does it: where each optimizer step sees this rank's whole gradient, on the device, and DeepSpeed may leave it."""
+    """Whether ``_Clipping`` does it, not DeepSpeed: only where one call of the optimizer's step sees all of a rank's gradients."""
     method = job.workload.method
-    one_group = not isinstance(method, Lora) or method.b_learning_rate_ratio == 1
-    return knobs.stage < 3 and knobs.offload_optimizer == "none" and one_group
+    return _on_device(knobs) and not (isinstance(method, Lora) and method.b_learning_rate_ratio != 1)
 
 
 class _Clipping:
-    """The norm of the gradient of all ranks, and clipping by it, before each step of ``optimizer``, which gets what its rank holds.
+    """Takes the norm of all ranks' gradients before ``optimizer`` steps with its rank's, and clips by it.
 
-    DeepSpeed's own asks the device three times a step what the norm is, so nothing is queued behind it, and takes it tensor by tensor.
+    DeepSpeed's own takes it tensor by tensor and then asks what it is: a GPU then has no work until the next forward pass has begun.
     """
 
     def __init__(self, optimizer: Any, max_norm: float | None) -> None:

@@ -18,6 +18,7 @@ from harness.engine import Job
 from harness.errors import UnsupportedError
 from harness.interpreter import lack
 from harness.spec import parse
+from tests.engines import asked
 from tests.engines.conformance import SAME, EngineConformance, QLoraConformance
 from tests.engines.ranks import Ranks, started
 from tests.engines.test_fsdp import FALCON, FALCON_TARGETS, HF, MAMBA, OnTwoRanks, described, trained
@@ -92,6 +93,7 @@ class TestPackedBaseOnTwo(QLoraConformance, OnTwoRanks):
 ON_TWO = [
     *((family, method, {"stage": stage}) for family, method in (("qwen3", LORA), ("tied", FULL)) for stage in (1, 2, 3)),
     ("llama", LORA, {"stage": 1, "layout": "packed", "micro_batch": 1}),
+    ("llama", {**LORA, "b_learning_rate_ratio": 8.0}, {"stage": 2}),
     ("llama", {**LORA, "b_learning_rate_ratio": 8.0}, {"stage": 2, "offload_optimizer": "cpu"}),
     ("llama", LORA, {"stage": 3, "layout": "packed", "offload_parameters": "cpu", "recompute": "selective"}),
     ("tied", FULL, {"stage": 3, "recompute": "full", **ALL}),
@@ -140,6 +142,22 @@ def test_one_rank_makes_them_too(one: Ranks, tmp_path: Path, stage: int) -> None
     job = make_job(tmp_path, epsilon=1e-3)
     usual = trained(engines.hf, HF, job)
     agree(tmp_path, trained(one, {**KNOBS, "stage": stage}, with_train(job, "ours")), usual)
+
+
+def test_a_step_asks_the_device_for_no_more_than_the_yardsticks(tmp_path: Path) -> None:
+    """On a GPU all that follows is late: by itself DeepSpeed waits four times a step, and once more for every further micro-batch."""
+    with started(asked, 1, lasting_group=True) as ranks:
+        for method, stage, dtype, copies in ((LORA, 1, "float32", 1), (LORA, 2, "float32", 3), (FULL, 2, "bfloat16", None)):
+            folder = tmp_path / f"{method['name']} {stage}"
+            folder.mkdir()
+            job = make_job(folder, method=method)  # of three micro-batches
+            usual = asked.in_last_step(engines.hf, job, parse(engines.hf.Knobs, {**HF, "compute_dtype": dtype}), asked.Counts())
+            said: Any = trained(ranks, {**KNOBS, "stage": stage, "compute_dtype": dtype}, with_train(job, "ours"))
+            num_trained = len(load_file(next((job.adapter_init or job.base).glob("*.safetensors"))))
+            # AdamW on a CPU asks for the number of the step, of each tensor; DeepSpeed's is one flat tensor.
+            assert said.asked["asked"] == usual["asked"] - (num_trained - 1)
+            if copies:
+                assert said.asked["copied"] <= copies * num_trained + 1
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
