@@ -131,9 +131,14 @@ def _on_device(knobs: Knobs) -> bool:
 
 
 def _clipped_here(job: Job, knobs: Knobs) -> bool:
-    """Whether ``_Clipping`` does it, not DeepSpeed: only where one call of the optimizer's step sees all of a rank's gradients."""
+    """Whether ``_Clipping`` does it, not DeepSpeed: where one call of the optimizer's step sees all of a rank's gradients.
+
+    DeepSpeed insists on doing it itself for bf16 copies of all weights in stage 1, for which it has another optimizer.
+    """
     method = job.workload.method
-    return _on_device(knobs) and not (isinstance(method, Lora) and method.b_learning_rate_ratio != 1)
+    if isinstance(method, Lora):
+        return _on_device(knobs) and method.b_learning_rate_ratio == 1
+    return _on_device(knobs) and not (knobs.stage == 1 and knobs.compute_dtype == "bfloat16")
 
 
 class _Clipping:
