@@ -94,18 +94,21 @@ def train(job: Job, knobs: Knobs, probe: Probe) -> None:
         rank_loop.save(model, job, trained.gathered)
 
 
-def _config(job: Job, knobs: Knobs) -> dict[str, Any]:
-    """What ``deepspeed.initialize`` is told. Batches, accumulation and the schedule are ours; what it has to say about them is filler.
+def _config(job: Job, knobs: Knobs, num_trained: int) -> dict[str, Any]:
+    """What ``deepspeed.initialize`` is told, where ``num_trained`` values are trained. Batches, accumulation and the schedule are ours;
+    what it has to say about them is filler.
 
     Beside adapters, types are as stored and products are bf16 by autocast; the modules listed for it are those whose gradients DeepSpeed
     would reduce in bf16: none. All weights are trained as bf16 copies of float32 masters.
     """
     rounded, adapted = knobs.compute_dtype == "bfloat16", isinstance(job.workload.method, Lora)
+    clips = not _clipped_here(job, knobs)
     zero: dict[str, Any] = {
         "stage": knobs.stage,
-        "compute_grad_norm": not _clipped_here(job, knobs),
-        # Adapters are small: their gradients are reduced from where autograd left them, else by way of a buffer of 2 GB made in every pass.
+        "compute_grad_norm": clips,
+        # Adapters are small: their gradients are reduced from where autograd left them; else each is copied into a buffer, and out again.
         "contiguous_gradients": not (adapted and _on_device(knobs)),
+        "reduce_bucket_size": min(num_trained, 500_000_000),  # DeepSpeed's own, but of such a buffer: not 2 GB for a few megabytes
     }
     for where, to in (("offload_optimizer", knobs.offload_optimizer), ("offload_param", knobs.offload_parameters)):
         if to == "cpu":
@@ -113,9 +116,9 @@ def _config(job: Job, knobs: Knobs) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0 if _clipped_here(job, knobs) else job.workload.train.max_grad_norm or 0.0,
+        "gradient_clipping": (job.workload.train.max_grad_norm or 0.0) if clips else 0.0,
         "zero_optimization": zero,
-        "bf16": {"enabled": rounded and not adapted, "check_grad_overflow": False},  # no loss is scaled; looking waits for the device
+        "bf16": {"enabled": rounded and not adapted, "check_grad_overflow": clips},  # looking waits for the device, as clipping does
         "timers": {"throughput": {"enabled": False}},  # waits for the device before every forward pass and after every step
         "torch_autocast": {"enabled": rounded and adapted, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -133,7 +136,7 @@ def _on_device(knobs: Knobs) -> bool:
 def _clipped_here(job: Job, knobs: Knobs) -> bool:
     """Whether ``_Clipping`` does it, not DeepSpeed: where one call of the optimizer's step sees all of a rank's gradients.
 
-    DeepSpeed insists on doing it itself for bf16 copies of all weights in stage 1, for which it has another optimizer.
+    DeepSpeed insists on clipping bf16 copies of all weights in stage 1 itself: it has another optimizer for them.
     """
     method = job.workload.method
     if isinstance(method, Lora):
@@ -179,8 +182,8 @@ class _Trained:
 
         deepspeed = _deepspeed(job.device)
         self._schedule, self._processes = job.workload.train, job.processes
-        config = _config(job, knobs)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        config = _config(job, knobs, sum(parameter.numel() for parameter in parameters))
         exact = _rounded(model, parameters, job) if config["bf16"]["enabled"] else {}
         if knobs.stage == 3:  # each weight goes to the device as a shard; without this the whole model would go there first
             deepspeed.zero.Init(module=model, config_dict_or_path=config)

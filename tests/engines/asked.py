@@ -19,15 +19,22 @@ _NAMES = {torch.ops.aten._local_scalar_dense.default: "asked", torch.ops.aten.co
 
 
 class Counts(TorchDispatchMode):
-    """``asked``: values read by the host and waits for the device, before each of which a GPU works off its queue; ``copied``: tensors."""
+    """``asked``: values read by the host and waits for the device, before each of which a GPU works off its queue; ``copied``: tensors.
+
+    ``largest``: values in the largest tensor that was made without any.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
+        self.largest = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls[_NAMES.get(function, "others")] += 1
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.empty.memory_format:
+            self.largest = max(self.largest, result.numel())
+        return result
 
     def synchronize(self, *_: Any) -> None:
         """In the place of an accelerator's."""
@@ -54,10 +61,11 @@ def in_last_step(engine: ModuleType, job: Job, knobs: Any, counts: Counts) -> Co
 
 
 def train(job: Job, knobs: Any, probe: Any) -> None:
-    """What a rank calls; ``probe.asked`` is what came of it."""
+    """What a rank calls; ``probe.asked`` and ``probe.largest`` are what came of it."""
     engines.deepspeed._deepspeed(job.device)
     from deepspeed.accelerator import get_accelerator
 
     counts = Counts()
     with patch.object(type(get_accelerator()), "synchronize", counts.synchronize):
         probe.asked = in_last_step(engines.deepspeed, job, knobs, counts)
+    probe.largest = counts.largest

@@ -145,9 +145,13 @@ def test_one_rank_makes_them_too(one: Ranks, tmp_path: Path, stage: int) -> None
 
 
 def test_a_step_asks_the_device_for_no_more_than_the_yardsticks(tmp_path: Path) -> None:
-    """On a GPU all that follows is late: by itself DeepSpeed waits four times a step, and once more for every further micro-batch."""
+    """On a GPU all that follows is late: by itself DeepSpeed waits four times a step, and once more for every further micro-batch.
+
+    In stage 3 it insists on that for the norm. Its buffer for gradients, by itself of 500 million values, is as large as they are.
+    """
+    cases = ((LORA, 1, "float32", 0, 1), (LORA, 2, "float32", 0, 3), (LORA, 3, "float32", 1, None), (FULL, 2, "bfloat16", 0, None))
     with started(asked, 1, lasting_group=True) as ranks:
-        for method, stage, dtype, copies in ((LORA, 1, "float32", 1), (LORA, 2, "float32", 3), (FULL, 2, "bfloat16", None)):
+        for method, stage, dtype, more, copies in cases:
             folder = tmp_path / f"{method['name']} {stage}"
             folder.mkdir()
             job = make_job(folder, method=method)  # of three micro-batches
@@ -155,9 +159,15 @@ def test_a_step_asks_the_device_for_no_more_than_the_yardsticks(tmp_path: Path) 
             said: Any = trained(ranks, {**KNOBS, "stage": stage, "compute_dtype": dtype}, with_train(job, "ours"))
             num_trained = len(load_file(next((job.adapter_init or job.base).glob("*.safetensors"))))
             # AdamW on a CPU asks for the number of the step, of each tensor; DeepSpeed's is one flat tensor.
-            assert said.asked["asked"] == usual["asked"] - (num_trained - 1)
-            if copies:
-                assert said.asked["copied"] <= copies * num_trained + 1
+            assert said.asked["asked"] == usual["asked"] - (num_trained - 1) + more
+            assert copies is None or said.asked["copied"] <= copies * num_trained + 1
+            assert said.largest < 1_000_000
+
+
+def test_a_gradient_that_is_not_clipped_as_a_whole_is_told() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+    with pytest.raises(RuntimeError, match="DeepSpeed made 0 optimizer steps where one was due"):
+        engines.deepspeed._Clipping(optimizer, 1.0).norm()
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
