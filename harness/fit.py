@@ -13,7 +13,7 @@ from harness.record import Record
 from harness.store import load
 from harness.tune.fitting import SIZES_GIB, Line, lines, usable
 
-USAGE = """python -m harness.fit [gib=8,12,16,24,48,80] [engines=hf,fused] [gpu='NVIDIA H200'] [OVERRIDE ...]
+USAGE = """python -m harness.fit [gib=8,12,16,24,48,80] [engines=hf,fused] [gpu=H100] [OVERRIDE ...]
 
   python -m harness.fit model=llama3_8b method=qlora data=dense data.sequence_length=2048
   python -m harness.fit model=llama3_1b method=lora gib=24

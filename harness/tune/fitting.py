@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,7 +59,10 @@ class Known:
 
 
 def usable(records: Iterable[Record], gpu: str | None = None) -> Known | None:
-    """Of the GPU that most of them are from, or of ``gpu``; None when there is none."""
+    """Of the GPU that most of them are from, or of ``gpu``, a name or a part of one; None when there is none.
+
+    Raises ConfigError where several names have that part.
+    """
     able = [
         record
         for record in records
@@ -70,9 +74,16 @@ def usable(records: Iterable[Record], gpu: str | None = None) -> Known | None:
         and record.cell.workload.model.config is not None
     ]
     names = [record.machine.name for record in able]
-    chosen = gpu or max(sorted(set(names)), key=names.count, default=None)
+    chosen = _named(gpu, sorted(set(names))) if gpu else max(sorted(set(names)), key=names.count, default=None)
     mine = tuple(record for record in able if record.machine.name == chosen)
     return Known(str(chosen), mine) if mine else None
+
+
+def _named(part: str, names: Sequence[str]) -> str | None:
+    found = [name for name in names if part == name] or [name for name in names if part.casefold() in name.casefold()]
+    if len(found) > 1:
+        raise ConfigError(f"gpu={part}: that may be {' or '.join(found)}; say more of the name")
+    return found[0] if found else None
 
 
 def lines(
@@ -156,11 +167,11 @@ def _best(
 def _fastest(
     able: Sequence[Candidate], steps: Mapping[Candidate, Prediction], learnt: Mapping[Candidate, Record], capacity: float
 ) -> Candidate:
-    """By the models, which err alike on all; but what was measured to be faster than they foretell of that one is preferred."""
+    """By the models, which err alike on all; but of what was measured the fastest, where they foretell nothing unmeasured to be faster."""
     best = min(able, key=lambda one: steps[one].middle)
     own = {one: result.step_seconds for one in able if (result := _own(learnt.get(one), capacity)) and result.step_seconds}
     known = min(own, key=lambda one: own[one], default=best)
-    return best if best in own or own.get(known, steps[best].middle) > steps[best].middle else known
+    return known if best in own or own.get(known, math.inf) <= steps[best].middle else best
 
 
 def _near(one: Candidate, known: Candidate) -> bool:
