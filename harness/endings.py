@@ -24,12 +24,14 @@ class Ending:
     """How a process ended: why we stopped it (None: it ended by itself) and its exit code, negative for a signal.
 
     ``garbage``: what it wrote into its event log that is no event. ``oom_kills``: processes the kernel ended meanwhile for lack of memory.
+    ``standing``: where its ranks stood when we stopped it, a line each.
     """
 
     stopped: Status | None
     exit_code: int
     garbage: str | None = None
     oom_kills: int = 0
+    standing: str = ""
 
 
 def classify(how: Ending, events: Sequence[Event], work: Path) -> tuple[Status, str | None]:
@@ -38,7 +40,8 @@ def classify(how: Ending, events: Sequence[Event], work: Path) -> tuple[Status, 
     if how.garbage is not None:
         return "crash", _scrub(f"the worker wrote {how.garbage}", work)
     if how.stopped:
-        said = f"stopped by the harness after the last of {len(events)} events; its last lines:\n{last_lines(work / 'log.txt')}"
+        stood = f"\n{how.standing}\n" if how.standing else " "
+        said = f"stopped by the harness after the last of {len(events)} events;{stood}its last lines:\n{last_lines(work / 'log.txt')}"
         return how.stopped, _scrub(said, work)
     told = last is not None and last["event"] == "failed"
     if dead := died(_end(work / "log.txt"), told=told):  # before the words of those that it left

@@ -26,6 +26,7 @@ from harness.provenance import dated, provenance
 from harness.ranks import logs_of_the_others, threads, worker_command
 from harness.record import Artifacts, Provenance, Record, Status, in_a_line
 from harness.spec import Spec, parse
+from harness.standing import standing
 from harness.store import write_at_once, writing
 from harness.watch import OnEvent, watch
 
@@ -187,9 +188,10 @@ def _run_worker(
     with log, reader:
         with guarded(command, held=held, cwd=work, env=_environment(request), stdout=log, stderr=subprocess.STDOUT) as process:
             stopped, code = watch(process, reader, events, request.limits, told, monitor)
+            where = standing(work) if stopped else ""
         for event in reader.new():  # said between our last look and its end
             told(event)
-    return Ending(stopped, code, reader.garbage, _kernel_oom_kills() - kills_before), events
+    return Ending(stopped, code, reader.garbage, _kernel_oom_kills() - kills_before, where), events
 
 
 def _job(

@@ -26,6 +26,7 @@ from harness.probe import StepProbe
 from harness.ranks import FAILED, own_log, rank
 from harness.record import Status
 from harness.spec import Workload, parse
+from harness.standing import be_ready
 from harness.startup import ImportClock
 from harness.syntax_trees import one_tree_at_a_time
 from harness.weights import adapter_sha256
@@ -41,6 +42,7 @@ def main(path: str) -> None:
     _die_with_parent()
     job = parse(WorkerJob, json.loads(Path(path).read_text(encoding="utf-8")))
     try:
+        be_ready(Path(job.events).parent)
         with EventLog(own_log(Path(job.events))) as log:
             log.write("started", {"process_seconds": began - job.launched_monotonic})
             try:

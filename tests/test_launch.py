@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 
@@ -87,7 +88,9 @@ def test_a_cell_that_dies_keeps_the_steps_it_made(prepared: Made, tmp_path: Path
 
 
 def test_no_progress_and_timeout_are_told_apart(prepared: Made, tmp_path: Path) -> None:
-    assert run(prepared, tmp_path, behaviour="hang", limits=IMPATIENT).status == "no_progress"
+    hung = run(prepared, tmp_path, behaviour="hang", limits=IMPATIENT)
+    assert hung.status == "no_progress"
+    assert re.search(r"^it stood in <engine-room>/tests/fakes/faulty.py:\d+ \(_misbehave\)$", hung.reason or "", re.MULTILINE)
     slow = run(prepared, tmp_path, step_seconds=3.0, limits=Limits(wall_seconds=7.0, no_progress_seconds=30.0))
     assert slow.status == "timeout"
     assert slow.measurement is not None

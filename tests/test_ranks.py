@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
+from harness.config import Limits
 from harness.launch import run_cell
 from harness.ranks import died, ended, own_log, threads, worker_command
 from harness.record import Record
@@ -43,6 +45,17 @@ def test_a_rank_that_runs_out_of_memory_ends_the_others_and_is_told(prepared: Ma
     assert "CUDA out of memory" in record.reason
     left = [process for process in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(process.info["cmdline"] or [])]
     assert left == []
+
+
+def test_where_each_rank_stands_is_told_when_they_are_stopped(prepared: Made, tmp_path: Path) -> None:
+    impatient = Limits(wall_seconds=60.0, no_progress_seconds=4.0)
+    record = run(prepared, tmp_path, behaviour="apart", at_step=1, limits=impatient)
+    assert (record.status, len(record.measurement.steps.losses) if record.measurement else 0) == ("no_progress", 1)
+    first, second = (line for line in (record.reason or "").splitlines() if line.startswith("rank "))
+    assert re.fullmatch(
+        r"rank 0 stood in <engine-room>/tests/fakes/faulty.py:\d+ \(_wait_for_the_other\), there in .*threading.py:\d+ \(wait\)", first
+    )
+    assert re.fullmatch(r"rank 1 stood in <engine-room>/tests/fakes/faulty.py:\d+ \(_stray\)", second)
 
 
 def test_one_process_needs_no_launcher() -> None:

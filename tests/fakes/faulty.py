@@ -45,6 +45,7 @@ Behaviour = Literal[
     "full_disk",
     "full_log",
     "one_rank",
+    "apart",
 ]
 
 
@@ -91,6 +92,8 @@ def _misbehave(behaviour: Behaviour, job: Job) -> None:
         os.kill(os.getpid(), signal.SIGSEGV if behaviour == "segfault" else signal.SIGKILL)
     if behaviour == "hang":
         time.sleep(3600)
+    if behaviour == "apart":
+        _wait_for_the_other() if os.environ["RANK"] == "0" else _stray()
     if behaviour == "linger":
         threading.Thread(target=time.sleep, args=(3600,)).start()
     if behaviour in ("host_oom", "address_space", "oom", "one_rank"):
@@ -98,6 +101,14 @@ def _misbehave(behaviour: Behaviour, job: Job) -> None:
     if behaviour in ("fork", "escape"):
         _leave_a_child(behaviour, job)
     _harm_the_disk(behaviour, job)
+
+
+def _wait_for_the_other() -> None:
+    threading.Event().wait(3600)
+
+
+def _stray() -> None:
+    time.sleep(3600)
 
 
 def _harm_the_disk(behaviour: Behaviour, job: Job) -> None:
