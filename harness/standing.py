@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -32,8 +33,9 @@ def standing(work: Path) -> str:
     asked = {}
     for path in work.glob("standing-*.txt"):
         if (name := _NAME.fullmatch(path.name)) and _is_worker(int(name[2]), work):
-            os.kill(int(name[2]), signal.SIGUSR1)
-            asked[int(name[1])] = path
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(int(name[2]), signal.SIGUSR1)
+                asked[int(name[1])] = path
     until = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < until and not all(path.stat().st_size for path in asked.values()):
         time.sleep(0.02)
