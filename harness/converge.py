@@ -14,7 +14,6 @@ from harness.comparable import Run, measured, not_finite, runs, unusable
 from harness.deviations import HELD_OUT_FLOOR
 from harness.errors import ConfigError, HarnessError, StoreError
 from harness.parity import POWER
-from harness.spec import content_key
 from harness.store import load
 
 SAME, USAGE, NOT_COMPARABLE, DIFFERENT = 0, 2, 4, 7
@@ -103,8 +102,7 @@ def _of_one_workload(known: Sequence[Run], label: str | None) -> list[Run]:
     """The runs of the workloads that are one but for their seed; ``label`` picks them by one of theirs."""
     groups: dict[str, list[Run]] = {}
     for run in known:
-        work = run.record.cell.workload
-        groups.setdefault(content_key(work.model_copy(update={"train": work.train.model_copy(update={"seed": 0})})), []).append(run)
+        groups.setdefault(run.record.cell.workload.key_without_seed, []).append(run)
     named = [group for group in groups.values() if label is None or any(run.record.cell.workload.label == label for run in group)]
     if len(named) != 1:
         labels = ", ".join(sorted(group[0].record.cell.workload.label for group in groups.values())) or "none"

@@ -232,6 +232,11 @@ class Workload(Spec):
         return f"{self.model.name}-{self.method.name}-{self.data.name}-{self.key[:8]}"
 
     @property
+    def key_without_seed(self) -> str:
+        """What this workload shares with the same one under other seeds."""
+        return content_key(self.model_copy(update={"train": self.train.model_copy(update={"seed": 0})}))
+
+    @property
     def first_step(self) -> Workload:
         """This workload, ended after its first step: what it leaves is the first update."""
         return self.model_copy(update={"train": self.train.model_copy(update={"stop_after": 1})})

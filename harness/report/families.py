@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from harness.rank import Group, Variant
 from harness.report.columns import memory_bytes
 from harness.report.front import front
-from harness.spec import Full, Train, Workload, content_key
+from harness.spec import Full, Train, content_key
 from harness.tuned import name_of
 
 OUT_OF_MEMORY = ("oom", "oom_host")
@@ -195,11 +195,8 @@ def _like(variant: Variant | None, reference: Member) -> Variant | None:
 
 def _seeds(group: Group, groups: Sequence[Group]) -> dict[int, Group]:
     """By seed, the workloads that are ``group``'s but for it."""
-    return {other.workload.train.seed: other for other in groups if _unseeded(other.workload) == _unseeded(group.workload)}
-
-
-def _unseeded(work: Workload) -> str:
-    return content_key(work.model_copy(update={"train": work.train.model_copy(update={"seed": 0})}))
+    wanted = group.workload.key_without_seed
+    return {other.workload.train.seed: other for other in groups if other.workload.key_without_seed == wanted}
 
 
 def _loss(variant: Variant | None, group: Group) -> float | None:
