@@ -27,10 +27,18 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Light:
-    """What is left where the full rule cannot be applied: stream, step-1 loss and curve. ``passed`` null: could not be checked."""
+    """What is left where the full rule cannot be applied: stream, step-1 loss and curve. ``passed`` null: could not be checked, or is
+    ``open``: was checked, and only a run in fp32 tells.
+    """
 
     passed: bool | None
     detail: str
+    open: bool = False
+
+    @property
+    def text(self) -> str:
+        """How it ended, as a phrase; empty where it could not be checked."""
+        return {True: "passed", False: "failed", None: "is open" if self.open else ""}[self.passed]
 
 
 def runs(results: Results) -> tuple[Run, ...]:

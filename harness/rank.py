@@ -26,6 +26,10 @@ class Light(Protocol):
     def detail(self) -> str:
         """What was seen."""
 
+    @property
+    def text(self) -> str:
+        """How it ended, as a phrase; empty where it could not be done."""
+
 
 class Verdict(Protocol):
     """What ranking needs to know of a parity verdict."""

@@ -22,6 +22,7 @@ from tests.records import engine
 class Light:
     passed: bool | None = None
     detail: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def _difference(cell: Measured) -> str | None:
     for candidate, base in pairs:
         verdict = judge_against(candidate, anchor_at(base, ()))
         if verdict.kind == "different" or verdict.light.passed is not True:
-            return verdict.light.detail if verdict.light.passed is False else verdict.detail
+            return verdict.light.detail if verdict.light.text and not verdict.light.passed else verdict.detail
     return None
 
 

@@ -154,8 +154,8 @@ def _parted(label: str) -> tuple[str, str]:
 
 def _light(verdict: Verdict | None) -> str:
     """What the light check said of a workload that the full rule could not judge."""
-    passed = verdict.light.passed if verdict and verdict.kind == "not comparable" else None
-    return {True: "light check passed", False: "light check failed", None: ""}[passed]
+    ended = verdict.light.text if verdict and verdict.kind == "not comparable" else ""
+    return f"light check {ended}" if ended else ""
 
 
 def _nobody(group: Group) -> str:

@@ -107,16 +107,12 @@ def _parity(first: tuple[Variant, ...]) -> list[str]:
         elif verdict.kind == "same":
             said.append(f"Parity of {variant.label}: {verdict.label} ({verdict.detail}).")
         else:
-            checked = {
-                True: f" The light check passed: {verdict.light.detail}.",
-                False: f" The light check failed: {verdict.light.detail}.",
-            }
             proven = (
                 f"{variant.label} trains the same where that can be judged: {verdict.same_on}. Not here"
                 if verdict.same_on
                 else f"That {variant.label} trains the same is not proven"
             )
-            light = "" if verdict.light.passed is None else checked[verdict.light.passed]
+            light = f" The light check {verdict.light.text}: {verdict.light.detail}." if verdict.light.text else ""
             said.append(f"{proven}: {verdict.detail}.{light}")
     return said
 

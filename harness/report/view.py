@@ -129,9 +129,7 @@ def _failure(variant: Variant, entry: Entry) -> Failure:
 def _row(variant: Variant, group: Group, look: Look | None) -> Row:
     verdict = variant.verdict
     ratio, interval = _against_first(variant, group)
-    light = (
-        f"light check: {verdict.light.detail}" if verdict and verdict.kind == "not comparable" and verdict.light.passed is not None else ""
-    )
+    light = f"light check: {verdict.light.detail}" if verdict and verdict.kind == "not comparable" and verdict.light.text else ""
     return Row(
         rank=place(variant, group),
         label=variant.label,
