@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from harness.current import latest, outgrown
+from harness.current import outgrown
 from harness.engine import Machine
 from harness.labels import labels
 from harness.record import Record, Score, cause, dumps
 from harness.spec import EngineSpec, Workload
 from harness.stats import Comparison, compare, median, tokens_per_second
+
+_Block = tuple[int, str]  # a repeat, and the host that it ran on
 
 
 class Light(Protocol):
@@ -204,16 +207,34 @@ def _variants(entries: Sequence[Entry]) -> list[Variant]:
         found.setdefault(older.get(key, key), []).append(entry)
     engines = {entry.record.cell.engine.key: entry.record.cell.engine for entry in entries}
     names = labels([engines[key] for key in found])
-    return [_variant(name, engines[key], found[key]) for name, key in zip(names, found, strict=True)]
+    ran = {(_block(entry.record), engines[key].name, key) for key in found for entry in found[key] if entry.tokens_per_second is not None}
+    names_beside = Counter(block for block, _ in {(block, name) for block, name, _ in ran})
+    beside = {block: (names_beside[block], count) for block, count in Counter(block for block, _, _ in ran).items()}
+    return [_variant(name, engines[key], found[key], beside) for name, key in zip(names, found, strict=True)]
 
 
-def _variant(label: str, engine: EngineSpec, entries: Sequence[Entry]) -> Variant:
-    """``entries``: of ``engine``, and of what it was before it had all its knobs."""
-    newest = set(map(id, latest(entry.record for entry in entries if entry.record.cell.engine.key == engine.key)))
-    counted = sorted((entry for entry in entries if id(entry.record) in newest), key=lambda entry: entry.record.cell.repeat)
+def _variant(label: str, engine: EngineSpec, entries: Sequence[Entry], beside: Mapping[_Block, tuple[int, int]]) -> Variant:
+    """``entries``: of ``engine``, and of what it was before it had all its knobs. ``beside``: engines and variants that ran in a block."""
+    cells: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.record.cell.engine.key == engine.key:
+            cells.setdefault(entry.record.cell.key, []).append(entry)
+    counted = sorted((_counts(cell, beside) for cell in cells.values()), key=lambda entry: entry.record.cell.repeat)
     runs = tuple(entry for entry in counted if entry.tokens_per_second is not None)
     failures = tuple(entry for entry in counted if entry.tokens_per_second is None)
     return Variant(label, engine, runs, failures, _num_distinct(entries) - len(counted))
+
+
+def _counts(cell: Sequence[Entry], beside: Mapping[_Block, tuple[int, int]]) -> Entry:
+    """Of the runs of one cell the newest; where the same code ran it in several blocks, the one beside which most engines ran, then most
+    variants: a run alone says less than a block that it would tear apart.
+    """
+    newest = max(cell, key=lambda entry: entry.record.provenance.started_utc)
+    code = newest.record.provenance.engine_fingerprint
+    alike = [entry for entry in cell if entry.tokens_per_second is not None and entry.record.provenance.engine_fingerprint == code]
+    if newest not in alike:
+        return newest
+    return max(alike, key=lambda entry: (beside[_block(entry.record)], entry.record.provenance.started_utc))
 
 
 def _num_distinct(entries: Sequence[Entry]) -> int:
@@ -262,5 +283,5 @@ def _outcome(variants: Sequence[Variant]) -> Outcome:
     return Outcome(first, rival, compare_variants(first[0], rival) if first and rival else None, barred)
 
 
-def _block(record: Record) -> tuple[int, str]:
+def _block(record: Record) -> _Block:
     return record.cell.repeat, record.provenance.host

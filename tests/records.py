@@ -73,6 +73,7 @@ def record(
     memory_gib: float = 1.5,
     started: str | None = None,
     host: str = "host-1",
+    fingerprint: str = "f" * 12,
     artifacts: dict[str, Any] | None = None,
     **changed: Any,
 ) -> Record:
@@ -91,7 +92,7 @@ def record(
         cell=cell, machine=machine, status=status, reason=reason, measurement=measurement,
         provenance=Provenance(
             started_utc=started or f"2026-11-23T10:{repeat:02d}:00+00:00", wall_seconds=60.0, commit="0123456789abcdef", dirty=False,
-            engine_fingerprint="f" * 12, python="3.11.9", packages={"torch": "2.13.0", "transformers": "5.17.0"}, driver=None, host=host,
+            engine_fingerprint=fingerprint, python="3.11.9", packages={"torch": "2.13.0", "transformers": "5.17.0"}, driver=None, host=host,
         ),
     )  # fmt: skip
 

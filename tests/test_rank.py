@@ -232,6 +232,22 @@ def test_what_could_not_run_takes_nobodys_place() -> None:
     assert places(group(old, new)) == [("a offload=unset", 1), ("a offload=true", None)]
 
 
+def test_a_run_alone_does_not_tear_a_block_apart() -> None:
+    """Three blocks on one host; later repeat 0 of one of them again, on another host, where nothing ran beside it."""
+    blocks = [*entries(engine("a"), rates(100), started=BEFORE, host="one"), *entries(engine("b"), rates(80), started=BEFORE, host="one")]
+    alone = entries(engine("a"), [90], started=SINCE, host="two")
+    assert group(blocks, alone).variants[0].rates == pytest.approx(rates(100))
+    again = [*entries(engine("a"), [90], started=SINCE, host="two"), *entries(engine("b"), [72], started=SINCE, host="two")]
+    assert group(blocks, again).variants[0].rates == pytest.approx([90, *rates(100)[1:]]), "a block as large is newer"
+    caps = [one for cap in (20, 24, 32) for one in entries(engine("a", memory_gib=cap), [50], started=SINCE, host="two")]
+    assert group(blocks, alone, caps).variants[0].rates == pytest.approx(rates(100)), "variants of one engine are no peers"
+    changed = entries(engine("a"), [90], started=SINCE, host="two", fingerprint="other code")
+    assert group(blocks, changed).variants[0].rates == pytest.approx([90, *rates(100)[1:]]), "another engine"
+    failed = [entry(records.record(engine("a"), status="oom", started=SINCE, host="two"))]
+    assert len(group(blocks, failed).variants[0].rates) == 2, "what fails now counts"
+    assert sum(variant.num_superseded for variant in group(blocks, alone).variants) == 1
+
+
 def test_latest_keeps_machines_apart() -> None:
     both = [records.record(machine=records.CPU), records.record(machine=records.GPU)]
     assert latest(both) == tuple(both)
