@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.rank import Group, Outcome, Variant
+from harness.rank import Group, Outcome, Variant, compare_variants
 from harness.report.numbers import percent, rate, times
 from harness.stats import CONFIDENCE, SAME, Comparison
 
@@ -33,7 +33,7 @@ def sentences(group: Group) -> Sentences:
     details = [*_how_sure(outcome), *_parity(outcome.first[:MOST_NAMES])]
     details += [f"{one.label} was faster ({rate(one.tokens_per_second)}) but cannot win: {_verdict(one)}." for one in outcome.barred]
     if len(outcome.first) > 1:
-        return Sentences(_shared(outcome), tuple(details))
+        return _of_one_engine(group, details) or Sentences(_shared(outcome), tuple(details))
     if outcome.next is None:
         alone = not any(variant.runs for variant in group.variants if variant is not winner)
         only = "the only variant that ran" if alone else "the only variant that ran and can win"
@@ -42,6 +42,21 @@ def sentences(group: Group) -> Sentences:
     assert outcome.lead.interval is not None
     by = f"{times(outcome.lead.interval.ratio)} the rate of {outcome.next.label}"
     return Sentences(f"{winner.label} is the fastest: {rate(winner.tokens_per_second)}, {by}.", tuple(details))
+
+
+def _of_one_engine(group: Group, details: list[str]) -> Sentences | None:
+    """Where variants of one engine share the first place and lead the best of another: the engine is the answer, its knobs are open."""
+    first = group.outcome.first
+    winner = first[0]
+    others = [one for one in group.variants if one.runs and one.can_win and one.engine.name != winner.engine.name]
+    if not others or any(one.engine.name != winner.engine.name for one in first):
+        return None
+    compared = compare_variants(winner, others[0])
+    if compared.answer != "faster" or compared.interval is None:
+        return None
+    by = f"{times(compared.interval.ratio)} the rate of {others[0].label}"
+    headline = f"{winner.engine.name} is the fastest engine: {winner.label} measured {rate(winner.tokens_per_second)}, {by}."
+    return Sentences(headline, (f"{_interval(compared, 'that rate')}. Which of its settings is the best is open.", *details))
 
 
 def _shared(outcome: Outcome) -> str:
@@ -91,11 +106,11 @@ def _how_sure(outcome: Outcome) -> list[str]:
     return [f"{measured}, too close to call. {_interval(outcome.lead)}; more repeats narrow it."]
 
 
-def _interval(comparison: Comparison) -> str:
+def _interval(comparison: Comparison, of: str = "the runner-up's rate") -> str:
     interval = comparison.interval
     assert interval is not None
     reach = f"{interval.low:.3f} to {interval.high:.3f} times"
-    return f"{percent(CONFIDENCE)} confidence interval: {reach} the runner-up's rate, from {interval.n} paired repeats"
+    return f"{percent(CONFIDENCE)} confidence interval: {reach} {of}, from {interval.n} paired repeats"
 
 
 def _parity(first: tuple[Variant, ...]) -> list[str]:

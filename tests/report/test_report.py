@@ -51,6 +51,14 @@ def test_a_clear_winner_is_named_with_its_lead_the_interval_and_parity() -> None
     assert "from 3 paired repeats. Parity of fused: same: fp32 (6 of 9 tests) (" in text
 
 
+def test_where_settings_of_one_engine_tie_the_engine_is_the_answer() -> None:
+    ours = [*repeats(engine("fused", micro_batch=1), FASTER), *repeats(engine("fused", micro_batch=2), FASTER)]
+    text = said(results([*repeats(engine("hf"), SLOWER), *ours]))
+    assert text.startswith("fused is the fastest engine: fused micro_batch=1 measured 200.0 tokens/s, 2.00 times the rate of hf. 98")
+    assert "from 3 paired repeats. Which of its settings is the best is open. fused micro_batch=1 measured 1.000 times" in text
+    assert said(results([*repeats(engine("hf"), NOISE), *ours[:3], *repeats(engine("other"), FASTER)])).startswith("No clear winner: ")
+
+
 def test_a_tie_is_a_tie() -> None:
     text = said(results([*repeats(engine("hf"), SLOWER), *repeats(engine("fused"), NOISE)]))
     assert text.startswith(
