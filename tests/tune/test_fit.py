@@ -50,7 +50,7 @@ def test_a_base_that_eight_gpus_share_fits_where_none_has_room_for_it(capsys: py
 
 
 def test_what_was_measured_is_preferred_to_what_is_only_predicted_to_be_as_fast(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    words = ["model=llama3_8b", "method=qlora", "data=dense", "engines=unsloth", "gib=80", f"runs={tmp_path}"]
+    words = ["model=llama3_8b", "method=qlora", "data=dense", "gpu=H200", "engines=unsloth", "gib=80", f"runs={tmp_path}"]
     (line,) = table(capsys, *words)[2:]
     runs = [stored.record for stored in load(RESULTS).stored if stored.record.measurement and stored.record.cell.engine.name == "unsloth"]
     mine = [run for run in runs if run.cell.workload.method.name == "qlora" and run.cell.workload.model.name == "llama3_8b"]
