@@ -11,7 +11,8 @@ from harness.config import Config, single
 from harness.errors import ConfigError, HarnessError, nearest
 from harness.record import Record
 from harness.store import load
-from harness.tune.fitting import SIZES_GIB, Line, lines, usable
+from harness.tune.fitting import SIZES_GIB, Line, lines
+from harness.tune.lessons import usable
 
 USAGE = """python -m harness.fit [gib=8,12,16,24,48,80] [engines=hf,fused] [gpu=H100] [OVERRIDE ...]
 

@@ -55,7 +55,8 @@ class Tuned(Spec):
     longest look.
 
     ``bound_seconds``: less than that nothing left could take, by its optimistic bound; null where nothing was left. ``stopped``: why the
-    search ended. ``left_out``: engines that could not be searched, and why. ``predicted``: the most promising of what was not measured.
+    search ended. ``left_out``: engines that could not be searched, and why. ``experience``: what it began with, null in a file that is
+    older than that. ``predicted``: the most promising of what was not measured.
     """
 
     schema_version: Literal[1] = 1
@@ -79,6 +80,7 @@ class Tuned(Spec):
     num_candidates: int
     ruled_out: dict[str, int]
     left_out: tuple[str, ...]
+    experience: str | None = None
     tuned_utc: str
     commit: str
     trials: tuple[Trial, ...]

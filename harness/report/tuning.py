@@ -46,6 +46,7 @@ def tuning(found: Tuned) -> Tuning:
         f"start-up {found.startup_seconds:.1f} s, {found.step_seconds:.4g} s a step",
         f"parity: {found.parity}",
         f"stopped after {len(found.trials)} runs, {found.spent_seconds / 60:.1f}{budget} minutes: {found.stopped}",
+        *([f"it began with {found.experience}"] if found.experience else []),
         f"of {found.num_candidates} candidates ruled out: {ruled}; {bound}, by its optimistic bound",
         *(f"left out: {reason}" for reason in found.left_out),
         *([] if any(trial.peak_bytes for trial in found.trials) else [_NO_PEAKS]),

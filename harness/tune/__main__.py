@@ -83,8 +83,9 @@ def _run(asked: Asked) -> int:
     from harness.config import Settings
     from harness.preparing import counting
     from harness.tune.entrants import entrants
-    from harness.tune.runner import Runner
+    from harness.tune.runner import Looked, Runner
     from harness.tune.scale import capacity_bytes
+    from harness.tune.search import View
     from harness.tune.show import nothing, state, summary
     from harness.tuned import save
 
@@ -102,7 +103,11 @@ def _run(asked: Asked) -> int:
     steps = config.train.num_steps
     settings = Settings(**{name: getattr(config, name) for name in Settings.model_fields})
     budget = asked.budget_seconds
-    runner = Runner(found, settings, console, budget, lambda view, looked, spent: say(state(view, looked, spent, budget, steps)))
+
+    def show(view: View, looked: Sequence[Looked], spent: float) -> None:
+        say(state(view, looked, spent, budget, steps, runner.experience))
+
+    runner = Runner(found, settings, console, budget, show)
     tuned, path = runner.run()
     if tuned is None:
         say([*nothing(runner, capacity_bytes(runner.machine)), *found.left_out])

@@ -8,7 +8,7 @@ is a sum. Every measured cell corrects the parameters that it shares with others
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,38 +27,60 @@ _KNOB_STARTUP = 5.0  # a knob may make an engine compile where nobody said so
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """How far paces of several workloads lie apart beside their operations: deviations of logarithms. ``work``: of a workload, all engines
+    together; ``engine``: of one engine on it besides; ``startup``: seconds of that engine's start-up. ``own_work`` and ``own_engine``: the
+    first two of what is searched (work "") where all that is known is of another kind of GPU.
+    """
+
+    work: float
+    engine: float
+    startup: float
+    own_work: float | None = None
+    own_engine: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Timed:
-    """What was measured of a candidate: a mean step of the planned run, and all that a run takes besides its steps."""
+    """What was measured of a candidate: a mean step of the planned run, and all that a run takes besides its steps; and how far either may
+    be from what the same would take here today, the step's as a logarithm.
+    """
 
     candidate: Candidate
     step_seconds: float
     startup_seconds: float
+    noise: float = _NOISE
+    startup_noise: float = _STARTUP_NOISE
 
 
 class CostModel:
-    """Predicts every candidate of ``space``, corrected by what was timed."""
+    """Predicts every candidate of ``space``, corrected by what was timed. ``spread``: of candidates of several workloads; without it
+    all workloads are taken to be alike.
+    """
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Space, spread: Spread | None = None) -> None:
         self._space = space
         self._row = {one: row for row, one in enumerate(space.candidates)}
-        names = _step_names(space)
+        names = _step_names(space) | _work_names(space, spread)
         place = {name: index for index, name in enumerate(names)}
         self._prior = independent(names)
-        self._design = design(space.candidates, place, lambda one: ["machine", f"{one.engine}:engine", *_knobs(one)])
+        self._design = design(space.candidates, place, lambda one: ["machine", f"{one.engine}:engine", *_works(one), *_knobs(one)])
         self._overhead = design(space.candidates, place, lambda one: [f"{name}:overhead" for name in (one.engine, *_knobs(one))])
-        self._pass = np.array([one.facts.positions / one.facts.num_passes for one in space.candidates])
+        size = _launches_last(space)
+        self._pass = np.array([size(one) * one.facts.positions / one.facts.num_passes for one in space.candidates])
         self._known = np.array([np.log(one.facts.positions * _flops(one) * _factor(space, one)) for one in space.candidates])
-        startup = _startup_names(space)
+        startup = _startup_names(space) | _startup_work_names(space, spread)
         self._startup_prior = independent(startup)
         place = {name: index for index, name in enumerate(startup)}
-        self._startup_design = design(space.candidates, place, lambda one: [one.engine, *_knobs(one)])
+        self._startup_design = design(space.candidates, place, lambda one: [one.engine, *_works(one), *_knobs(one)])
         self._startup_expected = np.array([space.startup_seconds(one) for one in space.candidates])
 
     def step(self, timed: Sequence[Timed]) -> Mapping[Candidate, Prediction]:
         """Seconds of a mean step."""
         rows = [self._row[one.candidate] for one in timed]
         observed = np.log([one.step_seconds for one in timed])
-        posterior = corrected(self._prior, self._function(rows), observed, np.full(len(rows), _NOISE), np.zeros(len(rows), dtype=bool))
+        noise, exact = np.array([one.noise for one in timed]), np.zeros(len(rows), dtype=bool)
+        posterior = corrected(self._prior, self._function(rows), observed, noise, exact)
         everything = self._space.candidates
         middles, deviations = posterior.of(self._function(list(range(len(everything)))))
         sure = np.hypot(deviations, _STRAY)
@@ -68,7 +90,7 @@ class CostModel:
         """Seconds of start-up, compiling included, and their deviation."""
         rows = np.array([self._row[one.candidate] for one in timed], dtype=int)
         observed = np.array([one.startup_seconds for one in timed]) - self._startup_expected[rows]
-        noise, exact = np.full(len(rows), _STARTUP_NOISE), np.zeros(len(rows), dtype=bool)
+        noise, exact = np.array([one.startup_noise for one in timed]), np.zeros(len(rows), dtype=bool)
         matrix = self._startup_design
         posterior = corrected(self._startup_prior, lambda parameters: (matrix[rows] @ parameters, matrix[rows]), observed, noise, exact)
         values, deviations = posterior.of(lambda parameters: (matrix @ parameters, matrix))
@@ -103,8 +125,41 @@ def _step_names(space: Space) -> dict[str, tuple[float, float]]:
     return names
 
 
+def _work_names(space: Space, spread: Spread | None) -> dict[str, tuple[float, float]]:
+    """Of every workload, and of every engine on it, where they may differ."""
+    names: dict[str, tuple[float, float]] = {}
+    if spread is None:
+        return names
+    own = spread.own_work or spread.work, spread.own_engine or spread.engine
+    for one in space.candidates:
+        for name, deviation in zip(_works(one), (spread.work, spread.engine) if one.work else own, strict=True):
+            names[name] = 0.0, deviation
+    return names
+
+
+def _startup_work_names(space: Space, spread: Spread | None) -> dict[str, tuple[float, float]]:
+    return {_works(one)[1]: (0.0, spread.startup) for one in space.candidates} if spread else {}
+
+
+def _works(one: Candidate) -> tuple[str, str]:
+    return f"work:{one.work}", f"{one.engine}:work:{one.work}"
+
+
 def _flops(one: Candidate) -> float:
     return 1.0 if one.facts.scale is None else one.facts.scale.flops
+
+
+def _launches_last(space: Space) -> Callable[[Candidate], float]:
+    """How long a position works against the launches of a pass, in proportion to the first candidate's: in a model of few operations and
+    many layers a pass must be longer to fill the device.
+    """
+    scales = [one.facts.scale for one in space.candidates if one.facts.scale is not None]
+
+    def of(one: Candidate) -> float:
+        mine = one.facts.scale
+        return 1.0 if mine is None else (mine.flops / scales[0].flops) / (mine.num_layers / scales[0].num_layers)
+
+    return of
 
 
 def _factor(space: Space, candidate: Candidate) -> float:

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.config import Config
 from harness.engine import Machine, load
-from harness.errors import ConfigError, UnsupportedError
-from harness.flops import linears
 from harness.record import Record
-from harness.searched import Searched
-from harness.spec import EngineSpec, Lora, Workload, parse
+from harness.spec import EngineSpec, Workload, parse
 from harness.stats import tokens_per_second
 from harness.tune.cost_model import CostModel, Timed
 from harness.tune.gaussian import Prediction
+from harness.tune.lessons import CONTEXT_GIB, MEASURED, Known, learnt, sized, work_of
 from harness.tune.memory_model import SURE, MemoryModel, Peak
 from harness.tune.observed import result_of
-from harness.tune.scale import dense_facts, scale_of, with_footprint
+from harness.tune.scale import dense_facts, with_footprint
 from harness.tune.search import Result
 from harness.tune.space import Candidate, Facts, Scale, Space, enumerate_space
 
 SIZES_GIB = (8, 12, 16, 24, 48, 80)
-_MEASURED = "measured: "  # the same setting on another card: a candidate of its own, with another plan perhaps
 _FAR = 2.5  # times as much work a position: further from all records nothing tells how wrong the models are
-_CONTEXT_GIB = 1.0  # of a card: what is not the allocator's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,42 +45,6 @@ class Line:
     needs_bytes: float
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """The records that calibrate the models: of one kind of GPU, dense samples, models of known shape."""
-
-    gpu: str
-    records: tuple[Record, ...]
-
-
-def usable(records: Iterable[Record], gpu: str | None = None) -> Known | None:
-    """Of the GPU that most of them are from, or of ``gpu``, a name or a part of one; None when there is none.
-
-    Raises ConfigError where several names have that part.
-    """
-    able = [
-        record
-        for record in records
-        if record.status == "ok"
-        and record.measurement is not None
-        and record.machine.device == "cuda"
-        and record.machine.count == 1
-        and record.cell.workload.data.source == "dense"
-        and record.cell.workload.model.config is not None
-    ]
-    names = [record.machine.name for record in able]
-    chosen = _named(gpu, sorted(set(names))) if gpu else max(sorted(set(names)), key=names.count, default=None)
-    mine = tuple(record for record in able if record.machine.name == chosen)
-    return Known(str(chosen), mine) if mine else None
-
-
-def _named(part: str, names: Sequence[str]) -> str | None:
-    found = [name for name in names if part == name] or [name for name in names if part.casefold() in name.casefold()]
-    if len(found) > 1:
-        raise ConfigError(f"gpu={part}: that may be {' or '.join(found)}; say more of the name")
-    return found[0] if found else None
-
-
 def lines(
     configs: Mapping[str, Config], model: Mapping[str, Any], known: Known | None, sizes: Sequence[int] = SIZES_GIB
 ) -> tuple[list[Line], list[str]]:
@@ -100,7 +59,7 @@ def lines(
 def _of_size(
     configs: Mapping[str, Config], model: Mapping[str, Any], known: Known | None, size: int, absent: dict[str, None]
 ) -> list[Line]:
-    capacity = (size - _CONTEXT_GIB) * 2**30
+    capacity = (size - CONTEXT_GIB) * 2**30
     asked = _asked(configs, model, size, capacity, absent)
     known_cells = learnt(configs, known)
     expected = {name: config.engine.searched_knobs for name, config in configs.items()}
@@ -114,7 +73,7 @@ def _of_size(
     for name in configs:
         mine = [one for one in asked.candidates if one.engine == name]
         if mine:
-            records = {replace(one, work=one.work.removeprefix(_MEASURED)): record for one, record in known_cells}
+            records = {replace(one, work=one.work.removeprefix(MEASURED)): record for one, record in known_cells}
             found.append(_best(size, capacity, mine, memory, steps if timed else None, records, whole))
     return found
 
@@ -220,56 +179,7 @@ def _asked(configs: Mapping[str, Config], model: Mapping[str, Any], size: int, c
     return Space(tuple(replace(one, work=work_of(workload)) for one in space.candidates), space.expected)
 
 
-def learnt(configs: Mapping[str, Config], known: Known | None) -> list[tuple[Candidate, Record]]:
-    """Candidates of records whose searched knobs have values that the YAML lists; the newest of each."""
-    found: dict[Candidate, Record] = {}
-    for record in known.records if known else ():
-        name, workload = record.cell.engine.name, record.cell.workload
-        config = configs.get(name)
-        if config is None or workload.model.config is None:
-            continue
-        knobs = record.cell.engine.knobs
-        if not _listed(config.engine.searched_knobs, knobs) or not _alike(config, knobs):
-            continue
-        facts = replace(dense_facts(workload, int(str(knobs["micro_batch"]))), scale=sized(workload.model.config, workload))
-        capacity = ((record.machine.memory_cap_gib or record.machine.memory_gib) - _CONTEXT_GIB) * 2**30
-        today = {**config.engine.knobs, **knobs}  # a knob that is younger than the record is as it is by default
-        facts = with_footprint(facts, load(record.cell.engine), workload, workload.model.config, today, capacity)
-        choices = tuple((knob, json.dumps(knobs[knob])) for knob in config.engine.searched_knobs)
-        found[Candidate(name, choices, facts, _MEASURED + work_of(workload))] = record
-    return list(found.items())
-
-
-def _listed(search: Mapping[str, Searched], knobs: Mapping[str, Any]) -> bool:
-    return all(knob in knobs and knobs[knob] in searched.values for knob, searched in search.items())
-
-
-def _alike(config: Config, knobs: Mapping[str, Any]) -> bool:
-    """Whether what is not searched is as the YAML has it: a run in float32, or with a memory budget of its own, teaches nothing here."""
-    fixed = {knob: value for knob, value in config.engine.knobs.items() if knob not in config.engine.searched_knobs}
-    return all(knobs.get(knob, value) == value for knob, value in fixed.items())
-
-
 def share_of(workload: Workload, processes: int) -> Workload:
     """Of a step the samples that one of ``processes`` trains on, where it has most."""
     samples = -(-workload.train.samples_per_step // processes)
     return workload.model_copy(update={"train": workload.train.model_copy(update={"samples_per_step": samples})})
-
-
-def work_of(workload: Workload) -> str:
-    """What tells the work of a step apart: model, method, length and number of samples."""
-    return f"{workload.model.name} {workload.method.name} {workload.data.sequence_length} x {workload.train.samples_per_step}"
-
-
-def sized(model: Mapping[str, Any], workload: Workload) -> Scale:
-    """The scale of a workload, with the operations of a position: what times of several workloads have in common."""
-    scale = scale_of(model, workload)
-    try:
-        layer = linears(model, workload.data.sequence_length)
-    except UnsupportedError as error:
-        raise ConfigError(f"model.config: {error}") from error
-    passes = 4 if isinstance(workload.method, Lora) else 6
-    weights = int(model["num_hidden_layers"]) * sum(out * width for out, width in layer.values())
-    heads = int(model["num_attention_heads"]) * int(model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"])
-    attention = 12 * int(model["num_hidden_layers"]) * heads * workload.data.sequence_length / 2
-    return replace(scale, flops=passes * (weights + int(model["vocab_size"]) * int(model["hidden_size"])) + attention)

@@ -34,11 +34,14 @@ SURE, LIKELY = 2.0, 1.0  # deviations that must lie between a prediction and the
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The bytes that a candidate took, or needed at least when it ran out (``at_least``)."""
+    """The bytes that a candidate took, or needed at least when it ran out (``at_least``); ``noise``: how far they may be, as a logarithm,
+    from what it takes here.
+    """
 
     candidate: Candidate
     bytes: float
     at_least: bool = False
+    noise: float = _NOISE
 
 
 class MemoryModel:
@@ -60,7 +63,7 @@ class MemoryModel:
             self._prior,
             self._function([self._row[peak.candidate] for peak in used]),
             np.log([peak.bytes for peak in used]),
-            np.full(len(used), _NOISE),
+            np.array([peak.noise for peak in used]),
             np.array([peak.at_least for peak in used], dtype=bool),
         )
         everything = self._space.candidates

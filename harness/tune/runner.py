@@ -31,6 +31,8 @@ from harness.store import Results, commit_of, load
 from harness.sweep import Sweep, prepare_workload, run_one
 from harness.tune.budget import Budget, stopped_after, would_stop_again
 from harness.tune.entrants import Entrants, Layouts, candidates, config_of_model
+from harness.tune.experience import NOTHING, Experience
+from harness.tune.lessons import Searching, but_looks_of, experience
 from harness.tune.observed import result_of
 from harness.tune.scale import capacity_bytes, scale_of
 from harness.tune.search import Ask, Forecast, Result, Rules, Search, Told, View
@@ -63,6 +65,7 @@ class Runner:
     machine: Machine = field(init=False)
     view: View | None = field(init=False, default=None)
     stopped: str = field(init=False, default="")
+    experience: Experience = field(init=False, default=NOTHING)
     looked: list[Looked] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -89,7 +92,10 @@ class Runner:
         scale = scale_of(model, workload, sum(path.stat().st_size for path in Path(self._place.base).glob("*.safetensors")))
         steps = workload.train.num_steps
         rules = Rules(planned_steps=steps, rungs=tuple(sorted({min(rung, steps) for rung in RUNGS})))
-        self._policy = Search(space, scale, capacity_bytes(self.machine), rules)
+        search = Searching(workload=workload, machine=self.machine, model=model, space=space, scale=scale)
+        earlier = but_looks_of(workload, self._committed.stored, load(self.root).stored)
+        self.experience = experience(self.entrants.configs, earlier, search, self._layouts.positions)
+        self._policy = Search(space, scale, capacity_bytes(self.machine), rules, self.experience)
         view, self.stopped = self._search(began)
         spent = self._spent(began)
         path = path_of(self.root, self.machine, workload)
@@ -217,6 +223,7 @@ class Runner:
             num_candidates=len(self._policy.space.candidates),
             ruled_out=dict(Counter(map(kind_of, view.ruled_out.values()))),
             left_out=left_out,
+            experience=self.experience.sentence,
             tuned_utc=datetime.now(UTC).isoformat(timespec="seconds"),
             commit=commit_of(TREE)[0],
             trials=tuple(self._trial(one, result, view) for one, (_, result) in zip(self.looked, told, strict=True)),

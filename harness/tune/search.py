@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from harness.tune.cost_model import CostModel, Timed
+from harness.tune.experience import NOTHING, Experience
 from harness.tune.gaussian import Prediction
 from harness.tune.memory_model import LIKELY, SURE, MemoryModel, Peak
 from harness.tune.space import Candidate, Scale, Space
+
+_CONTRADICTED = 3.0  # deviations
 
 Outcome = Literal["ok", "oom", "failed", "unfit"]
 """``failed``: it crashed, hung or is unsupported after all; ``unfit``: it trained something else than the reference."""
@@ -93,18 +96,22 @@ Told = tuple[Ask, Result]
 
 @dataclass(frozen=True)
 class Search:
-    """A search over ``space``. ``capacity_bytes``: what there is, None where memory is no limit."""
+    """A search over ``space``. ``capacity_bytes``: what there is, None where memory is no limit. ``experience``: where it begins; what its
+    own looks contradict does not count.
+    """
 
     space: Space
     scale: Scale
     capacity_bytes: float | None
     rules: Rules
+    experience: Experience = NOTHING
     memory: MemoryModel = field(init=False)
     cost: CostModel = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "memory", MemoryModel(self.space, self.scale))
-        object.__setattr__(self, "cost", CostModel(self.space))
+        known = self.experience.with_lessons(self.space)
+        object.__setattr__(self, "memory", MemoryModel(known, self.scale))
+        object.__setattr__(self, "cost", CostModel(known, self.experience.spread))
 
     def view(self, told: Sequence[Told]) -> View:
         """What follows from all that was ``told``, oldest first. The same answers always lead to the same next question."""
@@ -198,9 +205,11 @@ class Search:
             for ask, result in told
             if result.outcome == "ok" and result.step_seconds is not None and result.startup_seconds is not None
         ]
-        peaks = [Peak(ask.candidate, result.peak_bytes) for ask, result in told if result.outcome == "ok" and result.peak_bytes]
+        peaks = self.experience.peaks()
+        peaks += [Peak(ask.candidate, result.peak_bytes) for ask, result in told if result.outcome == "ok" and result.peak_bytes]
         if self.capacity_bytes is not None:
             peaks += [Peak(ask.candidate, self.capacity_bytes, at_least=True) for ask, result in told if result.outcome == "oom"]
+        timed += self.experience.timed(but=self.contradicted(timed))
         steps, startups, memory = self.cost.step(timed), self.cost.startup(timed), self.memory.predict(peaks)
         return {
             one: Forecast(
@@ -213,6 +222,14 @@ class Search:
             )
             for one in self.space.candidates
         }
+
+    def contradicted(self, timed: Sequence[Timed]) -> set[str]:
+        """Engines of which a look took so much more or less than experience foretold that it tells nothing of them here."""
+        if not timed or not self.experience.lessons:
+            return set()
+        foretold = self.cost.step(self.experience.timed())
+        off = {one: abs(math.log(one.step_seconds / foretold[one.candidate].middle)) for one in timed}
+        return {one.candidate.engine for one in timed if off[one] > _CONTRADICTED * foretold[one.candidate].deviation}
 
     def _ruled_out(self, told: Sequence[Told], forecasts: Mapping[Candidate, Forecast]) -> dict[Candidate, str]:
         ruled_out: dict[Candidate, str] = {}

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
+from harness.tune.experience import NOTHING, Experience
 from harness.tune.memory_model import SURE
 from harness.tune.runner import Looked, Runner, kind_of
 from harness.tune.search import View
@@ -14,13 +15,17 @@ from harness.tuned import Tuned
 _GIB = 2**30
 
 
-def state(view: View, looked: Sequence[Looked], spent: float, budget: float | None, planned_steps: int) -> list[str]:
-    """Where it stands: the incumbent, what is ruled out and why, the bound, and what comes next."""
+def state(
+    view: View, looked: Sequence[Looked], spent: float, budget: float | None, planned_steps: int, experience: Experience = NOTHING
+) -> list[str]:
+    """Where it stands: the incumbent, what is ruled out and why, the bound, and what comes next; at first with what it begins."""
     of = f" of {budget / 60:g}" if budget is not None else ""
     lines = [f"[{len(looked)} runs, {spent / 60:.1f}{of} min]"]
     if view.incumbent is not None:
         lines[0] += f" best: {view.incumbent.title}, {view.incumbent_seconds:,.0f} s for {planned_steps} steps"
-    if view.incumbent is None:
+    if not looked:
+        lines.append(f"  begins with {experience.sentence}")
+    if view.incumbent is None and not experience.lessons:
         bound = "nothing is known of this machine yet"
     elif view.bound is None:
         bound = "nothing is left"
@@ -65,6 +70,7 @@ def summary(tuned: Tuned) -> list[str]:
         f"  {tuned.total_seconds:,.0f} s for {tuned.planned_steps} steps: {tuned.startup_seconds:.1f} s of start-up, "
         f"{tuned.step_seconds:.4g} s a step{peak}",
         f"  parity: {tuned.parity}",
+        f"  began with {tuned.experience}",
         f"  stopped after {len(tuned.trials)} runs, {tuned.spent_seconds / 60:.1f} min: {tuned.stopped}",
     ]
     for trial in tuned.trials:

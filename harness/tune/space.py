@@ -22,8 +22,8 @@ KINDS: tuple[Kind, ...] = ("layers", "working", "logits")  # of what a token tak
 @dataclass(frozen=True, slots=True)
 class Scale:
     """What a workload is made of: ``weights`` bytes that are always there, ``trained``: adapters, their gradients and moments; bytes of a
-    position in all ``layers``, everything kept, in the one layer that is at work (``working``), and in the ``logits``; ``flops`` of a
-    position, where workloads are to be compared.
+    position in all ``layers``, everything kept, in the one layer that is at work (``working``), and in the ``logits``. Where workloads
+    are to be compared: ``flops`` of a position, and ``num_layers``, to which the launches of a pass are in proportion.
     """
 
     weights: float
@@ -32,6 +32,7 @@ class Scale:
     working: float = 0.0
     trained: float = 0.0
     flops: float = 1.0
+    num_layers: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import pytest
 from harness.config import single
 from harness.record import Record
 from harness.spec import Full
-from harness.tune.fitting import learnt, usable
+from harness.tune.lessons import learnt, usable
 from harness.tune.memory_model import MemoryModel, Peak
 from harness.tune.observed import result_of
 from harness.tune.pack import records_of
