@@ -27,7 +27,7 @@ class Gaussian:
     def of(self, function: Function) -> tuple[Floats, Floats]:
         """Mean and standard deviation of the values of ``function``, to first order."""
         values, slopes = function(self.mean)
-        return values, np.sqrt(np.maximum(np.einsum("np,pq,nq->n", slopes, self.covariance, slopes), 0.0))
+        return values, np.sqrt(np.maximum(np.einsum("np,np->n", slopes @ self.covariance, slopes), 0.0))
 
 
 def independent(parameters: Mapping[str, tuple[float, float]]) -> Gaussian:
