@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from harness.tune.cost_model import Spread, Timed
@@ -49,9 +49,14 @@ class Experience:
             return "what the engines' YAML expects: no record teaches anything of this"
         others = {one.candidate.work for one in self.lessons if one.candidate.work}
         own = sum(not one.candidate.work for one in self.lessons)
-        known = f"paces from {len(self.lessons)} measured settings on {self.gpu}: {own} of this work"
+        number = f"{len(self.lessons)} measured setting{'s' if len(self.lessons) > 1 else ''}"
+        known = f"paces from {number} on {self.gpu}: {own} of this work"
         known += f", the rest of {len(others)} other{'s' if len(others) > 1 else ''}" if others else ""
         return known if self.here else f"{known}; none of this kind of GPU, so that only ratios carry over"
+
+    def after(self, contradicted: Sequence[str]) -> str:
+        """The same, and of what it did not hold here."""
+        return f"{self.sentence}; contradicted here and left out: {', '.join(contradicted)}" if contradicted else self.sentence
 
     def with_lessons(self, space: Space) -> Space:
         """``space`` with what was measured before: what models see, of which only the candidates of ``space`` are asked about."""

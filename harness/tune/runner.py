@@ -223,7 +223,7 @@ class Runner:
             num_candidates=len(self._policy.space.candidates),
             ruled_out=dict(Counter(map(kind_of, view.ruled_out.values()))),
             left_out=left_out,
-            experience=self.experience.sentence,
+            experience=self.experience.after(view.contradicted),
             tuned_utc=datetime.now(UTC).isoformat(timespec="seconds"),
             commit=commit_of(TREE)[0],
             trials=tuple(self._trial(one, result, view) for one, (_, result) in zip(self.looked, told, strict=True)),

@@ -80,7 +80,9 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Where a search stands. ``ruled_out``: why, of every candidate that is not to be tried; ``bound``: the best that is still possible."""
+    """Where a search stands. ``ruled_out``: why, of every candidate that is not to be tried; ``bound``: the best that is still possible;
+    ``contradicted``: engines of which looks took something else than experience foretold, so that it does not count.
+    """
 
     incumbent: Candidate | None
     incumbent_seconds: float | None
@@ -89,6 +91,7 @@ class View:
     bound: float | None
     next: Ask | None
     stopped: str | None
+    contradicted: tuple[str, ...] = ()
 
 
 Told = tuple[Ask, Result]
@@ -115,7 +118,9 @@ class Search:
 
     def view(self, told: Sequence[Told]) -> View:
         """What follows from all that was ``told``, oldest first. The same answers always lead to the same next question."""
-        forecasts = self._forecasts(told)
+        timed = _timed(told)
+        contradicted = self._contradicted(timed)
+        forecasts = self._forecasts(told, [*timed, *self.experience.timed(but=contradicted)])
         ruled_out = self._ruled_out(told, forecasts)
         totals = self._totals(told, forecasts)
         incumbent = min(totals, key=lambda one: totals[one], default=None)
@@ -125,7 +130,7 @@ class Search:
         bound = min((forecast.bound_seconds for forecast in open_ones.values()), default=None)
 
         def view(ask: Ask | None, stopped: str | None = None) -> View:
-            return View(incumbent, best, forecasts, ruled_out, bound, ask, stopped)
+            return View(incumbent, best, forecasts, ruled_out, bound, ask, stopped, contradicted)
 
         if self.rules.most_runs is not None and len(told) >= self.rules.most_runs:
             return view(None, f"{len(told)} runs were all that it was given")
@@ -199,17 +204,11 @@ class Search:
         assert self.capacity_bytes is not None
         return surely or (smallest if forecasts[smallest].memory.high(LIKELY) <= self.capacity_bytes else None)
 
-    def _forecasts(self, told: Sequence[Told]) -> dict[Candidate, Forecast]:
-        timed = [
-            Timed(ask.candidate, result.step_seconds, result.startup_seconds)
-            for ask, result in told
-            if result.outcome == "ok" and result.step_seconds is not None and result.startup_seconds is not None
-        ]
+    def _forecasts(self, told: Sequence[Told], timed: Sequence[Timed]) -> dict[Candidate, Forecast]:
         peaks = self.experience.peaks()
         peaks += [Peak(ask.candidate, result.peak_bytes) for ask, result in told if result.outcome == "ok" and result.peak_bytes]
         if self.capacity_bytes is not None:
             peaks += [Peak(ask.candidate, self.capacity_bytes, at_least=True) for ask, result in told if result.outcome == "oom"]
-        timed += self.experience.timed(but=self.contradicted(timed))
         steps, startups, memory = self.cost.step(timed), self.cost.startup(timed), self.memory.predict(peaks)
         return {
             one: Forecast(
@@ -223,13 +222,13 @@ class Search:
             for one in self.space.candidates
         }
 
-    def contradicted(self, timed: Sequence[Timed]) -> set[str]:
+    def _contradicted(self, timed: Sequence[Timed]) -> tuple[str, ...]:
         """Engines of which a look took so much more or less than experience foretold that it tells nothing of them here."""
         if not timed or not self.experience.lessons:
-            return set()
+            return ()
         foretold = self.cost.step(self.experience.timed())
         off = {one: abs(math.log(one.step_seconds / foretold[one.candidate].middle)) for one in timed}
-        return {one.candidate.engine for one in timed if off[one] > _CONTRADICTED * foretold[one.candidate].deviation}
+        return tuple(sorted({one.candidate.engine for one in timed if off[one] > _CONTRADICTED * foretold[one.candidate].deviation}))
 
     def _ruled_out(self, told: Sequence[Told], forecasts: Mapping[Candidate, Forecast]) -> dict[Candidate, str]:
         ruled_out: dict[Candidate, str] = {}
@@ -280,6 +279,14 @@ def search(policy: Search, measure: Callable[[Ask], Result], *, on_view: Callabl
         if view.next is None:
             return known
         known.append((view.next, measure(view.next)))
+
+
+def _timed(told: Sequence[Told]) -> list[Timed]:
+    return [
+        Timed(ask.candidate, result.step_seconds, result.startup_seconds)
+        for ask, result in told
+        if result.outcome == "ok" and result.step_seconds is not None and result.startup_seconds is not None
+    ]
 
 
 def _but_micro_batch(one: Candidate) -> tuple[tuple[str, str], ...]:

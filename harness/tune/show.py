@@ -23,6 +23,8 @@ def state(
     lines = [f"[{len(looked)} runs, {spent / 60:.1f}{of} min]"]
     if view.incumbent is not None:
         lines[0] += f" best: {view.incumbent.title}, {view.incumbent_seconds:,.0f} s for {planned_steps} steps"
+    if view.contradicted:
+        lines.append(f"  what it began with is contradicted here and left out: {', '.join(view.contradicted)}")
     if not looked:
         lines.append(f"  begins with {experience.sentence}")
     if view.incumbent is None and not experience.lessons:

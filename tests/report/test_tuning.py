@@ -48,6 +48,9 @@ def test_tables_and_plots_say_what_was_measured_and_what_was_not() -> None:
     assert "measured: fast" in view.plots[0].svg
     assert "predicted 90, measured 88" in view.plots[1].svg
     assert any("nothing left can take less than 87.5 s" in fact for fact in view.facts)
+    assert not any("it began with" in fact for fact in view.facts), "an older file does not say"
+    begun = tuning(found().model_copy(update={"experience": "paces from 29 measured settings"}))
+    assert "it began with paces from 29 measured settings" in begun.facts
     assert "<title>front</title>" in view.plots[0].svg
     assert not any("memory was not measured" in fact for fact in view.facts)
 

@@ -116,7 +116,7 @@ def test_of_another_kind_of_gpu_ratios_carry_over() -> None:
     after = policy.view([(view.next, slow)])
     unsloth = min(forecast.total_seconds for one, forecast in after.forecasts.items() if one.engine == "unsloth")
     assert unsloth > 4 * 1_100, "where one engine is five times slower than on an H100, so are the others"
-    assert not policy.contradicted([])
+    assert not after.contradicted, "of this kind of GPU nothing had been said"
 
 
 def lied(on: Any, wrong: Mapping[str, float]) -> Experience:
@@ -162,6 +162,9 @@ def test_an_engine_that_its_own_looks_contradict_teaches_nothing_more() -> None:
     other = next(one for one in on.space.candidates if one.engine == "hf" and one != first.candidate)
     assert after[other].total_seconds > 1.5 * before[other].total_seconds
     assert policy.view([answer]).next != first
+    assert policy.view([answer]).contradicted == ("hf",)
+    assert policy.experience.after(["hf"]).endswith("; contradicted here and left out: hf")
+    assert "contradicted here and left out: hf" in "\n".join(state(policy.view([answer]), [cast("Any", answer)], 0.0, None, 1000))
 
 
 def one_record(**workload: Any) -> Record:
@@ -205,5 +208,5 @@ def test_it_says_with_what_it_begins() -> None:
     known = Experience((Lesson(replace(of.candidates[0], work="other"), 1.0, 9.0, None),), "a GPU", True, SCALE)
     policy = Search(of, SCALE, None, Rules(planned_steps=100), known)
     said = "\n".join(state(policy.view([]), [], 0.0, None, 100, known))
-    assert "begins with paces from 1 measured settings on a GPU: 0 of this work, the rest of 1 other" in said
+    assert "begins with paces from 1 measured setting on a GPU: 0 of this work, the rest of 1 other" in said
     assert "nothing left can take less than" in said

@@ -88,4 +88,5 @@ def test_the_command_says_what_the_least_needs_and_ends_with_6(
     assert "nothing was found: nothing that it may try is left" in out
     assert re.search(r"at least [0-9.]+ GiB are needed, by prediction, by fused ", out)
     assert "4.0 GiB are there" in out
+    assert "begins with paces from " in out
     assert not list((tmp_path / "tuned").rglob("*.yaml"))

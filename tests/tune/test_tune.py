@@ -49,9 +49,11 @@ def test_a_search_resumes_and_its_answer_is_trained_with(cache: Path, tmp_path: 
     assert tune.main([*words, "engines=trivial", "budget_minutes=0.01"]) == 0  # no time for more than one run
     out = capsys.readouterr().out
     assert "of the budget are left" in out
+    assert "begins with what the engines' YAML expects" in out
     assert len(load(tmp_path).stored) == 1
     (path,) = (tmp_path / "tuned").rglob("*.yaml")
     assert len(read(path).trials) == 1
+    assert "no record teaches anything of this" in str(read(path).experience)
     assert {one.why for one in read(path).predicted} == {"the time was over"}
 
     assert tune.main([*words, "engines=trivial"]) == 0
