@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from harness.config import request
+from harness.config import request, single
 from harness.engine import Machine
 from harness.record import Record
 from harness.store import Stored, load
@@ -19,9 +20,11 @@ from harness.tune.__main__ import asked
 from harness.tune.entrants import Entrants, Layouts, candidates, entrants
 from harness.tune.experience import Experience, Lesson
 from harness.tune.lessons import Searching, but_looks_of, experience
+from harness.tune.observed import result_of
 from harness.tune.scale import capacity_bytes, scale_of
 from harness.tune.search import Ask, Result, Rules, Search, Told, search
 from harness.tune.show import state
+from harness.tune.space import Candidate, Facts, Space
 from tests.tune.spaces import SCALE, machine, space
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -167,8 +170,8 @@ def test_an_engine_that_its_own_looks_contradict_teaches_nothing_more() -> None:
     assert "contradicted here and left out: hf" in "\n".join(state(policy.view([answer]), [cast("Any", answer)], 0.0, None, 1000))
 
 
-def one_record(**workload: Any) -> Record:
-    """A committed record of ``unsloth`` on an H100."""
+def one_record() -> Record:
+    """A committed look of a tune: ``unsloth`` on an H100."""
     found = [record for record in committed() if record.cell.engine.name == "unsloth" and record.machine.name == H100]
     return next(one for one in found if one.status == "ok" and one.cell.workload.train.samples_per_step == 16)
 
@@ -197,6 +200,40 @@ def test_the_same_work_for_other_steps_is_told_from_other_work() -> None:
     assert lesson.candidate.work.startswith(f"{H100}: llama3_8b lora")
     assert not experience(found.configs, [record.model_copy(update={"status": "unsteady"})], of, lambda _: ()).lessons
     assert not experience(found.configs, [record], planned(device="cpu")[1], lambda _: ()).lessons
+
+
+def test_samples_of_several_lengths_are_known_by_runs_that_begin_alike() -> None:
+    """What was measured of the first steps is stretched to the positions of all; another seed draws other samples."""
+    config = single(["engine=unsloth", "machine=cuda"])
+    record = next(
+        one for one in committed() if one.cell.workload.data.name == "gsm8k" and one.status == "ok" and one.cell.engine.name == "unsloth"
+    )
+    ran = record.cell.workload.train
+    assert ran.num_steps == 44
+    chosen = tuple((knob, json.dumps(record.cell.engine.knobs[knob])) for knob in config.engine.searched_knobs)
+    one = Candidate("unsloth", chosen, Facts(positions=150, num_passes=4, largest=100))
+    longer = record.cell.workload.model_copy(update={"train": ran.model_copy(update={"steps": 88})})
+    model = cast("dict[str, Any]", longer.model.config)
+    of = Searching(
+        workload=longer,
+        machine=record.machine,
+        model=model,
+        space=Space((one,), {"unsloth": config.engine.searched_knobs}),
+        scale=scale_of(model, longer),
+    )
+
+    def known(search: Searching) -> list[Lesson]:
+        found = experience({"unsloth": config}, committed(), search, lambda _: (100.0,) * 44 + (200.0,) * 44)
+        assert found.gpu == H100
+        return [lesson for lesson in found.lessons if not lesson.candidate.work]
+
+    (lesson,) = known(of)
+    assert lesson.candidate == one
+    measured = result_of(record)
+    assert measured.step_seconds is not None
+    assert lesson.step_seconds == pytest.approx(1.5 * measured.step_seconds, rel=0.1)
+    reseeded = longer.model_copy(update={"train": longer.train.model_copy(update={"seed": 7})})
+    assert known(replace(of, workload=reseeded)) == []
 
 
 def test_it_says_with_what_it_begins() -> None:
