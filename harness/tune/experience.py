@@ -9,10 +9,10 @@ from harness.tune.cost_model import Spread, Timed
 from harness.tune.memory_model import Peak
 from harness.tune.space import Candidate, Scale, Space
 
-# Held against the committed records: python -m harness.tune.left_out results. ``noise`` of a step: other hosts, older code.
-_NOISE, _STARTUP_NOISE = 0.04, 5.0
+# Held against the committed records: python -m harness.tune.left_out results. The noise of a step: other hosts, older code.
+NOISE, _STARTUP_NOISE = 0.03, 5.0
 _PEAK_NOISE, _OTHER_PEAK_NOISE = 0.02, 0.05  # memory is the same on every host; of another workload, as that of one engine is off
-_SPREAD = Spread(work=0.1, engine=0.05, startup=8.0)
+SPREAD = Spread(work=0.1, engine=0.05, startup=8.0)
 _ELSEWHERE = Spread(work=0.1, engine=0.05, startup=8.0, own_work=3.0, own_engine=0.1)  # how fast this kind of GPU is, nobody knows
 
 
@@ -40,7 +40,7 @@ class Experience:
     @property
     def spread(self) -> Spread | None:
         """How far paces of workloads lie apart."""
-        return None if not self.lessons else _SPREAD if self.here else _ELSEWHERE
+        return None if not self.lessons else SPREAD if self.here else _ELSEWHERE
 
     @property
     def sentence(self) -> str:
@@ -69,7 +69,7 @@ class Experience:
     def timed(self, but: Collection[str] = ()) -> list[Timed]:
         """Times of all engines but those that are named."""
         return [
-            Timed(one.candidate, one.step_seconds, one.startup_seconds, _NOISE, _STARTUP_NOISE)
+            Timed(one.candidate, one.step_seconds, one.startup_seconds, NOISE, _STARTUP_NOISE)
             for one in self.lessons
             if one.candidate.engine not in but
         ]

@@ -13,13 +13,14 @@ from harness.record import Record
 from harness.spec import EngineSpec, Workload, parse
 from harness.stats import tokens_per_second
 from harness.tune.cost_model import CostModel, Timed
+from harness.tune.experience import NOISE, SPREAD
 from harness.tune.gaussian import Prediction
-from harness.tune.lessons import CONTEXT_GIB, MEASURED, Known, learnt, sized, work_of
+from harness.tune.lessons import CONTEXT_GIB, Known, learnt, sized, work_of
 from harness.tune.memory_model import SURE, MemoryModel, Peak
 from harness.tune.observed import result_of
 from harness.tune.scale import dense_facts, with_footprint
 from harness.tune.search import Result
-from harness.tune.space import Candidate, Facts, Scale, Space, enumerate_space
+from harness.tune.space import MEASURED, Candidate, Facts, Scale, Space, enumerate_space
 
 SIZES_GIB = (8, 12, 16, 24, 48, 80)
 _FAR = 2.5  # times as much work a position: further from all records nothing tells how wrong the models are
@@ -67,8 +68,8 @@ def _of_size(
     scale = next((one.facts.scale for one in whole.candidates if one.facts.scale), Scale(0.0, 1.0, 1.0))
     results = [(one, result_of(record)) for one, record in known_cells]
     memory = MemoryModel(whole, scale).predict([Peak(one, result.peak_bytes) for one, result in results if result.peak_bytes])
-    timed = [Timed(one, result.step_seconds, 0.0) for one, result in results if result.step_seconds is not None]
-    steps = CostModel(whole).step(timed)
+    timed = [Timed(one, result.step_seconds, 0.0, NOISE) for one, result in results if result.step_seconds is not None]
+    steps = CostModel(whole, SPREAD).step(timed)
     found = []
     for name in configs:
         mine = [one for one in asked.candidates if one.engine == name]
@@ -126,11 +127,13 @@ def _best(
 def _fastest(
     able: Sequence[Candidate], steps: Mapping[Candidate, Prediction], learnt: Mapping[Candidate, Record], capacity: float
 ) -> Candidate:
-    """By the models, which err alike on all; but of what was measured the fastest, where they foretell nothing unmeasured to be faster."""
+    """By the models, which err alike on all; but of what was measured the fastest, unless they foretell something unmeasured to be faster
+    by more than it may be off.
+    """
     best = min(able, key=lambda one: steps[one].middle)
     own = {one: result.step_seconds for one in able if (result := _own(learnt.get(one), capacity)) and result.step_seconds}
     known = min(own, key=lambda one: own[one], default=best)
-    return known if best in own or own.get(known, math.inf) <= steps[best].middle else best
+    return known if best in own or own.get(known, math.inf) <= steps[best].high(1.0) else best
 
 
 def _near(one: Candidate, known: Candidate) -> bool:

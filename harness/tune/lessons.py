@@ -19,10 +19,9 @@ from harness.tune.experience import Experience, Lesson
 from harness.tune.observed import result_of
 from harness.tune.scale import dense_facts, scale_of, with_footprint
 from harness.tune.search import Result
-from harness.tune.space import Candidate, Scale, Space
+from harness.tune.space import MEASURED, Candidate, Scale, Space
 from harness.tuned import name_of
 
-MEASURED = "measured: "  # the same setting on another card: a candidate of its own, with another plan perhaps
 CONTEXT_GIB = 1.0  # of a card: what is not the allocator's
 
 

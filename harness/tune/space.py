@@ -16,6 +16,7 @@ from harness.searched import PROCESSES, Kind, Searched
 from harness.tune.gaussian import Floats
 
 Expected = Mapping[str, Searched]  # by knob
+MEASURED = "measured: "  # before a candidate's ``work``: the same setting on another card, which may make another plan there
 KINDS: tuple[Kind, ...] = ("layers", "working", "logits")  # of what a token takes
 
 
