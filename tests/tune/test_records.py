@@ -50,4 +50,4 @@ def test_from_the_cells_of_one_workload_the_peaks_of_others_are_foretold(card: s
     assert len(off) >= 11
     assert statistics.fmean(off) <= 0.03
     assert statistics.fmean(beyond) <= 0.05
-    assert max(off) <= 0.11, "hf with checkpointing: 16 samples a step held 4 GiB more than 4 do, of which a peak of allocations knows nothing"
+    assert max(off) <= 0.11, "hf that recomputes holds 4 GiB more with 16 samples a step than with 4"
