@@ -162,9 +162,11 @@ def _usual(verdicts: Sequence[Verdict], alike: Collection[str | None], best: Ver
     follow the truth's, and where that leaves it open, the truth's decides.
     """
     usual = next((one for one in verdicts if one.anchor in alike), best)
-    if usual.light.passed is None:
+    if usual.light.open:
         return next((one for one in verdicts if one.light.passed is not None), usual)
-    return usual if usual.light.passed else next((one for one in verdicts if one.light.passed and one.can_win), usual)
+    if usual.light.passed is False:
+        return next((one for one in verdicts if one.light.passed and one.can_win), usual)
+    return usual
 
 
 def judge(candidate: Run, reference: Run, variants: Sequence[Run] = (), anchor: str = "reference") -> Verdict:

@@ -19,11 +19,11 @@ _Block = tuple[int, str]  # a repeat, and the host that it ran on
 
 
 class Light(Protocol):
-    """The light check: whether it passed (null: could not be done), and what was seen."""
+    """The light check: whether it passed (null: could not be done, or is open), and what was seen."""
 
     @property
     def passed(self) -> bool | None:
-        """Null where there was nothing to check against."""
+        """Null where there was nothing to check against, or where that leaves it open."""
 
     @property
     def detail(self) -> str:
