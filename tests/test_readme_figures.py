@@ -33,13 +33,15 @@ COLUMNS = sorted({place for _, place in CELLS})
 
 
 def group(place: int) -> Group:
-    """The group of results/ that a column shows: of several (trainings of other lengths) the one with most blocks of ours and Unsloth's."""
+    """The group of results/ that a column shows: of several (trainings of other lengths) the one with most blocks of ours and Unsloth's, of
+    as many the longest.
+    """
     said = re.fullmatch(r"(\d)B( on NF4)?, (?:GSM8K|(\d+) × ([\d,]+))", CELLS["column", place])
     assert said is not None
     work = ("dense", int(said[3]), int(said[4].replace(",", ""))) if said[3] else ("gsm8k", 64, 1024)
     wanted = (MODELS[said[1]], "qlora" if said[2] else "lora", *work)
     found = [one for one in GROUPS if work_of(one) == wanted and CELLS["card", place] in one.machine.name and one.machine.count == 1]
-    return max(filter(shows_both, found), key=num_blocks)
+    return max(filter(shows_both, found), key=lambda one: (num_blocks(one), one.workload.train.steps))
 
 
 def work_of(one: Group) -> tuple[str, str, str, int, int]:
@@ -57,15 +59,21 @@ def num_blocks(group: Group) -> int:
 
 def pair(group: Group) -> tuple[Variant, Variant]:
     variants = {variant.label: variant for variant in group.variants if variant.runs}
-    theirs = fastest(variants, "unsloth/nockpt")
+    ours, theirs = without_budget(variants), fastest(variants, "unsloth/nockpt")
+    assert ours is not None
     assert theirs is not None
-    return variants["fused"], theirs
+    return ours, theirs
+
+
+def without_budget(variants: Mapping[str, Variant]) -> Variant | None:
+    """The fastest of ours, whatever its micro-batch, that may use all memory."""
+    return fastest({label: one for label, one in variants.items() if re.fullmatch(r"fused( micro_batch=\d+)?", label)}, "fused")
 
 
 def shows_both(group: Group) -> bool:
     """Whether ours ran there and Unsloth with nothing recomputed, as in every column."""
-    labels = [variant.label for variant in group.variants if variant.runs]
-    return "fused" in labels and any(label.startswith("unsloth/nockpt") for label in labels)
+    variants = {variant.label: variant for variant in group.variants if variant.runs}
+    return without_budget(variants) is not None and fastest(variants, "unsloth/nockpt") is not None
 
 
 def figure(variant: Variant) -> str:
