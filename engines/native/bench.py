@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import yaml
 
+from engines.native.buckets import Row
 from engines.native.checkpoint import build_weights
 from engines.native.decoder import Decoder
 from engines.native.footprint import Load, MemoryModel
@@ -35,8 +36,9 @@ from engines.native.packed import Angles
 from engines.native.plan import KEEP_ALL, described
 from engines.native.planner import choose
 from engines.native.random_files import RandomFile, RandomNf4File
+from engines.native.replay import ReplayedSteps
 from engines.native.shape import LlamaShape, read_shape
-from engines.native.steps import ReplayedSteps, Steps
+from engines.native.steps import Steps
 from engines.native.store import Store, Training
 from engines.native.weights import DecoderWeights, trained_weights
 from harness.data.tokens import IGNORE, Batch
@@ -173,10 +175,10 @@ def random_steps(decoder: Decoder, documents: int, tokens: int, *, replay: bool)
     ids = np.random.default_rng(0).integers(0, decoder.shape.vocab_size, size=(1, documents * tokens))
     labels = ids.copy()
     labels[0, ::tokens] = IGNORE
-    batches = [Batch(ids, labels, ((tokens,) * documents,))]
+    rows = [Row(Batch(ids, labels, ((tokens,) * documents,)))]
 
     def step(index: int) -> torch.Tensor:
-        return steps.run(batches, step_scalars(SCHEDULE, index, documents * (tokens - 1))).outcome.loss.clone()
+        return steps.run(rows, step_scalars(SCHEDULE, index, documents * (tokens - 1))).loss.clone()
 
     return step
 
