@@ -128,14 +128,14 @@ class _Session:
         if knobs.base == "sharded":
             self._decoder.weights.shared.watch(probe.exchanges)
         steps = Steps(self._decoder, angles, optimizer, job.workload.train.max_grad_norm, exchange)
-        self._steps: Steps | ReplayedSteps = ReplayedSteps(steps, self._shares.extent) if knobs.replay else steps
+        self._steps: Steps | ReplayedSteps = ReplayedSteps(steps, self._shares.extent.largest) if knobs.replay else steps
 
     def begin(self) -> int:
         """The first step that is left to make."""
         from engines.native import states
 
         begin = states.restored(self._state, self._job.checkpoints) if self._state is not None else 0
-        for index in range(begin):
+        for index in range(begin if self._knobs.replay else 0):
             self._shares.of(index)  # what rows are filled up to follows from those before
         return begin
 

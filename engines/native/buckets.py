@@ -50,46 +50,60 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """What the rows of a run need. ``alike``: the commonest kinds of rows of documents that are all alike, which are captured as they are;
-    ``largest``: sizes that every other row fits into, None where there is no other.
+    """What the rows of a run need: the most tokens, the most of one document, the most supervised rows, filling aside.
+
+    ``alike``: the commonest kinds of rows of documents that are all alike, which are captured as they are; ``largest``: sizes that every
+    other row fits into, None where there is no other, or where none is filled up.
     """
 
+    num_tokens: int
+    longest: int
+    num_rows: int
     alike: frozenset[Kind]
     largest: Sizes | None
 
 
-def extent(batches: Iterable[Batch]) -> Extent:
-    """Of all ``batches`` (packed rows) of a run."""
+def extent(batches: Iterable[Batch], *, shared: bool) -> Extent:
+    """Of all ``batches`` (packed rows) of a run; ``shared``: uneven documents are filled up."""
     kinds: Counter[Kind] = Counter()
     needed: set[tuple[Kind | None, Sizes, int]] = set()
+    tokens = longest = rows = 0
     for batch in batches:
-        kind = kind_of(batch)
-        kinds.update([kind] if kind else [])
-        needed.add((kind, shared_sizes(batch), len(batch.lengths[0])))
+        lengths = batch.lengths[0]
+        tokens, longest, rows = max(tokens, sum(lengths)), max(longest, *lengths), max(rows, _labelled(batch))
+        if shared:
+            kind = kind_of(batch)
+            kinds.update([kind] if kind else [])
+            needed.add((kind, shared_sizes(batch), len(lengths)))
     alike = frozenset(kind for kind, _ in kinds.most_common(_MOST_ALIKE))
-    others = [(sizes, documents) for kind, sizes, documents in needed if kind not in alike]
+    return Extent(tokens, longest, rows, alike, _largest([(sizes, documents) for kind, sizes, documents in needed if kind not in alike]))
+
+
+def _largest(others: list[tuple[Sizes, int]]) -> Sizes | None:
+    """Sizes that rows of so many documents fit into, however far each is filled up."""
     if not others:
-        return Extent(alike, None)
+        return None
     tokens = max(sizes.num_tokens for sizes, _ in others)
     documents = max(documents for _, documents in others) - (-tokens // FILLER)
-    return Extent(alike, Sizes(tokens, documents, max(sizes.longest for sizes, _ in others), max(sizes.num_rows for sizes, _ in others)))
+    return Sizes(tokens, documents, max(sizes.longest for sizes, _ in others), max(sizes.num_rows for sizes, _ in others))
 
 
 class SharedSizes:
     """Which sizes each row of a run is filled up to: captured ones, the cheapest that it fits into, until rows of its own sizes
     (``shared_sizes``) have cost so much filling that a capture of these would have been paid for. So nothing has to be launched by hand,
-    captures and filling together cost at most about twice what they would had the run been known, and what is rare is not captured.
+    and what is rare is not captured.
     """
 
     def __init__(self, found: Extent) -> None:
         """Of the run with this extent, whose largest sizes are captured before its first row."""
-        self._alike = found.alike
-        self._captured: set[Sizes] = set() if found.largest is None else {found.largest}
+        self._found = found
+        self._captured = {found.largest} if found.largest else set()
         self._filling: Counter[Sizes] = Counter()
 
     def row(self, batch: Batch) -> Row:
         """The next ``batch`` (one packed row) with its sizes."""
-        return Row(batch, None if kind_of(batch) in self._alike else self._of(batch))
+        alone = self._found.largest is None or kind_of(batch) in self._found.alike
+        return Row(batch, None if alone else self._of(batch))
 
     def _of(self, batch: Batch) -> Sizes:
         own = shared_sizes(batch)

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engines.native.buckets import Sizes
+from engines.native.buckets import Extent
 from engines.native.fp8_reasons import Mode
 from engines.native.plan import Name, Plan
 from engines.native.shape import LlamaShape
-from harness.data.tokens import IGNORE, Batch
 
 if TYPE_CHECKING:
     from engines.native.weights import DecoderWeights
@@ -32,14 +31,10 @@ class Load:
     loss_chunk: int
 
 
-def largest_load(batches: Iterable[Batch], loss_chunk: int, filled: Sizes | None) -> Load:
-    """The most of each over ``batches`` (packed rows) and over what some of them are ``filled`` up to."""
-    tokens, longest, rows = (filled.num_tokens, 0, filled.num_rows) if filled else (0, 0, 0)
-    for batch in batches:
-        lengths = batch.lengths[0]
-        tokens, longest = max(tokens, sum(lengths)), max(longest, *lengths)
-        rows = max(rows, int((batch.labels[0] != IGNORE).sum()))
-    return Load(tokens, longest, rows, loss_chunk)
+def largest_load(found: Extent, loss_chunk: int) -> Load:
+    """The most of each over the rows of a run, and over what some of them are filled up to."""
+    tokens, rows = (found.largest.num_tokens, found.largest.num_rows) if found.largest else (0, 0)
+    return Load(max(tokens, found.num_tokens), found.longest, max(rows, found.num_rows), loss_chunk)
 
 
 def stored_bytes(weights: DecoderWeights) -> int:

@@ -45,8 +45,7 @@ _SWITCH_SECONDS = 0.0002
 class Piece:
     """What is rehearsed: how the weights of ``job`` will be placed and computed with, and the ``batches`` of its steps.
 
-    ``extent``: of the rows that are filled up to sizes that many share; None: none are. ``recompute``, ``loss_chunk``: what is assumed of
-    the plan before there is one.
+    ``extent``: what all of them need. ``recompute``, ``loss_chunk``: what is assumed of the plan before there is one.
     """
 
     job: Job
@@ -55,7 +54,7 @@ class Piece:
     adapter: Adapter | None
     ops: Ops
     batches: Callable[[], Iterable[Batch]]
-    extent: Callable[[], Extent | None]
+    extent: Callable[[], Extent]
     recompute: str
     loss_chunk: int
 
@@ -124,17 +123,17 @@ class Rehearsal:
         self._kernels.compile(launches)
 
 
-def sizes_of(batches: Iterable[Batch], found_of_all: Extent | None) -> list[Sizes]:
+def sizes_of(batches: Iterable[Batch], of_all: Extent) -> list[Sizes]:
     """Those of ``batches`` (packed rows) that kernels can tell apart: one for each number of tokens, the largest that rows are filled up to
     before those in the order of the batches.
     """
-    largest = found_of_all.largest if found_of_all else None
+    largest = of_all.largest
     found: dict[int, Sizes] = {largest.num_tokens: largest} if largest else {}
     for batch in batches:
         lengths = batch.lengths[0]
         labelled = int((batch.labels[0] != IGNORE).sum())
         plain = Sizes(sum(lengths), len(lengths), max(lengths), max(1, labelled))  # as Angles.pack
-        sizes = shared_sizes(batch) if found_of_all and kind_of(batch) not in found_of_all.alike else plain
+        sizes = shared_sizes(batch) if largest and kind_of(batch) not in of_all.alike else plain
         found.setdefault(sizes.num_tokens, sizes)
     return list(found.values())
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engines.native.buckets import MOST_SIZES, Extent, Row, Sizes, filling
+from engines.native.buckets import MOST_SIZES, Row, Sizes, filling
 from engines.native.optimizer import NUM_SCALARS
 from engines.native.packed import Packed
 from engines.native.steps import Outcome, Steps
@@ -29,17 +29,17 @@ class ReplayedSteps:
     Ranks exchange between two graphs, so that one whose sizes are new to it can meet others that replay theirs.
     """
 
-    def __init__(self, steps: Steps, found: Extent | None = None, capture: Capture | None = None) -> None:
-        """``found``: of the run's rows; the largest that rows are filled up to is captured now, before smaller ones share its memory.
-        ``capture``: by whom; None: CUDA.
+    def __init__(self, steps: Steps, largest: Sizes | None = None, capture: Capture | None = None) -> None:
+        """``largest``: of the sizes that rows are filled up to; captured now, so that smaller ones share its memory. ``capture``: by whom;
+        None: CUDA.
         """
         self._steps, self._arena = steps, steps.arena
         self._capture = capture or _by_cuda("global" if steps.exchange is None else "thread_local")
         self._scalars = torch.zeros(NUM_SCALARS, dtype=torch.float32, device=self._arena.masters.device)
         self._launched: set[Hashable] = set()
         self._captured: dict[Hashable, _Captured] = {}
-        if found is not None and found.largest is not None and not steps.updates_inside:
-            self._make_room(found.largest)
+        if largest is not None and not steps.updates_inside:
+            self._make_room(largest)
 
     def run(self, rows: Sequence[Row], scalars: Sequence[float]) -> Outcome:
         """As ``Steps.run``; the outcome lies where the next step's will."""

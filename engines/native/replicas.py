@@ -41,14 +41,14 @@ class Shares:
         self._seen = hashlib.sha256()
 
     @cached_property
-    def extent(self) -> Extent | None:
-        """What the rows of all ranks need that are filled up; null where none are."""
-        return extent(self.every()) if self._shared else None
+    def extent(self) -> Extent:
+        """What the rows of all steps and ranks need."""
+        return extent(self.every(), shared=self._shared)
 
     @cached_property
     def _fill(self) -> tuple[Callable[[Batch], Row], ...]:
         """How each rank fills up, which depends on its own rows."""
-        return tuple(Row if self.extent is None else SharedSizes(self.extent).row for _ in range(self._job.processes))
+        return tuple(SharedSizes(self.extent).row for _ in range(self._job.processes))
 
     def of(self, index: int) -> tuple[tuple[Row, ...], StepTokens]:
         """This rank's rows of step ``index``, and the tokens of all ranks'. To be asked for in order: what a row is filled up to follows

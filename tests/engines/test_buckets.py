@@ -90,7 +90,7 @@ ROWS = st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=6), min_size=
 @given(ROWS)
 def test_every_row_fits_into_what_it_is_filled_up_to(rows: list[list[int]]) -> None:
     batches = [batch_of(lengths) for lengths in rows]
-    found = extent(batches)
+    found = extent(batches, shared=True)
     sizes = SharedSizes(found)
     for batch in batches:
         row = sizes.row(batch)
@@ -109,7 +109,7 @@ def test_every_row_fits_into_what_it_is_filled_up_to(rows: list[list[int]]) -> N
 
 def test_sizes_of_its_own_are_for_what_has_cost_enough_filling(monkeypatch: pytest.MonkeyPatch) -> None:
     small, middle, large = batch_of([100, 60]), batch_of([300, 310]), batch_of([700, 710, 90])
-    found = extent([small, middle, large])
+    found = extent([small, middle, large], shared=True)
     assert found.largest == Sizes(1536, 3 + 12, 1024, rounded_up(1000))
     sizes = SharedSizes(found)
     own = [shared_sizes(batch) for batch in (small, middle, large)]
@@ -128,10 +128,10 @@ def test_sizes_of_its_own_are_for_what_has_cost_enough_filling(monkeypatch: pyte
 def test_rows_that_are_all_alike_need_no_filling() -> None:
     """The commonest kinds of them: lengths without end are filled up like others."""
     batches = [batch_of([24, 24]), *(batch_of([length]) for length in (9, 9, 8, 8, 7, 7, 6, 5))]
-    found = extent(batches[:3])
+    found = extent(batches[:3], shared=True)
     assert found.largest is None
     assert [SharedSizes(found).row(batch).sizes for batch in batches[:3]] == [None] * 3
-    assert (many := extent([*batches, batches[0]])).largest is not None
+    assert (many := extent([*batches, batches[0]], shared=True)).largest is not None
     assert many.alike == {kind_of(batch) for batch in (batches[0], batches[1], batches[3], batches[5])}
 
 

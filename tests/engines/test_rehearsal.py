@@ -90,7 +90,7 @@ def test_the_engine_rehearses_while_it_loads(tmp_path: Path, monkeypatch: pytest
 
     class Recorded:
         def __init__(self, piece: Piece) -> None:
-            told.append((piece.recompute, piece.loss_chunk, piece.extent(), len(list(piece.batches()))))
+            told.append((piece.recompute, piece.loss_chunk, piece.extent().largest, len(list(piece.batches()))))
 
         def __enter__(self) -> Recorded:
             return self
@@ -125,8 +125,8 @@ def test_one_size_for_each_number_of_tokens() -> None:
         return Batch(ids, labels, (lengths,))
 
     batches = [batch(100, 60), batch(80, 80), batch(60, 100), batch(100, 63)]
-    assert [size.num_tokens for size in sizes_of(batches, None)] == [160, 163]
-    shared = sizes_of(batches, extent(batches))
+    assert [size.num_tokens for size in sizes_of(batches, extent(batches, shared=False))] == [160, 163]
+    shared = sizes_of(batches, extent(batches, shared=True))
     assert [(size.num_tokens, size.num_rows) for size in shared] == [(192, 192), (160, 158)]
 
 
