@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -10,7 +11,7 @@ from pydantic import Field
 from engines.native.base_reasons import Base, base_reasons
 from engines.native.forecast import footprint as footprint
 from engines.native.fp8_reasons import check_device, size_reasons
-from engines.native.fused_reasons import method_reasons, model_reasons, state_reasons
+from engines.native.fused_reasons import method_reasons, model_reasons, product_reasons, state_reasons
 from engines.native.hf_reasons import share_reasons
 from engines.native.lora_variants import variant_reasons
 from engines.native.named import variant as variant
@@ -56,6 +57,7 @@ class Knobs(Spec):
     optimizer_state: Literal["fp32", "int8"]
     base: Base
     compile_ahead: bool
+    products: Literal["torch", "fastest"]
 
 
 def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | None:
@@ -65,6 +67,7 @@ def unsupported(workload: Workload, knobs: Knobs, machine: Machine) -> str | Non
     reasons += share_reasons(workload, gpus) if gpus is not None else []
     reasons += base_reasons(workload, knobs.base, replay=knobs.replay, processes=gpus)
     reasons += [
+        *product_reasons(knobs.products, knobs.operations, replay=knobs.replay),
         *state_reasons(workload, knobs.optimizer_state, knobs.compute_dtype),
         *variant_reasons(workload, rank_stabilised=True, ratio=True),
     ]
@@ -112,12 +115,16 @@ class _Session:
 
         from engines.native import replicas, states
         from engines.native.buckets import FILLER
+        from engines.native.fastest import fastest_for
         from engines.native.optimizers import optimizer_for
         from engines.native.packed import Angles
         from engines.native.steps import ReplayedSteps, Steps
 
-        self._job, self._knobs, self._rank = job, knobs, rank
+        self._job, self._knobs, self._rank, self._probe = job, knobs, rank, probe
         self._config, self._adapter, self._decoder, self._shares, self.chosen = _load(job, knobs, rank)
+        self._fastest = fastest_for(knobs.products, torch.device(job.device))
+        if self._fastest is not None:
+            self._decoder = replace(self._decoder, ops=self._fastest.through(self._decoder.ops))
         num_positions = max(job.workload.data.sequence_length, FILLER)
         angles = Angles.of(self._decoder.shape, num_positions, torch.device(job.device))
         optimizer = optimizer_for(self._decoder.weights, job.workload, kernels=knobs.operations == "fused")
@@ -151,6 +158,8 @@ class _Session:
 
     def end(self) -> None:
         """Rank 0 leaves the adapter, or the full weights, in the job's folder."""
+        if self._fastest is not None:
+            self._probe.decided({"products": self._fastest.said()})
         self._shares.expect_agreement()
         if self._rank == 0:
             self._save()

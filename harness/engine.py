@@ -108,6 +108,9 @@ class Probe(Protocol):
     def ready(self, chosen: Mapping[str, Chosen] | None = None) -> None:
         """Set-up is over; the next thing is step 1. ``chosen``: what the engine decided by itself, for the record."""
 
+    def decided(self, chosen: Mapping[str, Chosen]) -> None:
+        """What the engine has decided by itself since ``ready``, for the record."""
+
     def step(self, *, loss: Tensor | float, grad_norm: Tensor | float | None, tokens: StepTokens) -> None:
         """One optimizer step has been issued. Copies the tensors on the current stream and never synchronises.
 

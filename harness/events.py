@@ -21,7 +21,7 @@ _MOST_BYTES = 2**22  # read at once, and so the longest line; a step is a few hu
 
 
 class EventLog:
-    """Appends events to a file. ``started``, ``ready``, ``step``, ``memory``, ``work`` and one ending: ``finished`` or ``failed``."""
+    """Appends events to a file. ``started``, ``ready``, ``step``, ``memory``, ``decided``, ``work`` and one ending: ``finished`` or ``failed``."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
@@ -97,6 +97,11 @@ class _Ready(Spec):
     chosen: dict[str, str | int | float] | None = None
 
 
+class _Decided(Spec):
+    event: Literal["decided"]
+    chosen: dict[str, str | int | float]
+
+
 class _Step(Spec):
     """One value of each of the record's ``Steps``, and the memory in use."""
 
@@ -149,7 +154,7 @@ class _Failed(Spec):
 
 
 _EVENT: TypeAdapter[object] = TypeAdapter(
-    Annotated[_Started | _Ready | _Step | _Memory | _Work | _Finished | _Failed, Field(discriminator="event")]
+    Annotated[_Started | _Ready | _Decided | _Step | _Memory | _Work | _Finished | _Failed, Field(discriminator="event")]
 )
 
 
@@ -188,11 +193,17 @@ def measurement(
         memory=tuple(Memory(**event["memory"]) for said in (events, *others.values()) for event in said if event["event"] == "memory"),
         artifacts=artifacts,
         ranks=tuple(_rank_steps(rank, said) for rank, said in ({0: events, **others} if others else {}).items()),
-        chosen=ready.get("chosen") if ready else None,
+        chosen=_chosen(events),
         work=parse(Work, work["work"]) if work["work"] else None,
         work_unknown=work["unknown"],
         gemm_peak_flops=work["gemm_peak_flops"],
     )
+
+
+def _chosen(events: Sequence[Event]) -> dict[str, str | int | float] | None:
+    """What the engine decided before its first step and later."""
+    told = [event.get("chosen") or {} for event in events if event["event"] in ("ready", "decided")]
+    return {name: value for each in told for name, value in each.items()} or None
 
 
 def _rank_steps(rank: int, events: Sequence[Event]) -> RankSteps:

@@ -122,6 +122,10 @@ class _CountedProbe:
         self._setup_peak = self._meter.close().peak_bytes
         self._probe.ready(chosen)
 
+    def decided(self, chosen: Mapping[str, Chosen]) -> None:
+        """Nothing to count."""
+        self._probe.decided(chosen)
+
     def step(self, *, loss: Tensor | float, grad_norm: Tensor | float | None, tokens: StepTokens) -> None:
         """The step ends here; the garbage that it left is not held against the next one."""
         gc.collect()

@@ -49,6 +49,10 @@ class StepProbe:
         gpus = _uuids() if self._device == "cuda" else []
         self._log.write("ready", {**fields, "gpus": gpus, "chosen": dict(chosen) if chosen else None})
 
+    def decided(self, chosen: Mapping[str, Chosen]) -> None:
+        """What the engine has decided by itself since ``ready``."""
+        self._log.write("decided", {"chosen": dict(chosen)})
+
     def step(self, *, loss: Tensor | float, grad_norm: Tensor | float | None, tokens: StepTokens) -> None:
         """One optimizer step has been issued; ``loss`` is its token-weighted mean, ``grad_norm`` the norm before clipping."""
         self._clock.mark(loss, grad_norm, tokens, self._compiles.count)

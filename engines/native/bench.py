@@ -19,6 +19,7 @@ import yaml
 
 from engines.native.checkpoint import build_weights
 from engines.native.decoder import Decoder
+from engines.native.fastest import fastest_for
 from engines.native.footprint import Load, MemoryModel
 from engines.native.fp8 import RANK_MULTIPLE
 from engines.native.fp8_ops import FUSED_FP8
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--full", choices=["fp32", "int8"], help="train every weight, with these moments, updated inside backward")
     parser.add_argument("--clip", action="store_true", help="of --full: hold all gradients and clip them")
     parser.add_argument("--chunk", type=int, default=2048, help="rows of logits at one time, fewer where a budget asks for it")
+    parser.add_argument("--products", nargs="+", choices=["torch", "fastest"], default=["torch"], help="how matrix products are made")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--eager", action="store_true", help="launch every step instead of replaying a graph")
     parser.add_argument("--breakdown", action="store_true")
@@ -84,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         decoder = random_decoder(shape, options.chunk, nf4=options.nf4, fp8=options.fp8, training=training)
         for batch in options.batch:
             documents, tokens = (int(part) for part in batch.split("x"))
-            for budget in options.memory_gib:
-                _time(name, decoder, (documents, tokens), budget, options)
+            for budget, products in itertools.product(options.memory_gib, options.products):
+                _time(name, decoder, (documents, tokens), budget, products, options)
         del decoder
         torch.cuda.empty_cache()
 
@@ -189,9 +191,9 @@ def _optimizer(decoder: Decoder) -> Optimizer:
     return FlatAdamW(arena.masters, values, (0.9, 0.999), 1e-8, 0.01)
 
 
-def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | None, options: argparse.Namespace) -> None:
+def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | None, products: str, options: argparse.Namespace) -> None:
     documents, tokens = size
-    model = MemoryModel.of(decoder.shape, decoder.weights, random_load(documents, tokens, options.chunk))
+    model = MemoryModel.of(decoder.shape, decoder.weights, random_load(documents, tokens, options.chunk), products)
     if budget is not None:
         try:
             choice = choose(model, budget * 2**30, 0.0 if options.no_offload else usable_bytes())
@@ -199,6 +201,9 @@ def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | No
             print(f"{name} layers {decoder.shape.num_layers} {documents}x{tokens}: {error}", flush=True)
             return
         decoder = replace(decoder, plans=choice.plans, loss_chunk=choice.loss_chunk, host=Host())
+    fastest = fastest_for(products, torch.device("cuda"))
+    if fastest is not None:
+        decoder = replace(decoder, ops=fastest.through(decoder.ops))
     run = random_steps(decoder, documents, tokens, replay=not options.eager)
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
@@ -222,12 +227,14 @@ def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | No
     milliseconds = statistics.median(before.elapsed_time(after) for before, after in itertools.pairwise(events))
     count = documents * tokens
     print(
-        f"{name} layers {decoder.shape.num_layers} {documents}x{tokens} {_kept(decoder)}: {milliseconds:.2f} ms, "
+        f"{name} layers {decoder.shape.num_layers} {documents}x{tokens} products {products}, {_kept(decoder)}: {milliseconds:.2f} ms, "
         f"{count / milliseconds * 1000:,.0f} tokens/s, peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated "
         f"({model.peak(decoder.plans, decoder.loss_chunk) / 2**30:.2f} predicted), "
         f"first step {first:.1f} s, second {second:.1f} s, losses {losses[0]:.4f} {losses[1]:.4f} {losses[-1]:.4f}",
         flush=True,
     )
+    if fastest is not None:
+        print(f"  {fastest.said()}", flush=True)
     if options.breakdown:
         _breakdown(lambda: step(100))
 

@@ -32,7 +32,10 @@ def plans_for(
     # Ranks that gather a base together must make the same things again, so all plan with what the one with least memory has.
     budget = knobs.memory_gib * 2**30 if knobs.memory_gib is not None else least(_free_bytes())
     choice = choice_within(
-        MemoryModel.of(shape, weights, load), budget, offload=knobs.offload and job.device == "cuda", processes=job.processes
+        MemoryModel.of(shape, weights, load, knobs.products),
+        budget,
+        offload=knobs.offload and job.device == "cuda",
+        processes=job.processes,
     )
     return (
         choice.plans,

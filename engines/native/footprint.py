@@ -18,8 +18,9 @@ from harness.data.tokens import IGNORE, Batch
 if TYPE_CHECKING:
     from engines.native.weights import DecoderWeights
 
-# cuBLAS keeps 32 MiB for the stream that launches and as much for the one that is captured (Hopper; less elsewhere).
-WORKSPACES = 2 * 32 * 2**20
+WORKSPACE_BYTES = 32 * 2**20  # of cuBLAS on Hopper; less elsewhere
+# torch's for the stream that launches, and as much for the one that is captured.
+WORKSPACES = 2 * WORKSPACE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,11 @@ def largest_load(batches: Iterable[Batch], loss_chunk: int, *, shared: bool) -> 
         longest = max(longest, *lengths)
         rows = max(rows, sizes.num_rows if sizes else labelled)
     return Load(tokens, longest, rows, loss_chunk)
+
+
+def workspaces(products: str) -> int:
+    """Bytes that products of matrices keep on a GPU; ``products``: torch, or fastest, which has one more (``engines.native.fastest``)."""
+    return WORKSPACES + (WORKSPACE_BYTES if products == "fastest" else 0)
 
 
 def stored_bytes(weights: DecoderWeights) -> int:
@@ -94,13 +100,13 @@ class MemoryModel:
     fp8: Mode | None = None
 
     @classmethod
-    def of(cls, shape: LlamaShape, weights: DecoderWeights, load: Load) -> MemoryModel:
-        """For weights that are loaded: their own bytes, two moments of the trained values, angles and the packed row."""
+    def of(cls, shape: LlamaShape, weights: DecoderWeights, load: Load, products: str = "torch") -> MemoryModel:
+        """For weights that are loaded: their own bytes, two moments of the trained values, angles, the packed row, workspaces."""
         ranks = Ranks(*(group.padded_rank for group in weights.layers[0].groups))
         moments = weights.arena.state_bytes
         angles = 4 * shape.head_dim * (load.longest + load.num_tokens)
-        workspaces = WORKSPACES if weights.norm.value.is_cuda else 0
-        static = stored_bytes(weights) + moments + angles + 24 * load.num_tokens + workspaces
+        room = workspaces(products) if weights.norm.value.is_cuda else 0
+        static = stored_bytes(weights) + moments + angles + 24 * load.num_tokens + room
         eight = weights.layers[0].qkv.fp8
         return cls(shape, ranks, load, static, weights.norm.value.element_size(), None if eight is None else eight.mode)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engines.native.durations import Durations
-from engines.native.footprint import WORKSPACES, Load, MemoryModel, Ranks
+from engines.native.footprint import Load, MemoryModel, Ranks, workspaces
 from engines.native.plan import KEEP_ALL, KEEP_INPUT, USABLE, Plan, PlanningKnobs
 from engines.native.planner import SLACK, Choice, choose, least
 from engines.native.shape import LlamaShape, read_shape
@@ -41,16 +41,27 @@ def footprint(
     load = Load(tokens, longest, tokens, knobs.loss_chunk)
     shape, host = read_shape(config, workload.data.sequence_length), math.inf if knobs.offload else 0.0
     parts = processes if knobs.base == "sharded" else 1
-    return forecast(shape, method, load, recompute=knobs.recompute, budget_bytes=budget, host_bytes=host, parts=parts)
+    return forecast(
+        shape, method, load, recompute=knobs.recompute, budget_bytes=budget, host_bytes=host, parts=parts, products=knobs.products
+    )
 
 
 def forecast(
-    shape: LlamaShape, method: Lora, load: Load, *, recompute: str, budget_bytes: float, host_bytes: float, parts: int = 1
+    shape: LlamaShape,
+    method: Lora,
+    load: Load,
+    *,
+    recompute: str,
+    budget_bytes: float,
+    host_bytes: float,
+    parts: int = 1,
+    products: str = "torch",
 ) -> Footprint:
     """Of passes over ``load`` with adapters as ``method`` says, by one of as many ranks as the base has ``parts``. Where nothing fits into
     the budget: the least that would be needed.
     """
-    memory = MemoryModel(shape, _ranks(method), load, _static(shape, method, load, parts), _ELEMENT)
+    static = _static(shape, method, load, parts) + workspaces(products)
+    memory = MemoryModel(shape, _ranks(method), load, static, _ELEMENT)
     durations = Durations(memory)
     whole = durations.step([durations.layer(KEEP_ALL)] * shape.num_layers, load.loss_chunk)
     if recompute != "fit" or SLACK * memory.peak((KEEP_ALL,) * shape.num_layers) <= budget_bytes:
@@ -81,7 +92,7 @@ def _ranks(method: Lora) -> Ranks:
 
 
 def _static(shape: LlamaShape, method: Lora, load: Load, parts: int) -> int:
-    """What is there all the time: weights, adapters and what trains them, angles, the packed row, workspaces."""
+    """What is there all the time: weights, adapters and what trains them, angles, the packed row."""
     hidden, layers = shape.hidden_size, shape.num_layers
     ends = shape.vocab_size * hidden * (1 if shape.tied_head else 2)
     norms = (2 * layers + 1) * hidden + (2 * layers * shape.head_dim if shape.qk_norm else 0)
@@ -95,7 +106,7 @@ def _static(shape: LlamaShape, method: Lora, load: Load, parts: int) -> int:
         shared += buffers
     angles = 4 * shape.head_dim * (load.longest + load.num_tokens)
     values = (ends + norms) * _ELEMENT + layers * (base + trained * _TRAINED) + shared
-    return int(values + angles + 24 * load.num_tokens + WORKSPACES)
+    return int(values + angles + 24 * load.num_tokens)
 
 
 def _base(in_nf4: bool, columns: int, inputs: int, room: int, parts: int) -> tuple[float, float]:

@@ -35,6 +35,21 @@ def state_reasons(workload: Workload, optimizer_state: str, compute_dtype: str) 
     return []
 
 
+def product_reasons(products: str, operations: str, *, replay: bool) -> list[str]:
+    """Where products cannot be made in the fastest way."""
+    if products == "torch":
+        return []
+    reasons = []
+    if operations != "fused":
+        reasons.append("products=fastest asks cuBLASLt, which operations=reference does not use; set products=torch or operations=fused")
+    if not replay:
+        reasons.append(
+            "products=fastest times every size that a step has for the first time, and only replay=true makes steps share sizes; "
+            "set products=torch"
+        )
+    return reasons
+
+
 def model_reasons(workload: Workload) -> list[str]:
     """What the decoder layer does not have."""
     if workload.model.config is None:

@@ -51,6 +51,10 @@ class PlanningKnobs(Protocol):
     def replay(self) -> bool:
         """Whether uneven documents are filled up to sizes that steps share."""
 
+    @property
+    def products(self) -> str:
+        """torch; fastest: with a workspace of their own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

@@ -20,6 +20,7 @@ from tests.engines import tiny
 KNOBS: dict[str, Any] = {
     "micro_batch": 5, "recompute": "fit", "memory_gib": None, "offload": True, "compute_dtype": "bfloat16", "operations": "fused",
     "replay": True, "loss_chunk": 16, "fp8": "forward", "optimizer_state": "fp32", "base": "replicated", "compile_ahead": True,
+    "products": "torch",
 }  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "lora": ("llama_biases", tiny.LORA, {}),

@@ -48,7 +48,7 @@ KNOBS: dict[str, Any] = {
     "micro_batch": 2, "recompute": "none", "memory_gib": None, "offload": True,
     "compute_dtype": "float32", "operations": "reference", "replay": False, "loss_chunk": 7, "fp8": "forward", "optimizer_state": "fp32",
     "base": "replicated",
-    "compile_ahead": True,
+    "compile_ahead": True, "products": "torch",
 }  # fmt: skip
 DEVICE = torch.device("cpu")
 

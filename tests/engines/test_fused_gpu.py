@@ -22,7 +22,7 @@ KNOBS: dict[str, Any] = {
     "micro_batch": 4, "recompute": "fit", "memory_gib": None, "offload": True,
     "compute_dtype": "bfloat16", "operations": "fused", "replay": True, "loss_chunk": 7, "fp8": "forward", "optimizer_state": "fp32",
     "base": "replicated",
-    "compile_ahead": True,
+    "compile_ahead": True, "products": "torch",
 }  # fmt: skip
 EXACT = {"compute_dtype": "float32", "operations": "reference", "replay": False}
 # With o_proj, so that attention's output has the same strides in all these runs: see engines.native.attention on cuDNN's plans.

@@ -66,6 +66,10 @@ class RecordingProbe:
         assert not self.is_ready, "ready() came twice"
         self.is_ready = True
 
+    def decided(self, chosen: Mapping[str, Chosen]) -> None:
+        assert self.is_ready, "decided() came before ready()"
+        self.chosen.update(chosen)
+
     def waits(self) -> AbstractContextManager[None]:
         return nullcontext()
 

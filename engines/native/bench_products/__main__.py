@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 from engines.native.bench import model_shape, random_decoder, random_steps
-from engines.native.bench_products.cublaslt import Multiplier
-from engines.native.bench_products.products import Product, products
+from engines.native.bench_products.products import products
+from engines.native.cublaslt import CublasLt, Multiplier
+from engines.native.fastest import LEAST_FLOPS
+from engines.native.products import Product
+from harness.errors import HarnessError
 
 _BLOCK_SECONDS = 0.06  # of one way, before the next takes its turn
 _ROUNDS = 5
-_LEAST_FLOPS = 1e9  # products below that wait for memory or for being launched
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ways", type=int, default=16, help="the most that cuBLASLt is asked for")
     options = parser.parse_args(arguments)
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
+    lt = CublasLt(torch.device("cuda"))
     for name in options.model:
         for batch in options.batch:
             documents, tokens = (int(part) for part in batch.split("x"))
@@ -58,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(
                 f"{name} {batch}: {sum(found.values()):,} products in bf16 a step" + (f", not compared: {dict(others)}" if others else "")
             )
-            _table([timed(product, calls, options.ways) for product, calls in found.most_common() if product.flops >= _LEAST_FLOPS])
+            _table([timed(product, calls, options.ways, lt) for product, calls in found.most_common() if product.flops >= LEAST_FLOPS])
 
 
 def of_step(name: str, documents: int, tokens: int) -> tuple[Counter[Product], Counter[str]]:
@@ -79,15 +82,17 @@ def _extrapolated(counts: Sequence[Counter[Product]], num_layers: int) -> Counte
     return Counter({product: two[product] + (three[product] - two[product]) * (num_layers - 2) for product in three})
 
 
-def timed(product: Product, calls: int, most: int) -> Timed:
+def timed(product: Product, calls: int, most: int, lt: CublasLt) -> Timed:
     """Time torch and every way in turns; a way whose result differs by more than the rounding of bf16 raises."""
     operands = product.operands(torch.device("cuda"))
-    multiplier = Multiplier(product, operands, most)
+    multiplier = Multiplier(product, lt, most)
+    if not multiplier.ways:
+        raise HarnessError(f"{product}: cuBLASLt offers no way to make it")
     product.run(*operands)
     truth = operands[2].float()
     runs: list[Callable[[], Any]] = [partial(product.run, *operands)]
     for way in multiplier.ways:
-        run = partial(multiplier.run, way)
+        run = partial(multiplier.run, way, *operands)
         run()
         off = (operands[2].float() - truth).abs().max() / truth.abs().max()
         if not off <= 2.0**-7:
