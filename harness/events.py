@@ -21,7 +21,7 @@ _MOST_BYTES = 2**22  # read at once, and so the longest line; a step is a few hu
 
 
 class EventLog:
-    """Appends events to a file. ``started``, ``ready``, ``step``, ``memory``, ``decided``, ``work`` and one ending: ``finished`` or ``failed``."""
+    """Appends to a file: ``started``, ``ready``, ``step``, ``memory``, ``decided``, ``work``, and an ending, ``finished`` or ``failed``."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.events import EventLog, EventReader
+from harness.events import Event, EventLog, EventReader, measurement
+from harness.record import Artifacts
 
 READY = {"setup_seconds": 1.5}
 LINE = json.dumps({"event": "ready", **READY}).encode() + b"\n"
@@ -74,3 +75,27 @@ def test_many_lines_at_once_are_all_read(tmp_path: Path) -> None:
     with EventReader(path) as reader:
         path.write_bytes(LINE * 200_000)  # more than is read at once
         assert len(reader.new()) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("said", "chosen"),
+    [
+        ([{"event": "ready"}], None),
+        ([{"event": "ready", "chosen": {"plan": "all kept"}}], {"plan": "all kept"}),
+        ([{"event": "ready", "chosen": {"a": 1, "b": 1}}, {"event": "decided", "chosen": {"b": 2, "c": 3}}], {"a": 1, "b": 2, "c": 3}),
+        ([{"event": "ready"}, {"event": "decided", "chosen": {"c": 3}}], {"c": 3}),
+    ],
+    ids=["nothing", "at_set_up", "both", "later"],
+)
+def test_what_was_decided_later_is_recorded_too(said: list[Event], chosen: dict[str, int] | None) -> None:
+    artifacts = Artifacts(tokens_sha256="0", base_sha256="0", adapter_init_sha256=None, adapter_sha256=None)
+    found = measurement([{"event": "started", "process_seconds": 1.0}, *said], artifacts)
+    assert found is not None
+    assert found.chosen == chosen
+
+
+def test_a_decision_is_an_event(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventReader(path) as reader, EventLog(path) as log:
+        log.write("decided", {"chosen": {"products": "1 of 2"}})
+        assert [event["chosen"] for event in reader.new()] == [{"products": "1 of 2"}]

@@ -193,6 +193,14 @@ KERNELS = [
 ]
 
 
+def test_what_is_decided_is_passed_on(tmp_path: Path) -> None:
+    inner = RecordingProbe()
+    with counting(str(tmp_path / "counts.json"), "cpu", inner) as probe:
+        probe.ready({"plan": "all kept"})
+        probe.decided({"products": "1 of 2"})
+    assert inner.chosen == {"plan": "all kept", "products": "1 of 2"}
+
+
 def count_on(device_events: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, out: Path) -> Counts:
     FakeGpu(monkeypatch, device_events)
     with counting(str(out), "cuda", RecordingProbe()) as probe:

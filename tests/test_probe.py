@@ -33,6 +33,7 @@ def test_a_cpu_step_lasts_from_the_end_of_the_one_before(tmp_path: Path) -> None
         for seconds in (0.02, 0.04, 0.01):
             time.sleep(seconds)
             probe.step(loss=1.0, grad_norm=None, tokens=TOKENS)
+        probe.decided({"products": "1 of 2"})
         probe.finish()
     for event, slept in zip(events(log, "step"), (0.02, 0.04, 0.01), strict=True):
         assert slept <= event["seconds"] < slept + 0.5
@@ -40,6 +41,7 @@ def test_a_cpu_step_lasts_from_the_end_of_the_one_before(tmp_path: Path) -> None
     assert 0.05 <= ready["setup_seconds"] < 0.6
     assert ready["data_seconds"] == 0.01
     assert ready["chosen"] == {"plan": "all kept", "loss_chunk": 7}
+    assert [event["chosen"] for event in events(log, "decided")] == [{"products": "1 of 2"}]
     assert [event["compiles"] for event in events(log, "step")] == [0, 0, 0]
     assert {event["host_seconds"] for event in events(log, "step")} == {None}, "a CPU has no second clock"
     assert [event["grad_norms"] for event in events(log, "step")] == [None, None, None]

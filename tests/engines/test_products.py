@@ -1,4 +1,4 @@
-"""Products in the fastest way: what is a product, what cuBLASLt is asked for, which way is taken, and that a step made of them is the same."""
+"""Products in the fastest way: what is one, what cuBLASLt is asked for, which way is taken, and that a step made of them is the same."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_products_that_wait_for_memory_are_torchs(monkeypatch: pytest.MonkeyPatc
 def test_a_way_that_makes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """This one writes nothing, so what torch left there must not pass for its result."""
     fastest = fastest_on_the_host(monkeypatch, Library(num_ways=2, faulty=1), Clock(1.0, 0.9, 0.5))
-    with pytest.raises(ArithmeticError, match="6 × 8 of 4, right turned: cuBLASLt makes another result.*set products=torch"):
+    with pytest.raises(ArithmeticError, match=r"6 × 8 of 4, right turned: cuBLASLt makes another result.*set products=torch"):
         run(fastest, *WIDE.operands(HOST), 0.5)
 
 
