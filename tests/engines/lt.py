@@ -81,3 +81,8 @@ def on_the_host(monkeypatch: pytest.MonkeyPatch, library: Library) -> cublaslt.C
     monkeypatch.setattr(cublaslt, "_library", lambda: (library, ctypes.c_void_p(1)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     return cublaslt.CublasLt(torch.device("cpu"))
+
+
+def matrix(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Zeros."""
+    return torch.zeros(shape, dtype=dtype)
