@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from engines.native.nf4 import Filling
     from engines.native.ops import Ops
     from engines.native.rehearsal import Rehearsal
+    from engines.native.replay import ReplayedSteps
     from engines.native.replicas import Shares
     from engines.native.shape import LlamaShape
-    from engines.native.steps import ReplayedSteps, Steps
+    from engines.native.steps import Steps
     from engines.native.store import Training
 
 _RANK_MULTIPLE = 64  # see Placement
@@ -118,7 +119,8 @@ class _Session:
         from engines.native.fastest import fastest_for
         from engines.native.optimizers import optimizer_for
         from engines.native.packed import Angles
-        from engines.native.steps import ReplayedSteps, Steps
+        from engines.native.replay import ReplayedSteps
+        from engines.native.steps import Steps
 
         self._job, self._knobs, self._rank, self._probe = job, knobs, rank, probe
         self._config, self._adapter, self._decoder, self._shares, self.chosen = _load(job, knobs, rank)

@@ -36,8 +36,9 @@ from engines.native.packed import Angles
 from engines.native.plan import KEEP_ALL, described
 from engines.native.planner import choose
 from engines.native.random_files import RandomFile, RandomNf4File
+from engines.native.replay import ReplayedSteps
 from engines.native.shape import LlamaShape, read_shape
-from engines.native.steps import ReplayedSteps, Steps
+from engines.native.steps import Steps
 from engines.native.store import Store, Training
 from engines.native.weights import DecoderWeights, trained_weights
 from harness.data.tokens import IGNORE, Batch

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ _LEAST_GAIN = 0.005
 _LEAST_ALIGNMENT = 16  # bytes
 _ROUNDING = 2.0**-7  # of the largest value: two roundings to bf16 differ by less
 _SAMPLE = 1024  # rows and columns that are looked at
+MOST_SECONDS = 3.0  # of a run that go into choosing: uneven documents bring sizes without end
 # What multiplies, of the ops table: inside these the host pays for every operation that a mode sees. A replayed step pays nothing.
 _MULTIPLYING = (
     "norm", "linear", "fill", "input_gradient", "weight_gradients", "attention", "swiglu", "swiglu_backward", "cross_entropy",
@@ -66,6 +68,7 @@ class Fastest:
         self._lt, self._in_turns, self._capturing, self._least_flops = lt, in_turns or timed_in_turns, capturing, least_flops
         self._choices: dict[tuple[Product, tuple[int, int, int]], _Taken | None] = {}
         self._left: Counter[str] = Counter()
+        self._spent = 0.0
         self._mode = _Mode(self)
 
     def through(self, ops: Ops) -> Ops:
@@ -103,6 +106,16 @@ class Fastest:
         if self._capturing():
             self._left["first asked for by a capture"] += 1
             return None
+        if self._spent > MOST_SECONDS:
+            self._left[f"first asked for after {MOST_SECONDS:g} s of choosing"] += 1
+            return None
+        begun = time.perf_counter()
+        try:
+            return self._chosen(asked, product, alignments)
+        finally:
+            self._spent += time.perf_counter() - begun
+
+    def _chosen(self, asked: Asked, product: Product, alignments: tuple[int, int, int]) -> _Taken | None:
         multiplier = Multiplier(product, self._lt, _MOST_WAYS, alignments)
         operands = asked.left, asked.right, _out(asked, product)
         runs: list[Run] = [partial(product.run, *operands), *(partial(multiplier.run, way, *operands) for way in multiplier.ways)]

@@ -31,9 +31,9 @@ class Gradient:
             self._is_empty = False
         return self.buffer
 
-    def empty(self) -> None:
-        """The sum has been used: what comes next begins a new one."""
-        self._is_empty = True
+    def expect(self, *, empty: bool) -> None:
+        """``empty``: the sum has been used, what comes next begins a new one; otherwise it is added to what lies there."""
+        self._is_empty = empty
 
     def add(self, gradient: Tensor) -> None:
         """Add a tensor of the buffer's size."""

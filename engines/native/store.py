@@ -55,7 +55,7 @@ class Part:
     def empty(self) -> None:
         """The gradients have been used."""
         for gradient, _, _ in self.gradients:
-            gradient.empty()
+            gradient.expect(empty=True)
 
 
 class Store:
@@ -127,9 +127,21 @@ class Store:
     def gradients(self) -> Tensor:
         """Those of all sections, flat, settled; only where they are held."""
         assert not self.training.in_backward, "gradients are not held"
+        self.settle()
+        return self._buffers[0]
+
+    overwrites = True  # the first gradient of a step, so that its micro-batch is another one to capture
+
+    def settle(self) -> None:
+        """Zero what nothing was added to in this step."""
         for part in self.sections.values():
             part.settled()
-        return self._buffers[0]
+
+    def expect(self, *, empty: bool) -> None:
+        """What the buffers hold has been used, or has not: a replayed pass or update says nothing to Python."""
+        for part in self.sections.values():
+            for gradient, _, _ in part.gradients:
+                gradient.expect(empty=empty)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

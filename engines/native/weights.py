@@ -89,6 +89,14 @@ class Arena:
         master.grad = self.gradients[start : self._taken].view(size)
         return master
 
+    overwrites = False  # gradients are added to what the update has zeroed, the first of a step like all others
+
+    def settle(self) -> None:
+        """Gradients are whole as they are."""
+
+    def expect(self, *, empty: bool) -> None:
+        """As ``Store.expect``; what is zeroed need not be told."""
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All buffers but the optimizer's."""

@@ -140,6 +140,20 @@ def test_what_a_capture_is_the_first_to_ask_for_stays_torchs(monkeypatch: pytest
     assert fastest.said() == "1 of 2 products in another way than torch's, 1 first asked for by a capture"
 
 
+def test_choosing_ends_where_it_has_taken_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uneven documents bring sizes without end; what was chosen stays."""
+    monkeypatch.setattr(engines.native.fastest, "MOST_SECONDS", 0.0)
+    library, clock = Library(), Clock(1.0, 0.5)
+    fastest = fastest_on_the_host(monkeypatch, library, clock)
+    early, late = WIDE.operands(HOST), Product(6, 8, 4, (4, 1), (8, 1), 8).operands(HOST)
+    assert run(fastest, *early, 0.5) is early[2]
+    timed = clock.seen
+    assert run(fastest, *late) is None
+    assert clock.seen == timed
+    assert run(fastest, *early, 0.5) is early[2]
+    assert fastest.said() == "1 of 2 products in another way than torch's, 1 first asked for after 0 s of choosing"
+
+
 @pytest.mark.parametrize("which", ["left", "right", "out"])
 def test_what_begins_between_sixteens_of_bytes_is_torchs(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
     fastest = fastest_on_the_host(monkeypatch, Library(), Clock(1.0, 0.5))

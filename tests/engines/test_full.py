@@ -132,10 +132,10 @@ def test_a_gradient_begins_anew_once_it_was_used() -> None:
     gradient.add_product(left, right)
     gradient.add_product(left, right)
     torch.testing.assert_close(gradient.buffer, 2 * left.t() @ right)
-    gradient.empty()
+    gradient.expect(empty=True)
     gradient.add(torch.ones(3, 4, device=DEVICE))
     assert (gradient.settled() == 1).all()
-    gradient.empty()
+    gradient.expect(empty=True)
     assert (gradient.settled() == 0).all()
 
 

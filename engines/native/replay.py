@@ -1,0 +1,112 @@
+"""Steps whose pieces, every micro-batch and the update, are captured as CUDA graphs and replayed: the host launches each at once.
+
+A piece is launched by hand where its sizes are seen first, captured where they are seen again, and replayed from then on: the same kernels
+on the same addresses, its inputs copied into the places that were captured. A step of uneven documents hardly ever repeats as a whole; its
+micro-batches, filled up to sizes that many share (``engines.native.buckets``), do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engines.native.optimizer import NUM_SCALARS
+from engines.native.packed import Packed
+from engines.native.steps import Outcome, Ran, Steps, positions
+from harness.data.tokens import Batch
+
+MOST_GRAPHS = 64  # each keeps some of the device's memory that no plan counts; further sizes are launched by hand
+_UPDATE = "update"
+
+Replay = Callable[[], None]
+Capture = Callable[[Callable[[], Outcome | None]], tuple[Replay, Outcome | None]]  # launches nothing; the outcome is there after a replay
+
+
+class ReplayedSteps:
+    """Runs as ``Steps`` do. What passes from one graph to the next, losses, gradients and the step's scalars, lies outside of their memory.
+    Ranks exchange between two graphs, so that one whose sizes are new to it can meet others that replay theirs.
+    """
+
+    def __init__(self, steps: Steps, capture: Capture | None = None) -> None:
+        """Nothing is captured yet. ``capture``: by whom; None: CUDA."""
+        self._steps, self._arena = steps, steps.arena
+        self._capture = capture or _by_cuda("global" if steps.exchange is None else "thread_local")
+        self._scalars = torch.zeros(NUM_SCALARS, dtype=torch.float32, device=self._arena.masters.device)
+        self._launched: set[Hashable] = set()
+        self._captured: dict[Hashable, _Captured] = {}
+
+    def run(self, batches: Sequence[Batch], scalars: Sequence[float]) -> Ran:
+        """As ``Steps.run``; the outcome lies where the next step's will."""
+        packed, values = self._steps.place(batches, scalars, shared=True)
+        self._scalars.copy_(values)
+        outcome = self._whole(packed) if self._steps.updates_inside else self._in_pieces(packed)
+        assert outcome is not None
+        return Ran(outcome, positions(packed))
+
+    @property
+    def num_graphs(self) -> int:
+        """How many are captured."""
+        return len(self._captured)
+
+    def _whole(self, packed: Sequence[Packed]) -> Outcome | None:
+        (one,) = packed
+        return self._run(one.key, one, lambda: self._steps.inside(one, self._scalars))
+
+    def _in_pieces(self, packed: Sequence[Packed]) -> Outcome | None:
+        for index, each in enumerate(packed):
+            first = index == 0
+            self._arena.expect(empty=first)  # a replay has said nothing to Python
+            self._run((each.key, first and self._arena.overwrites), each, partial(self._accumulate, each))
+        self._arena.expect(empty=False)
+        self._steps.meet()
+        return self._run(_UPDATE, None, lambda: self._steps.update(self._scalars))
+
+    def _accumulate(self, packed: Packed) -> None:
+        self._steps.accumulate(packed, self._scalars)
+
+    def _run(self, key: Hashable, packed: Packed | None, piece: Callable[[], Outcome | None]) -> Outcome | None:
+        """``piece`` reads ``packed`` and what lies where it always does."""
+        if key not in self._captured:
+            if key not in self._launched or len(self._captured) == MOST_GRAPHS:
+                self._launched.add(key)
+                return piece()
+            self._captured[key] = _Captured(*self._capture(piece), _tensors(packed))
+        return self._captured[key].run(_tensors(packed))
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """A piece, where its outcome will lie, and where its inputs do."""
+
+    replay: Replay
+    outcome: Outcome | None
+    inputs: tuple[Tensor, ...]
+
+    def run(self, inputs: tuple[Tensor, ...]) -> Outcome | None:
+        for into, source in zip(self.inputs, inputs, strict=True):
+            into.copy_(source)
+        self.replay()
+        return self.outcome
+
+
+def _tensors(packed: Packed | None) -> tuple[Tensor, ...]:
+    return () if packed is None else packed.tensors
+
+
+def _by_cuda(mode: str) -> Capture:
+    """All graphs share one pool of memory, because only one of them runs at a time. ``mode``: thread_local where NCCL has a thread, whose
+    questions to the device are no part of a capture and must not end it.
+    """
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(piece: Callable[[], Outcome | None]) -> tuple[Replay, Outcome | None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
+            outcome = piece()
+        return graph.replay, outcome
+
+    return capture
