@@ -135,13 +135,16 @@ class _Session:
         if knobs.base == "sharded":
             self._decoder.weights.shared.watch(probe.exchanges)
         steps = Steps(self._decoder, angles, optimizer, job.workload.train.max_grad_norm, exchange)
-        self._steps: Steps | ReplayedSteps = ReplayedSteps(steps) if knobs.replay else steps
+        self._steps: Steps | ReplayedSteps = ReplayedSteps(steps, self._shares.extent) if knobs.replay else steps
 
     def begin(self) -> int:
         """The first step that is left to make."""
         from engines.native import states
 
-        return states.restored(self._state, self._job.checkpoints) if self._state is not None else 0
+        begin = states.restored(self._state, self._job.checkpoints) if self._state is not None else 0
+        for index in range(begin):
+            self._shares.of(index)  # what rows are filled up to follows from those before
+        return begin
 
     def step_made(self, count: int) -> None:
         """``count`` steps are made: save the state where it is due."""
@@ -154,8 +157,8 @@ class _Session:
         """Optimizer step ``index``: the loss (a mean over its supervised tokens), the gradient norm before clipping, the tokens."""
         from engines.native.optimizer import step_scalars
 
-        batches, tokens = self._shares.of(index)
-        outcome = self._steps.run(batches, step_scalars(self._job.workload.train, index, tokens.loss)).outcome
+        rows, tokens = self._shares.of(index)
+        outcome = self._steps.run(rows, step_scalars(self._job.workload.train, index, tokens.loss))
         return outcome.loss, outcome.grad_norm, tokens
 
     def end(self) -> None:
@@ -251,7 +254,7 @@ def _rehearsal(
 
     return Rehearsal(
         Piece(
-            job=job, shape=shape, placement=placement, adapter=adapter, ops=ops, batches=shares.every, shared=knobs.replay,
+            job=job, shape=shape, placement=placement, adapter=adapter, ops=ops, batches=shares.every, extent=lambda: shares.extent,
             recompute=knobs.recompute, loss_chunk=knobs.loss_chunk,
         )
     )  # fmt: skip

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import yaml
 
+from engines.native.buckets import Row
 from engines.native.checkpoint import build_weights
 from engines.native.decoder import Decoder
 from engines.native.fastest import fastest_for
@@ -176,10 +177,10 @@ def random_steps(decoder: Decoder, documents: int, tokens: int, *, replay: bool)
     ids = np.random.default_rng(0).integers(0, decoder.shape.vocab_size, size=(1, documents * tokens))
     labels = ids.copy()
     labels[0, ::tokens] = IGNORE
-    batches = [Batch(ids, labels, ((tokens,) * documents,))]
+    rows = [Row(Batch(ids, labels, ((tokens,) * documents,)))]
 
     def step(index: int) -> torch.Tensor:
-        return steps.run(batches, step_scalars(SCHEDULE, index, documents * (tokens - 1))).outcome.loss.clone()
+        return steps.run(rows, step_scalars(SCHEDULE, index, documents * (tokens - 1))).loss.clone()
 
     return step
 

@@ -1,7 +1,11 @@
-"""Sizes that many steps share, so that a captured step fits them all: what is missing is filled up with tokens that nothing depends on."""
+"""Sizes that many micro-batches share, so that one captured pass fits them all: what is missing is filled up with tokens that nothing
+depends on.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +15,15 @@ from harness.data.tokens import IGNORE, Batch
 _STEPS_AN_OCTAVE = 16  # sizes between two powers of two: at most 1/16 too large
 _SMALLEST = 64
 FILLER = 128  # tokens of a document of filling at most; short, so that its attention costs nothing
+MOST_SIZES = 48  # that a run captures; each takes a fifth of a second and some memory that no plan counts
+_MOST_ALIKE = 4  # kinds of rows whose documents are all alike, which need no filling
+
+Kind = tuple[int, int, int]  # documents that are all alike, tokens of each, supervised rows
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What a captured step is made for: tokens, documents, tokens of the longest document at most, supervised rows."""
+    """What a captured pass is made for: tokens, documents, tokens of the longest document at most, supervised rows."""
 
     num_tokens: int
     num_documents: int
@@ -23,35 +31,122 @@ class Sizes:
     num_rows: int
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A packed row, and the sizes that it is filled up to; None: as it is."""
+
+    batch: Batch
+    sizes: Sizes | None = None
+
+    @property
+    def num_positions(self) -> int:
+        """What the kernels work on."""
+        return sum(self.batch.lengths[0]) if self.sizes is None else self.sizes.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """What the rows of a run need. ``alike``: the commonest kinds of rows of documents that are all alike, which are captured as they are;
+    ``largest``: sizes that every other row fits into, None where there is no other.
+    """
+
+    alike: frozenset[Kind]
+    largest: Sizes | None
+
+
+def extent(batches: Iterable[Batch]) -> Extent:
+    """Of all ``batches`` (packed rows) of a run."""
+    kinds: Counter[Kind] = Counter()
+    needed: set[tuple[Kind | None, Sizes, int]] = set()
+    for batch in batches:
+        kind = kind_of(batch)
+        kinds.update([kind] if kind else [])
+        needed.add((kind, shared_sizes(batch), len(batch.lengths[0])))
+    alike = frozenset(kind for kind, _ in kinds.most_common(_MOST_ALIKE))
+    others = [(sizes, documents) for kind, sizes, documents in needed if kind not in alike]
+    if not others:
+        return Extent(alike, None)
+    tokens = max(sizes.num_tokens for sizes, _ in others)
+    documents = max(documents for _, documents in others) - (-tokens // FILLER)
+    return Extent(alike, Sizes(tokens, documents, max(sizes.longest for sizes, _ in others), max(sizes.num_rows for sizes, _ in others)))
+
+
+class SharedSizes:
+    """Which sizes each row of a run is filled up to: its own (``shared_sizes``) where a row of these has come before, until then the
+    smallest captured ones that it fits into. So what comes once is not captured, and nothing has to be launched by hand.
+    """
+
+    def __init__(self, found: Extent) -> None:
+        """Of the run with this extent, whose largest sizes are captured before its first row."""
+        self._alike = found.alike
+        self._captured: set[Sizes] = set() if found.largest is None else {found.largest}
+        self._seen: set[Sizes] = set()
+
+    def row(self, batch: Batch) -> Row:
+        """The next ``batch`` (one packed row) with its sizes."""
+        return Row(batch, None if kind_of(batch) in self._alike else self._of(batch))
+
+    def _of(self, batch: Batch) -> Sizes:
+        own = shared_sizes(batch)
+        if own in self._captured:
+            return own
+        if own in self._seen and len(self._captured) < MOST_SIZES:
+            self._captured.add(own)
+            return own
+        self._seen.add(own)
+        return min((sizes for sizes in self._captured if _fits(batch, sizes)), key=lambda sizes: (sizes.num_tokens, sizes.num_rows))
+
+
 def shared_sizes(batch: Batch) -> Sizes:
-    """Sizes for ``batch`` (one packed row): each rounded up, with at least one token of filling for the rows that fill up."""
+    """Sizes for ``batch`` (one packed row): each rounded up, with at least one token of filling for the rows that fill up, and documents
+    for smaller rows to fill a quarter of it.
+    """
     lengths = batch.lengths[0]
-    labelled = int((batch.labels[0] != IGNORE).sum())
     tokens = rounded_up(sum(lengths) + 1)
-    fillers = -(-_step(tokens) // FILLER) + 1
+    fillers = -(-tokens // (4 * FILLER)) + 1
     longest = 1 << (max(*lengths, FILLER) - 1).bit_length()
-    return Sizes(tokens, len(lengths) + fillers, longest, rounded_up(labelled))
-
-
-def positions(batch: Batch, *, shared: bool) -> int:
-    """What the kernels work on for ``batch`` (one packed row); ``shared``: uneven documents filled up to shared sizes."""
-    lengths = batch.lengths[0]
-    return shared_sizes(batch).num_tokens if shared and len(set(lengths)) > 1 else sum(lengths)
+    return Sizes(tokens, len(lengths) + fillers, longest, rounded_up(_labelled(batch)))
 
 
 def filled(batch: Batch, sizes: Sizes) -> Batch:
     """``batch`` with documents of filling up to ``sizes.num_tokens``; none of their tokens is supervised."""
     missing = sizes.num_tokens - sum(batch.lengths[0])
-    fillers = [min(FILLER, missing - start) for start in range(0, missing, FILLER)]
     ids = np.pad(batch.input_ids, ((0, 0), (0, missing)))
     labels = np.pad(batch.labels, ((0, 0), (0, missing)), constant_values=IGNORE)
-    return Batch(ids, labels, ((*batch.lengths[0], *fillers),))
+    return Batch(ids, labels, ((*batch.lengths[0], *_fillers(missing)),))
+
+
+def filling(sizes: Sizes) -> Batch:
+    """Nothing but filling, of these sizes."""
+    one = np.zeros((1, 1), np.int64)
+    return filled(Batch(one, np.full_like(one, IGNORE), ((1,),)), sizes)  # documents of two lengths, so that attention takes any
 
 
 def rounded_up(count: int) -> int:
     """The next of sixteen sizes between two powers of two."""
     step = _step(count)
     return -(-count // step) * step
+
+
+def kind_of(batch: Batch) -> Kind | None:
+    """Of a row (one packed row) of documents that are all alike; None for others."""
+    lengths = batch.lengths[0]
+    return (len(lengths), lengths[0], _labelled(batch)) if len(set(lengths)) == 1 else None
+
+
+def _fits(batch: Batch, sizes: Sizes) -> bool:
+    lengths = batch.lengths[0]
+    documents = len(lengths) + len(_fillers(sizes.num_tokens - sum(lengths)))
+    longest, rows = max(lengths), _labelled(batch)
+    return sum(lengths) < sizes.num_tokens and documents <= sizes.num_documents and longest <= sizes.longest and rows <= sizes.num_rows
+
+
+def _fillers(missing: int) -> list[int]:
+    return [min(FILLER, missing - start) for start in range(0, missing, FILLER)]
+
+
+def _labelled(batch: Batch) -> int:
+    return int((batch.labels[0] != IGNORE).sum())
 
 
 def _step(count: int) -> int:

@@ -28,7 +28,7 @@ def plans_for(
     if knobs.recompute != "fit" or (job.device == "cpu" and knobs.memory_gib is None):
         plans = (KEEP_INPUT if knobs.recompute == "full" else KEEP_ALL,) * shape.num_layers
         return plans, knobs.loss_chunk, {"plan": described(plans)}
-    load = largest_load(shares.every(), knobs.loss_chunk, shared=knobs.replay)
+    load = largest_load(shares.every(), knobs.loss_chunk, shares.extent.largest if shares.extent else None)
     # Ranks that gather a base together must make the same things again, so all plan with what the one with least memory has.
     budget = knobs.memory_gib * 2**30 if knobs.memory_gib is not None else least(_free_bytes())
     choice = choice_within(

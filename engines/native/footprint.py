@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engines.native.buckets import shared_sizes
+from engines.native.buckets import Sizes
 from engines.native.fp8_reasons import Mode
 from engines.native.plan import Name, Plan
 from engines.native.shape import LlamaShape
@@ -33,16 +33,13 @@ class Load:
     loss_chunk: int
 
 
-def largest_load(batches: Iterable[Batch], loss_chunk: int, *, shared: bool) -> Load:
-    """The most of each over ``batches`` (packed rows); ``shared``: as replayed steps fill uneven documents up."""
-    tokens = longest = rows = 0
+def largest_load(batches: Iterable[Batch], loss_chunk: int, filled: Sizes | None) -> Load:
+    """The most of each over ``batches`` (packed rows) and over what some of them are ``filled`` up to."""
+    tokens, longest, rows = (filled.num_tokens, 0, filled.num_rows) if filled else (0, 0, 0)
     for batch in batches:
         lengths = batch.lengths[0]
-        sizes = shared_sizes(batch) if shared and len(set(lengths)) > 1 else None
-        labelled = int((batch.labels[0] != IGNORE).sum())
-        tokens = max(tokens, sizes.num_tokens if sizes else sum(lengths))
-        longest = max(longest, *lengths)
-        rows = max(rows, sizes.num_rows if sizes else labelled)
+        tokens, longest = max(tokens, sum(lengths)), max(longest, *lengths)
+        rows = max(rows, int((batch.labels[0] != IGNORE).sum()))
     return Load(tokens, longest, rows, loss_chunk)
 
 

@@ -15,7 +15,7 @@ from typing import Self
 
 import torch
 
-from engines.native.buckets import Sizes, shared_sizes
+from engines.native.buckets import Extent, Sizes, kind_of, shared_sizes
 from engines.native.checkpoint import load_weights
 from engines.native.compiling import Kernels, noted, stand_on, threads_for
 from engines.native.decoder import Decoder
@@ -45,8 +45,8 @@ _SWITCH_SECONDS = 0.0002
 class Piece:
     """What is rehearsed: how the weights of ``job`` will be placed and computed with, and the ``batches`` of its steps.
 
-    ``shared``: uneven documents are filled up to sizes that many steps share. ``recompute``, ``loss_chunk``: what is assumed of the plan
-    before there is one.
+    ``extent``: of the rows that are filled up to sizes that many share; None: none are. ``recompute``, ``loss_chunk``: what is assumed of
+    the plan before there is one.
     """
 
     job: Job
@@ -55,7 +55,7 @@ class Piece:
     adapter: Adapter | None
     ops: Ops
     batches: Callable[[], Iterable[Batch]]
-    shared: bool
+    extent: Callable[[], Extent | None]
     recompute: str
     loss_chunk: int
 
@@ -104,7 +104,7 @@ class Rehearsal:
         weights = load_weights(piece.job.base, piece.shape, placement, piece.adapter)
         ops = replace(piece.ops, attention=_attention, attention_backward=_attention_backward)
         decoder = Decoder(shape=piece.shape, weights=weights, ops=ops, plans=self._assumed[0], loss_chunk=self._assumed[1])
-        sizes = sizes_of(islice(piece.batches(), _MOST_BATCHES), shared=piece.shared)[:_MOST_SIZES]
+        sizes = sizes_of(islice(piece.batches(), _MOST_BATCHES), piece.extent())[:_MOST_SIZES]
         self._play(decoder, sizes, *self._assumed)
         return decoder, sizes
 
@@ -124,14 +124,17 @@ class Rehearsal:
         self._kernels.compile(launches)
 
 
-def sizes_of(batches: Iterable[Batch], *, shared: bool) -> list[Sizes]:
-    """Those of ``batches`` (packed rows) that kernels can tell apart: one for each number of tokens, in the order of the batches."""
-    found: dict[int, Sizes] = {}
+def sizes_of(batches: Iterable[Batch], found_of_all: Extent | None) -> list[Sizes]:
+    """Those of ``batches`` (packed rows) that kernels can tell apart: one for each number of tokens, the largest that rows are filled up to
+    before those in the order of the batches.
+    """
+    largest = found_of_all.largest if found_of_all else None
+    found: dict[int, Sizes] = {largest.num_tokens: largest} if largest else {}
     for batch in batches:
         lengths = batch.lengths[0]
         labelled = int((batch.labels[0] != IGNORE).sum())
         plain = Sizes(sum(lengths), len(lengths), max(lengths), max(1, labelled))  # as Angles.pack
-        sizes = shared_sizes(batch) if shared and len(set(lengths)) > 1 else plain
+        sizes = shared_sizes(batch) if found_of_all and kind_of(batch) not in found_of_all.alike else plain
         found.setdefault(sizes.num_tokens, sizes)
     return list(found.values())
 

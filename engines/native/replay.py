@@ -1,26 +1,24 @@
 """Steps whose pieces, every micro-batch and the update, are captured as CUDA graphs and replayed: the host launches each at once.
 
-A piece is launched by hand where its sizes are seen first, captured where they are seen again, and replayed from then on: the same kernels
-on the same addresses, its inputs copied into the places that were captured. A step of uneven documents hardly ever repeats as a whole; its
-micro-batches, filled up to sizes that many share (``engines.native.buckets``), do.
+A replay runs the same kernels on the same addresses, its inputs copied into the places that were captured. A step of uneven documents
+hardly ever repeats as a whole; its micro-batches, filled up to sizes that many share (``engines.native.buckets``), do. The first piece of a
+sort is launched by hand, so that libraries load their kernels; all others, of whatever sizes, are captured where they come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from engines.native.buckets import MOST_SIZES, Extent, Row, Sizes, filling
 from engines.native.optimizer import NUM_SCALARS
 from engines.native.packed import Packed
-from engines.native.steps import Outcome, Ran, Steps, positions
-from harness.data.tokens import Batch
+from engines.native.steps import Outcome, Steps
 
-MOST_GRAPHS = 64  # each keeps some of the device's memory that no plan counts; further sizes are launched by hand
-_UPDATE = "update"
+MOST_GRAPHS = 2 * MOST_SIZES + 8  # each keeps some of the device's memory that no plan counts; further sizes are launched by hand
 
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], Outcome | None]], tuple[Replay, Outcome | None]]  # launches nothing; the outcome is there after a replay
@@ -31,48 +29,56 @@ class ReplayedSteps:
     Ranks exchange between two graphs, so that one whose sizes are new to it can meet others that replay theirs.
     """
 
-    def __init__(self, steps: Steps, capture: Capture | None = None) -> None:
-        """Nothing is captured yet. ``capture``: by whom; None: CUDA."""
+    def __init__(self, steps: Steps, found: Extent | None = None, capture: Capture | None = None) -> None:
+        """``found``: of the run's rows; the largest that rows are filled up to is captured now, before smaller ones share its memory.
+        ``capture``: by whom; None: CUDA.
+        """
         self._steps, self._arena = steps, steps.arena
         self._capture = capture or _by_cuda("global" if steps.exchange is None else "thread_local")
         self._scalars = torch.zeros(NUM_SCALARS, dtype=torch.float32, device=self._arena.masters.device)
         self._launched: set[Hashable] = set()
         self._captured: dict[Hashable, _Captured] = {}
+        if found is not None and found.largest is not None and not steps.updates_inside:
+            self._make_room(found.largest)
 
-    def run(self, batches: Sequence[Batch], scalars: Sequence[float]) -> Ran:
+    def run(self, rows: Sequence[Row], scalars: Sequence[float]) -> Outcome:
         """As ``Steps.run``; the outcome lies where the next step's will."""
-        packed, values = self._steps.place(batches, scalars, shared=True)
+        packed, values = self._steps.place(rows, scalars)
         self._scalars.copy_(values)
         outcome = self._whole(packed) if self._steps.updates_inside else self._in_pieces(packed)
         assert outcome is not None
-        return Ran(outcome, positions(packed))
+        return outcome
 
-    @property
-    def num_graphs(self) -> int:
-        """How many are captured."""
-        return len(self._captured)
+    def _make_room(self, largest: Sizes) -> None:
+        """Passes over nothing but filling, whose gradients are zero: launched, then captured."""
+        (packed,), _ = self._steps.place([Row(filling(largest), largest)], [])
+        for _ in range(2):
+            for first in (True, False) if self._arena.overwrites else (True,):
+                self._micro_batch(packed, first=first)
+        self._arena.expect(empty=True)
 
     def _whole(self, packed: Sequence[Packed]) -> Outcome | None:
         (one,) = packed
-        return self._run(one.key, one, lambda: self._steps.inside(one, self._scalars))
+        return self._run(("step", one.is_even), one, lambda: self._steps.inside(one, self._scalars))
 
     def _in_pieces(self, packed: Sequence[Packed]) -> Outcome | None:
         for index, each in enumerate(packed):
-            first = index == 0
-            self._arena.expect(empty=first)  # a replay has said nothing to Python
-            self._run((each.key, first and self._arena.overwrites), each, partial(self._accumulate, each))
+            self._micro_batch(each, first=index == 0)
         self._arena.expect(empty=False)
         self._steps.meet()
-        return self._run(_UPDATE, None, lambda: self._steps.update(self._scalars))
+        return self._run("update", None, lambda: self._steps.update(self._scalars))
 
-    def _accumulate(self, packed: Packed) -> None:
-        self._steps.accumulate(packed, self._scalars)
+    def _micro_batch(self, packed: Packed, *, first: bool) -> None:
+        self._arena.expect(empty=first)  # a replay has said nothing to Python
+        sort = ("first" if first and self._arena.overwrites else "any", packed.is_even)
+        self._run(sort, packed, lambda: self._steps.accumulate(packed, self._scalars))
 
-    def _run(self, key: Hashable, packed: Packed | None, piece: Callable[[], Outcome | None]) -> Outcome | None:
-        """``piece`` reads ``packed`` and what lies where it always does."""
+    def _run(self, sort: Hashable, packed: Packed | None, piece: Callable[[], Outcome | None]) -> Outcome | None:
+        """``piece`` reads ``packed`` and what lies where it always does; pieces of a ``sort`` differ in sizes alone."""
+        key = sort, packed.key if packed else None
         if key not in self._captured:
-            if key not in self._launched or len(self._captured) == MOST_GRAPHS:
-                self._launched.add(key)
+            if sort not in self._launched or len(self._captured) == MOST_GRAPHS:
+                self._launched.add(sort)
                 return piece()
             self._captured[key] = _Captured(*self._capture(piece), _tensors(packed))
         return self._captured[key].run(_tensors(packed))

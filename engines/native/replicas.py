@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor, distributed
 
-from engines.native.buckets import positions
+from engines.native.buckets import Extent, Row, SharedSizes, extent
 from engines.native.ranks import expect_agreement, process_group
 from engines.native.shape import LlamaShape
 from engines.native.shares import IDLE, cost_of, fingerprint, split
@@ -29,7 +30,7 @@ def ranks(job: Job) -> AbstractContextManager[int]:
 class Shares:
     """The batches of every step, packed rows of at most ``micro_batch`` samples. In one process they are in the order of the samples.
 
-    ``shared``: uneven documents are filled up to sizes that steps share, and the filling is processed, too. ``in_step``: ranks meet in
+    ``shared``: uneven documents are filled up to sizes that rows share, and the filling is processed, too. ``in_step``: ranks meet in
     every batch, so each has as many, some of them without a label; replicas meet once a step, and none has to keep pace with the others.
     """
 
@@ -39,12 +40,24 @@ class Shares:
         self._cost = cost_of(attention, shape.num_layers * shape.layer_parameters + shape.vocab_size * shape.hidden_size)
         self._seen = hashlib.sha256()
 
-    def of(self, index: int) -> tuple[tuple[Batch, ...], StepTokens]:
-        """This rank's batches of step ``index``, and the tokens of all ranks'."""
+    @cached_property
+    def extent(self) -> Extent | None:
+        """What the rows of all ranks need that are filled up; null where none are."""
+        return extent(self.every()) if self._shared else None
+
+    @cached_property
+    def _fill(self) -> tuple[Callable[[Batch], Row], ...]:
+        """How each rank fills up, which depends on its own rows."""
+        return tuple(Row if self.extent is None else SharedSizes(self.extent).row for _ in range(self._job.processes))
+
+    def of(self, index: int) -> tuple[tuple[Row, ...], StepTokens]:
+        """This rank's rows of step ``index``, and the tokens of all ranks'. To be asked for in order: what a row is filled up to follows
+        from those before.
+        """
         ranks, tokens, said = self._split(index)
         self._seen.update(said)
-        every = [batch for batches in ranks for batch in batches]
-        return ranks[self._rank], replace(tokens, processed=sum(positions(batch, shared=self._shared) for batch in every))
+        rows = [tuple(map(fill, batches)) for batches, fill in zip(ranks, self._fill, strict=True)]
+        return rows[self._rank], replace(tokens, processed=sum(row.num_positions for each in rows for row in each))
 
     def every(self) -> Iterator[Batch]:
         """All batches of all steps and ranks: what plans of memory must fit, the same ones on every rank."""

@@ -12,12 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from engines.native.buckets import shared_sizes
+from engines.native.buckets import Row
 from engines.native.decoder import Decoder
 from engines.native.full import InBackward
 from engines.native.optimizer import LOSS_SCALE, Optimizer, clip_
 from engines.native.packed import Angles, Packed, to_device
-from harness.data.tokens import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +25,6 @@ class Outcome:
 
     loss: Tensor
     grad_norm: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """An outcome, and the positions that the kernels worked on."""
-
-    outcome: Outcome
-    processed: int
 
 
 class Steps:
@@ -63,16 +54,15 @@ class Steps:
         """Whether backward updates the weights, so that a step is one piece, of one micro-batch."""
         return isinstance(self._optimizer, InBackward)
 
-    def run(self, batches: Sequence[Batch], scalars: Sequence[float]) -> Ran:
-        """One optimizer step over ``batches``, their losses weighted by tokens."""
-        packed, values = self.place(batches, scalars)
-        return Ran(self.compute(packed, values), positions(packed))
+    def run(self, rows: Sequence[Row], scalars: Sequence[float]) -> Outcome:
+        """One optimizer step over ``rows``, their losses weighted by tokens."""
+        packed, values = self.place(rows, scalars)
+        return self.compute(packed, values)
 
-    def place(self, batches: Sequence[Batch], scalars: Sequence[float], *, shared: bool = False) -> tuple[list[Packed], Tensor]:
-        """The inputs of ``compute``, on the device; ``shared``: uneven documents filled up to sizes that many steps share."""
+    def place(self, rows: Sequence[Row], scalars: Sequence[float]) -> tuple[list[Packed], Tensor]:
+        """The inputs of ``compute``, on the device."""
         values = to_device(torch.tensor(scalars, dtype=torch.float32), self.arena.masters.device)
-        sizes = [shared_sizes(batch) if shared and len(set(batch.lengths[0])) > 1 else None for batch in batches]
-        return [self._angles.pack(batch, size) for batch, size in zip(batches, sizes, strict=True)], values
+        return [self._angles.pack(row.batch, row.sizes) for row in rows], values
 
     def compute(self, micro_batches: Sequence[Packed], scalars: Tensor) -> Outcome:
         """Forward, backward and update; nothing in it waits for the device."""
@@ -110,8 +100,3 @@ class Steps:
         self._optimizer.step(scalars)
         self._loss.zero_()
         return Outcome(loss, grad_norm)
-
-
-def positions(packed: Sequence[Packed]) -> int:
-    """What the kernels work on."""
-    return sum(len(each.tokens) for each in packed)

@@ -7,10 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from engines.native.ops import Attended, Heads
+from engines.native.packed import Packed
+from engines.native.reference import as_input
 from engines.native.steps import Outcome
+from engines.native.weights import Linear
 
 Operation = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
 
@@ -59,3 +63,24 @@ def _made_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result
     for place, value in zip(tree_leaves(result), tree_leaves(again), strict=True):
         if isinstance(place, Tensor) and place.data_ptr() != value.data_ptr():
             place.copy_(value)
+
+
+def attention(heads: Heads, packed: Packed, linear: Linear) -> Attended:
+    """The reference reads on the host how long documents are; this on the device, as a replay has to."""
+    return Attended(as_input(_attended(heads.queries, heads.keys, heads.values, packed).flatten(1), linear), ())
+
+
+def attention_backward(dy_TCD: Tensor, heads: Heads, attended: Attended, packed: Packed) -> Heads:
+    """By autograd."""
+    with torch.enable_grad():
+        given = [each.detach().requires_grad_() for each in (heads.queries, heads.keys, heads.values)]
+        return Heads(*torch.autograd.grad(_attended(given[0], given[1], given[2], packed), given, dy_TCD))
+
+
+def _attended(queries: Tensor, keys: Tensor, values: Tensor, packed: Packed) -> Tensor:
+    places = torch.arange(len(queries))
+    document = torch.bucketize(places, packed.cumulative, right=True)
+    seen = (document[:, None] == document) & (places[:, None] >= places)
+    keys, values = (each.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1) for each in (keys, values))
+    scores = torch.einsum("tcd,scd->cts", queries, keys) * queries.shape[2] ** -0.5
+    return torch.einsum("cts,scd->tcd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values)

@@ -129,7 +129,7 @@ def rehearse(job: Job, table: Ops, options: dict[str, Any], plan: Plan, counted:
     placement = Placement(CPU, torch.bfloat16, torch.float32, **{"rank_multiple": 64, "filling": FILLING, **options})
     shares = Shares(job, shape, 0, micro_batch=5 if job.adapter_init is None else 2, shared=False)
     piece = Piece(
-        job=job, shape=shape, placement=placement, adapter=adapter, ops=table, batches=shares.every, shared=False,
+        job=job, shape=shape, placement=placement, adapter=adapter, ops=table, batches=shares.every, extent=lambda: None,
         recompute="fit", loss_chunk=16,
     )  # fmt: skip
     plans = (plan,) * shape.num_layers
@@ -145,7 +145,7 @@ def rehearse(job: Job, table: Ops, options: dict[str, Any], plan: Plan, counted:
         packed, scalars = steps.place(batches, step_scalars(train, index, tokens.loss))
         steps.compute(packed, scalars)
     return {
-        "sizes": len(sizes_of(shares.every(), shared=False)),
+        "sizes": len(sizes_of(shares.every(), None)),
         "told": told,
         "ahead": sorted(ahead),
         "rehearsed": launches,

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.native.buckets import filled, rounded_up, shared_sizes
+import engines.native.buckets
+from engines.native.buckets import SharedSizes, Sizes, extent, filled, filling, kind_of, rounded_up, shared_sizes
 from engines.native.packed import Angles
 from engines.native.plan import KEEP_ALL
 from harness.data.tokens import IGNORE, Batch, pack
@@ -81,3 +82,59 @@ def test_the_last_row_of_filling_predicts_nothing_that_counts(count: int) -> Non
     row = Angles(torch.ones(800, 4), torch.zeros(800, 4)).pack(batch, shared_sizes(batch))
     assert int(row.rows[-1]) == len(row.tokens) - 1
     assert int(row.targets[-1]) == IGNORE
+
+
+ROWS = st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=6), min_size=1, max_size=40)
+
+
+@given(ROWS)
+def test_every_row_fits_into_what_it_is_filled_up_to(rows: list[list[int]]) -> None:
+    batches = [batch_of(lengths) for lengths in rows]
+    found = extent(batches)
+    sizes = SharedSizes(found)
+    for batch in batches:
+        row = sizes.row(batch)
+        if row.sizes is None:
+            assert kind_of(batch) in found.alike
+            assert row.num_positions == sum(batch.lengths[0])
+            continue
+        full = filled(batch, row.sizes)
+        assert row.num_positions == full.input_ids.size == row.sizes.num_tokens
+        assert len(full.lengths[0]) <= row.sizes.num_documents
+        assert max(full.lengths[0]) <= row.sizes.longest
+        assert (batch.labels != IGNORE).sum() <= row.sizes.num_rows
+        assert found.largest is not None
+        assert row.sizes.num_tokens <= found.largest.num_tokens
+
+
+def test_sizes_of_its_own_are_for_what_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, middle, large = batch_of([100, 60]), batch_of([300, 310]), batch_of([700, 710, 90])
+    found = extent([small, middle, large])
+    assert found.largest == Sizes(1536, 3 + 12, 1024, rounded_up(1000))
+    sizes = SharedSizes(found)
+    own = [shared_sizes(batch) for batch in (small, middle, large)]
+    asked = [sizes.row(batch).sizes for batch in (small, middle, middle, small, small)]
+    assert asked == [found.largest, found.largest, own[1], own[0], own[0]]
+    monkeypatch.setattr(engines.native.buckets, "MOST_SIZES", 2)
+    few = SharedSizes(found)
+    less = batch_of([280, 250])
+    asked = [few.row(batch).sizes for batch in (middle, middle, less, less, small)]
+    assert asked == [found.largest, own[1], own[1], own[1], found.largest], "the smallest that is captured and fits"
+
+
+def test_rows_that_are_all_alike_need_no_filling() -> None:
+    """The commonest kinds of them: lengths without end are filled up like others."""
+    batches = [batch_of([24, 24]), *(batch_of([length]) for length in (9, 9, 8, 8, 7, 7, 6, 5))]
+    found = extent(batches[:3])
+    assert found.largest is None
+    assert [SharedSizes(found).row(batch).sizes for batch in batches[:3]] == [None] * 3
+    assert (many := extent([*batches, batches[0]])).largest is not None
+    assert many.alike == {kind_of(batch) for batch in (batches[0], batches[1], batches[3], batches[5])}
+
+
+def test_filling_alone_has_documents_of_two_lengths() -> None:
+    sizes = Sizes(1024, 9, 128, 64)
+    batch = filling(sizes)
+    assert (batch.input_ids.size, len(batch.lengths[0])) == (1024, 9)
+    assert kind_of(batch) is None
+    assert (batch.labels == IGNORE).all()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import engines.fused
 from engines.native import reference
+from engines.native.buckets import Row
 from engines.native.checkpoint import read_config
 from engines.native.decoder import Decoder
 from engines.native.full import full_optimizer
@@ -124,7 +125,7 @@ def test_ranks_sum_the_gradients_that_lie_there(tmp_path: Path) -> None:
     optimizer = full_optimizer(weights.arena, schedule, kernels=False)
     steps = Steps(native, angles, optimizer, 1.0, lambda loss, gradients: summed.append(gradients.clone()))
     samples = job.tokens.step(schedule, 0)
-    (micro,), scalars = steps.place([pack(samples)], step_scalars(schedule, 0, 10))
+    (micro,), scalars = steps.place([Row(pack(samples))], step_scalars(schedule, 0, 10))
     steps.accumulate(micro, scalars)
     filled = weights.arena.gradients.clone()
     assert filled.any()

@@ -16,6 +16,7 @@ import torch
 
 import engines.fused
 from engines.native import checkpoint, rehearsal
+from engines.native.buckets import extent
 from engines.native.plan import KEEP_INPUT, Plan
 from engines.native.rehearsal import Piece, sizes_of
 from harness.data.tokens import IGNORE, Batch
@@ -89,7 +90,7 @@ def test_the_engine_rehearses_while_it_loads(tmp_path: Path, monkeypatch: pytest
 
     class Recorded:
         def __init__(self, piece: Piece) -> None:
-            told.append((piece.recompute, piece.loss_chunk, piece.shared, len(list(piece.batches()))))
+            told.append((piece.recompute, piece.loss_chunk, piece.extent(), len(list(piece.batches()))))
 
         def __enter__(self) -> Recorded:
             return self
@@ -108,7 +109,7 @@ def test_the_engine_rehearses_while_it_loads(tmp_path: Path, monkeypatch: pytest
     job = make_job(tmp_path, steps=3, samples_per_step=4)
     knobs = parse(engines.fused.Knobs, {**KNOBS, "operations": "fused", "compute_dtype": "bfloat16", "recompute": "full"})
     *_, chosen = engines.fused._load(job, knobs, 0)
-    assert told == [("full", knobs.loss_chunk, False, 6), "loaded", ((KEEP_INPUT,) * 2, knobs.loss_chunk), "closed"]
+    assert told == [("full", knobs.loss_chunk, None, 6), "loaded", ((KEEP_INPUT,) * 2, knobs.loss_chunk), "closed"]
     assert chosen["kernels_compiled_ahead"] == 16
     told.clear()
     *_, chosen = engines.fused._load(job, parse(engines.fused.Knobs, KNOBS), 0)
@@ -124,8 +125,8 @@ def test_one_size_for_each_number_of_tokens() -> None:
         return Batch(ids, labels, (lengths,))
 
     batches = [batch(100, 60), batch(80, 80), batch(60, 100), batch(100, 63)]
-    assert [size.num_tokens for size in sizes_of(batches, shared=False)] == [160, 163]
-    shared = sizes_of(batches, shared=True)
+    assert [size.num_tokens for size in sizes_of(batches, None)] == [160, 163]
+    shared = sizes_of(batches, extent(batches))
     assert [(size.num_tokens, size.num_rows) for size in shared] == [(192, 192), (160, 158)]
 
 

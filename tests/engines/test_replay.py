@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 import engines.fused
-from engines.native import replay, steps
+from engines.native import reference, replay, steps
 from harness.data.tokens import IGNORE, Sample, TokenFile
 from harness.data.write import write_token_file
 from harness.engine import Job
 from harness.spec import parse
-from tests.engines.recorded import Recording
+from tests.engines.recorded import Recording, attention, attention_backward
 from tests.engines.test_fused import KNOBS
 from tests.engines.tiny import FULL, LORA, QLORA, VOCABULARY, RecordingProbe, make_job, with_train
 
@@ -59,10 +59,34 @@ def test_steps_whose_micro_batches_come_in_any_order_are_those_that_are_launched
     assert len({tuple(len(sample.input_ids) for sample in job.tokens.step(job.workload.train, index)) for index in range(STEPS)}) > 2
     assert (replayed.losses, replayed.grad_norms, replayed.tokens) == (launched.losses, launched.grad_norms, launched.tokens)
     assert all(value.equal(other[name]) for name, value in mine.items())
-    # Two lengths and the update. Where all weights are trained the first micro-batch of a step overwrites, so it is another piece.
+    # Two lengths and the update. Where all weights are trained the first micro-batch of a step overwrites, so it is another sort of piece.
     assert len(recording.sizes) == (5 if method is FULL else 3)
     assert min(recording.sizes) > 0
-    assert sum(recording.replays) == 4 * STEPS - len(recording.replays)  # all but the first of each, which was launched
+    assert sum(recording.replays) == 4 * STEPS - (3 if method is FULL else 2), "the first of each sort was launched"
+
+
+@pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
+def test_uneven_rows_are_filled_up_and_replayed_from_the_first_on(
+    tmp_path: Path, recording: Recording, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
+) -> None:
+    """The largest row is made room for before the first step, and the first rows are filled up to it; filling changes no gradient."""
+    table = replace(reference.REFERENCE, attention=attention, attention_backward=attention_backward)
+    monkeypatch.setattr(reference, "REFERENCE", table)
+    job = job_of(tmp_path, method, [3, 9, 60, 24, 100, 70])
+    data = job.workload.data.model_copy(update={"sequence_length": 128})
+    job = replace(job, workload=job.workload.model_copy(update={"data": data}))
+    launched, mine = trained(job, "launched", micro_batch=2, replay=False)
+    replayed, other = trained(job, "replayed", micro_batch=2, replay=True)
+    assert replayed.losses == pytest.approx(launched.losses, rel=2e-6)
+    assert replayed.grad_norms == pytest.approx(launched.grad_norms, rel=1e-5)
+    assert len(set(launched.losses)) == STEPS
+    for name, value in mine.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=2e-6)
+    pieces = 2 * STEPS + STEPS + (2 if method is FULL else 1)  # micro-batches, updates, room for the largest
+    assert sum(recording.replays) == pieces - 2, "by hand: the first update, and the first row of one document, which is not filled up"
+    found = {tokens.processed for tokens in replayed.tokens}
+    assert all(tokens.processed > tokens.input for tokens in replayed.tokens)
+    assert len(found) > 1, "some rows have come to sizes of their own"
 
 
 def test_an_update_inside_backward_makes_one_piece_of_a_step(tmp_path: Path, recording: Recording) -> None:
