@@ -15,7 +15,7 @@ from harness.data.tokens import IGNORE, Batch
 _STEPS_AN_OCTAVE = 16  # sizes between two powers of two: at most 1/16 too large
 _SMALLEST = 64
 FILLER = 128  # tokens of a document of filling at most; short, so that its attention costs nothing
-MOST_SIZES = 48  # that a run captures; each takes some memory that no plan counts
+MOST_SIZES = 48  # that a run captures. Their graphs take memory that no plan counts: 90 MiB for some 35 at 1B (H100, 2026-11-28)
 # Positions of filling. With 2,000, captures (counted as 8,500 positions each, about their time on an H100 at 1B) and filling together cost
 # at most 0.3 % of all positions more than with the best of 1,000, 4,000 and 8,000 (110 and 440 steps of 64 of GSM8K's samples in
 # micro-batches of 4, 16 and 64, counted on a CPU, 2026-11-28).

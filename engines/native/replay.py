@@ -18,7 +18,7 @@ from engines.native.optimizer import NUM_SCALARS
 from engines.native.packed import Packed
 from engines.native.steps import Outcome, Steps
 
-MOST_GRAPHS = 2 * MOST_SIZES + 8  # each keeps some of the device's memory that no plan counts; further sizes are launched by hand
+MOST_GRAPHS = 2 * MOST_SIZES + 8  # of first micro-batches, of others, of rows that are not filled up; what goes beyond is launched by hand
 
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], Outcome | None]], tuple[Replay, Outcome | None]]  # launches nothing; the outcome is there after a replay
