@@ -25,7 +25,8 @@ def random(*size: int, dtype: torch.dtype = torch.float32, room: int = 0) -> Ten
 def judged(found: Tensor, plain: Tensor, truth: Tensor, inputs: torch.dtype | None = None) -> None:
     """Row by row at most twice as far from the truth as the reference in the same type plus rounding, and no element astray.
 
-    ``inputs``: the coarser type that a float32 result was made from.
+    As far as the reference is in that row or in the middle of all: which row of a few elements it hits by luck depends on the processor,
+    whose libraries add up in orders of their own. ``inputs``: the coarser type that a float32 result was made from.
     """
     unit = 2 * torch.finfo(found.dtype if inputs is None else inputs).eps
     assert plain.dtype == found.dtype
@@ -34,6 +35,7 @@ def judged(found: Tensor, plain: Tensor, truth: Tensor, inputs: torch.dtype | No
     assert torch.isfinite(found).all()
     size = truth.norm(dim=1)
     ours, theirs = (found - truth).norm(dim=1), (plain - truth).norm(dim=1)
-    assert (ours <= 2 * theirs + unit * size).all(), (ours / (2 * theirs + unit * size)).max()
+    allowed = 2 * theirs.clamp(min=float(theirs.square().mean().sqrt())) + unit * size
+    assert (ours <= allowed).all(), (ours / allowed).max()
     astray = (found - truth).abs() - 4 * (plain - truth).abs().amax(1, keepdim=True) - 4 * unit * truth.abs().amax(1, keepdim=True)
     assert (astray <= 0).all()
