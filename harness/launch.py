@@ -23,7 +23,7 @@ from harness.interpreter import environment
 from harness.monitor import Monitor, monitoring
 from harness.places import Prepared, Saving, WorkerJob
 from harness.provenance import dated, provenance
-from harness.ranks import logs_of_the_others, threads, worker_command
+from harness.ranks import crowded, logs_of_the_others, threads, worker_command
 from harness.record import Artifacts, Provenance, Record, Status, in_a_line
 from harness.spec import Spec, parse
 from harness.standing import standing
@@ -60,7 +60,8 @@ def run_cell(
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         _check_room(work, prepared)
-    noted = prepared.model_copy(update={"notes": (*prepared.notes, *notes)})
+    crowd = crowded(machine.device, request.cell.engine.processes // machine.nodes)
+    noted = prepared.model_copy(update={"notes": (*prepared.notes, *notes, *crowd)})
     job = _job(request, machine, noted, came_from, work, counts=None if counts is None else str(counts), saving=saving)
     try:
         with contextlib.ExitStack() as stack:

@@ -39,6 +39,17 @@ def threads(device: str, processes: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
 
 
+def crowded(device: str, processes: int) -> tuple[str, ...]:
+    """What to say where ranks would take more threads than a CPU has cores, because the number of threads is set: nothing otherwise."""
+    given, cores = os.environ.get("OMP_NUM_THREADS", ""), os.cpu_count() or 1
+    if device != "cpu" or processes == 1 or not given.isdecimal() or int(given) * processes <= cores:
+        return ()
+    return (
+        f"{processes} ranks of OMP_NUM_THREADS={given} threads share {cores} cores, which may slow them down several times: unset it, "
+        f"and each rank takes {max(1, cores // processes)}",
+    )
+
+
 def rank() -> int:
     """Of this process among those of its cell, as torchrun numbers them."""
     return int(os.environ.get("RANK", "0"))

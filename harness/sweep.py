@@ -22,6 +22,7 @@ from harness.launch import recovered, run_cell, unsupported
 from harness.places import Prepared
 from harness.plan import Planned, least_memory_bytes, plan, weights_bytes
 from harness.progress import SweepProgress, label, sweep_progress
+from harness.ranks import crowded
 from harness.record import Record
 from harness.scoring import Trained, drop, is_unjudged, judge_weights, kept, needed_later
 from harness.store import check_writable, load, recorded, save, writing
@@ -162,6 +163,9 @@ def _run_cells(sweep: Sweep, prepared: dict[str, Prepared]) -> list[Record]:
     waiting = [cell for cell in sweep.planned if cell.action == "run"]
     if not waiting:
         return []
+    asked = ((cell.machine.device, cell.request.cell.engine.processes // cell.machine.nodes) for cell in waiting)
+    for said in dict.fromkeys(said for one in asked for said in crowded(*one)):
+        sweep.say(said)
     sitting = secrets.token_hex(4)
     records: list[Record] = []
     with sweep_progress(sweep.console, waiting) as progress:

@@ -38,6 +38,7 @@ COMMANDS: list[tuple[str, tuple[str, ...], int, int]] = [
     ("within", ("method=qlora", "engine=fused,unsloth/default+padded", "train.samples_per_step=1"), 2, 1),
     ("peers_full", (), 6, 1),
     ("peers_full", ("engine=unsloth/nockpt+padded", "method.dtype=bfloat16"), 1, 1),
+    ("peers_gsm8k", ("engine=fused,unsloth/nockpt", "engine.knobs.micro_batch=64", "train.steps=88"), 2, 1),
     ("peers_gsm8k", ("method=qlora", "engine=fused,unsloth/nockpt+padded+grouped,axolotl/kernels+liger+packed"), 3, 1),
     ("gpus", (), 11, 1),
     ("gpus", ("engine.processes=8", "train.samples_per_step=32"), 11, 1),

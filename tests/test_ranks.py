@@ -12,7 +12,7 @@ import pytest
 
 from harness.config import Limits
 from harness.launch import run_cell
-from harness.ranks import died, ended, own_log, threads, worker_command
+from harness.ranks import crowded, died, ended, own_log, threads, worker_command
 from harness.record import Record
 from tests import workloads
 from tests.workloads import Made
@@ -70,6 +70,18 @@ def test_ranks_share_the_cores_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert threads("cpu", 1) == threads("cuda", 2) == {}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert threads("cpu", 2) == {}
+
+
+def test_more_threads_than_cores_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert crowded("cpu", 2) == crowded("cpu", 1) == crowded("cuda", 8) == ()
+    (said,) = crowded("cpu", 3)
+    assert said == (
+        "3 ranks of OMP_NUM_THREADS=4 threads share 8 cores, which may slow them down several times: unset it, and each rank takes 2"
+    )
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert crowded("cpu", 3) == ()
 
 
 def test_each_rank_writes_a_log_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
