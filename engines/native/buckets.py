@@ -5,7 +5,7 @@ depends on.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ FILLER = 128  # tokens of a document of filling at most; short, so that its atte
 MOST_SIZES = 48  # that a run captures. Their graphs take memory that no plan counts: 90 MiB for some 35 at 1B (H100, 2026-11-28)
 # Positions of filling. With 2,000, captures (counted as 8,500 positions each, about their time on an H100 at 1B) and filling together cost
 # at most 0.3 % of all positions more than with the best of 1,000, 4,000 and 8,000 (110 and 440 steps of 64 of GSM8K's samples in
-# micro-batches of 4, 16 and 64, counted on a CPU, 2026-11-28).
+# micro-batches of 4, 16 and 64, counted on a CPU by a script that was not kept, 2026-11-28).
 _WORTH_A_CAPTURE = 2000
 _MOST_ALIKE = 4  # kinds of rows whose documents are all alike, which need no filling
 
@@ -106,9 +106,9 @@ class SharedSizes:
         return Row(batch, None if alone else self._of(batch))
 
     def _of(self, batch: Batch) -> Sizes:
-        own = shared_sizes(batch)
-        cheapest = min((sizes for sizes in self._captured if _fits(batch, sizes)), key=_cost)
-        self._filling[own] += max(0, _cost(cheapest) - _cost(own))
+        own, lengths = shared_sizes(batch), batch.lengths[0]
+        cheapest = min((sizes for sizes in self._captured if _fits(own, lengths, sizes)), key=_cost)
+        self._filling[own] += _cost(cheapest) - _cost(own)
         if self._filling[own] < _WORTH_A_CAPTURE or len(self._captured) == MOST_SIZES:
             return cheapest
         self._captured.add(own)
@@ -157,11 +157,11 @@ def _cost(sizes: Sizes) -> int:
     return sizes.num_tokens + sizes.num_rows // 4
 
 
-def _fits(batch: Batch, sizes: Sizes) -> bool:
-    lengths = batch.lengths[0]
-    documents = len(lengths) + len(_fillers(sizes.num_tokens - sum(lengths)))
-    longest, rows = max(lengths), _labelled(batch)
-    return sum(lengths) < sizes.num_tokens and documents <= sizes.num_documents and longest <= sizes.longest and rows <= sizes.num_rows
+def _fits(own: Sizes, lengths: Sequence[int], sizes: Sizes) -> bool:
+    """Whether documents of these ``lengths``, which make a row of sizes ``own``, can be filled up to ``sizes``."""
+    if own.num_tokens > sizes.num_tokens or own.longest > sizes.longest or own.num_rows > sizes.num_rows:
+        return False
+    return len(lengths) + len(_fillers(sizes.num_tokens - sum(lengths))) <= sizes.num_documents
 
 
 def _fillers(missing: int) -> list[int]:

@@ -69,8 +69,7 @@ class AfterBackward:
         """Update everything; the gradients have been used."""
         gradients = self._store.gradients
         self._rule.update(slice(0, len(gradients)), gradients, scalars)
-        for part in self._store.sections.values():
-            part.empty()
+        self._store.expect(empty=True)
 
 
 class InBackward:
@@ -96,7 +95,7 @@ class InBackward:
         """Update ``section``."""
         part = self._store.sections[section]
         self._squares.append(self._rule.update(part.span, part.settled(), scalars))
-        part.empty()
+        part.expect(empty=True)
 
     def norm(self) -> Tensor:
         """The global norm of the gradients of the sections since it was last asked for."""

@@ -51,7 +51,7 @@ class ReplayedSteps:
 
     def _make_room(self, largest: Sizes) -> None:
         """Passes over nothing but filling, whose gradients are zero: launched, then captured."""
-        (packed,), _ = self._steps.place([Row(filling(largest), largest)], [])
+        packed = self._steps.pack(Row(filling(largest), largest))
         for _ in range(2):
             for first in (True, False) if self._arena.overwrites else (True,):
                 self._micro_batch(packed, first=first)

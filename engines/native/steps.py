@@ -62,7 +62,11 @@ class Steps:
     def place(self, rows: Sequence[Row], scalars: Sequence[float]) -> tuple[list[Packed], Tensor]:
         """The inputs of ``compute``, on the device."""
         values = to_device(torch.tensor(scalars, dtype=torch.float32), self.arena.masters.device)
-        return [self._angles.pack(row.batch, row.sizes) for row in rows], values
+        return [self.pack(row) for row in rows], values
+
+    def pack(self, row: Row) -> Packed:
+        """One micro-batch on the device."""
+        return self._angles.pack(row.batch, row.sizes)
 
     def compute(self, micro_batches: Sequence[Packed], scalars: Tensor) -> Outcome:
         """Forward, backward and update; nothing in it waits for the device."""

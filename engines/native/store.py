@@ -52,14 +52,16 @@ class Part:
         assert self.buffer is not None
         return self.buffer
 
-    def empty(self) -> None:
-        """The gradients have been used."""
+    def expect(self, *, empty: bool) -> None:
+        """The gradients have been used, or have not."""
         for gradient, _, _ in self.gradients:
-            gradient.expect(empty=True)
+            gradient.expect(empty=empty)
 
 
 class Store:
     """Flat ``values``, read by the products, and ``masters``, updated by the optimizer: one tensor where their types are the same."""
+
+    overwrites = True  # the first gradient of a step, so that its micro-batch is another one to capture
 
     def __init__(self, num_elements: int, compute_dtype: torch.dtype, train_dtype: torch.dtype, device: torch.device, training: Training):
         """Room for ``num_elements`` values, those between weights counted. Masters of ``train_dtype``, or none beside the values."""
@@ -130,8 +132,6 @@ class Store:
         self.settle()
         return self._buffers[0]
 
-    overwrites = True  # the first gradient of a step, so that its micro-batch is another one to capture
-
     def settle(self) -> None:
         """Zero what nothing was added to in this step."""
         for part in self.sections.values():
@@ -140,8 +140,7 @@ class Store:
     def expect(self, *, empty: bool) -> None:
         """What the buffers hold has been used, or has not: a replayed pass or update says nothing to Python."""
         for part in self.sections.values():
-            for gradient, _, _ in part.gradients:
-                gradient.expect(empty=empty)
+            part.expect(empty=empty)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -66,6 +66,8 @@ class Weight:
 class Arena:
     """One flat buffer of masters and one of gradients, so that the optimizer and the norm see one tensor each."""
 
+    overwrites = False  # gradients are added to what the update has zeroed, the first of a step like all others
+
     def __init__(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> None:
         """Room for ``num_elements`` trained values of ``dtype``, gradients zeroed."""
         self.masters = torch.zeros(num_elements, dtype=dtype, device=device)
@@ -88,8 +90,6 @@ class Arena:
         master = self.masters[start : self._taken].view(size)
         master.grad = self.gradients[start : self._taken].view(size)
         return master
-
-    overwrites = False  # gradients are added to what the update has zeroed, the first of a step like all others
 
     def settle(self) -> None:
         """Gradients are whole as they are."""

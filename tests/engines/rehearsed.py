@@ -141,8 +141,8 @@ def rehearse(job: Job, table: Ops, options: dict[str, Any], plan: Plan, counted:
     train = job.workload.train
     steps = Steps(decoder, Angles.of(shape, 128, CPU), optimizer_for(weights, job.workload, kernels=True), train.max_grad_norm)
     for index in range(train.steps):
-        batches, tokens = shares.of(index)
-        packed, scalars = steps.place(batches, step_scalars(train, index, tokens.loss))
+        rows, tokens = shares.of(index)
+        packed, scalars = steps.place(rows, step_scalars(train, index, tokens.loss))
         steps.compute(packed, scalars)
     return {
         "sizes": len(sizes_of(shares.every(), shares.extent)),
