@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +21,16 @@ from engines.native.steps import Outcome, Steps
 
 MOST_GRAPHS = 2 * MOST_SIZES + 8  # of first micro-batches, of others, of rows that are not filled up; what goes beyond is launched by hand
 
+Piece = Callable[[], Outcome | None]
 Replay = Callable[[], None]
-Capture = Callable[[Callable[[], Outcome | None]], tuple[Replay, Outcome | None]]  # launches nothing; the outcome is there after a replay
+
+
+class Capture(Protocol):
+    """Makes a graph of a piece. Nothing of it runs; its outcome is there after a replay."""
+
+    def __call__(self, piece: Piece, *, after_launches: bool) -> tuple[Replay, Outcome | None]:
+        """``after_launches``: pieces were launched by hand since the last capture."""
+        ...
 
 
 class ReplayedSteps:
@@ -34,9 +43,10 @@ class ReplayedSteps:
         None: CUDA.
         """
         self._steps, self._arena = steps, steps.arena
-        self._capture = capture or _by_cuda("global" if steps.exchange is None else "thread_local")
+        self._capture = capture or _ByCuda("global" if steps.exchange is None else "thread_local")
         self._scalars = torch.zeros(NUM_SCALARS, dtype=torch.float32, device=self._arena.masters.device)
         self._launched: set[Hashable] = set()
+        self._launches = False  # since the last capture
         self._captured: dict[Hashable, _Captured] = {}
         if largest is not None and not steps.updates_inside:
             self._make_room(largest)
@@ -73,14 +83,16 @@ class ReplayedSteps:
         sort = ("first" if first and self._arena.overwrites else "any", packed.is_even)
         self._run(sort, packed, lambda: self._steps.accumulate(packed, self._scalars))
 
-    def _run(self, sort: Hashable, packed: Packed | None, piece: Callable[[], Outcome | None]) -> Outcome | None:
+    def _run(self, sort: Hashable, packed: Packed | None, piece: Piece) -> Outcome | None:
         """``piece`` reads ``packed`` and what lies where it always does; pieces of a ``sort`` differ in sizes alone."""
         key = sort, packed.key if packed else None
         if key not in self._captured:
             if sort not in self._launched or len(self._captured) == MOST_GRAPHS:
                 self._launched.add(sort)
+                self._launches = True
                 return piece()
-            self._captured[key] = _Captured(*self._capture(piece), _tensors(packed))
+            self._captured[key] = _Captured(*self._capture(piece, after_launches=self._launches), _tensors(packed))
+            self._launches = False
         return self._captured[key].run(_tensors(packed))
 
 
@@ -103,16 +115,24 @@ def _tensors(packed: Packed | None) -> tuple[Tensor, ...]:
     return () if packed is None else packed.tensors
 
 
-def _by_cuda(mode: str) -> Capture:
-    """All graphs share one pool of memory, because only one of them runs at a time. ``mode``: thread_local where NCCL has a thread, whose
-    questions to the device are no part of a capture and must not end it.
+class _ByCuda:
+    """All graphs share one pool of memory, because only one of them runs at a time. The device goes on with what it has been given while a
+    piece is captured, unless pieces were launched by hand since: what these hold no more is given back first, for the pool to take.
     """
-    pool = torch.cuda.graph_pool_handle()
 
-    def capture(piece: Callable[[], Outcome | None]) -> tuple[Replay, Outcome | None]:
+    def __init__(self, mode: str) -> None:
+        """``mode``: thread_local where NCCL has a thread, whose questions to the device are no part of a capture and must not end it."""
+        self._mode, self._pool, self._stream = mode, torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def __call__(self, piece: Piece, *, after_launches: bool) -> tuple[Replay, Outcome | None]:
+        if after_launches:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
-            outcome = piece()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(self._pool, self._mode)
+            try:
+                outcome = piece()
+            finally:
+                graph.capture_end()
         return graph.replay, outcome
-
-    return capture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from engines.native.ops import Attended, Heads
 from engines.native.packed import Packed
 from engines.native.reference import as_input
+from engines.native.replay import Piece, Replay
 from engines.native.steps import Outcome
 from engines.native.weights import Linear
 
@@ -20,7 +20,8 @@ Operation = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
 
 
 class Recording:
-    """Captures as ``ReplayedSteps`` asks for it. ``sizes``: how many operations each captured piece has; ``replays``: of each.
+    """Captures as ``ReplayedSteps`` asks for it. ``sizes``: how many operations each captured piece has; ``replays``: of each;
+    ``after_launches``: as each was asked for.
 
     A capture computes here, so the replay that follows it at once has nothing left to do.
     """
@@ -28,14 +29,16 @@ class Recording:
     def __init__(self) -> None:
         self.sizes: list[int] = []
         self.replays: list[int] = []
+        self.after_launches: list[bool] = []
 
-    def __call__(self, piece: Callable[[], Outcome | None]) -> tuple[Callable[[], None], Outcome | None]:
+    def __call__(self, piece: Piece, *, after_launches: bool) -> tuple[Replay, Outcome | None]:
         noting = _Noting()
         with noting:
             outcome = piece()
         index = len(self.sizes)
         self.sizes.append(len(noting.operations))
         self.replays.append(0)
+        self.after_launches.append(after_launches)
 
         def replay() -> None:
             self.replays[index] += 1

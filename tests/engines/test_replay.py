@@ -44,7 +44,7 @@ def trained(job: Job, name: str, **knobs: Any) -> tuple[RecordingProbe, dict[str
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
     found = Recording()
-    monkeypatch.setattr(replay, "_by_cuda", lambda mode: found)
+    monkeypatch.setattr(replay, "_ByCuda", lambda mode: found)
     return found
 
 
@@ -63,6 +63,8 @@ def test_steps_whose_micro_batches_come_in_any_order_are_those_that_are_launched
     assert len(recording.sizes) == (5 if method is FULL else 3)
     assert min(recording.sizes) > 0
     assert sum(recording.replays) == 4 * STEPS - (3 if method is FULL else 2), "the first of each sort was launched"
+    assert recording.after_launches[0]
+    assert not recording.after_launches[-1], "nothing was launched between the last two captures"
 
 
 @pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
