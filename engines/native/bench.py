@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m engines.native.bench", description=__doc__)
     parser.add_argument("--model", nargs="+", default=["llama3_1b"], help="names of conf/model")
     parser.add_argument("--layers", type=int, help="cut the model to so many layers")
-    parser.add_argument("--batch", nargs="+", default=["4x2048"], help="documents x tokens of each")
+    parser.add_argument("--batch", nargs="+", default=["4x2048"], help="documents x tokens of each; 64x80-354: between so many")
+    parser.add_argument("--supervised", type=float, default=1.0, help="share of each document, its end, that is supervised")
     parser.add_argument("--memory-gib", type=float, nargs="+", default=[None], help="budgets; without one everything is kept")
     parser.add_argument("--no-offload", action="store_true", help="keep or make again, send nothing to the host")
     parser.add_argument("--nf4", action="store_true", help="linear layers in NF4, as method=qlora has them")
@@ -85,9 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         training = None if options.full is None else Training(options.full, in_backward=not options.clip)
         decoder = random_decoder(shape, options.chunk, nf4=options.nf4, fp8=options.fp8, training=training)
         for batch in options.batch:
-            documents, tokens = (int(part) for part in batch.split("x"))
+            row = random_row(shape, lengths_of(batch), options.supervised)
             for budget in options.memory_gib:
-                _time(name, decoder, (documents, tokens), budget, options)
+                _time(f"{name} layers {shape.num_layers} {batch}", decoder, row, budget, options)
         del decoder
         torch.cuda.empty_cache()
 
@@ -166,19 +167,40 @@ def random_load(documents: int, tokens: int, loss_chunk: int) -> Load:
     return Load(documents * tokens, tokens, documents * (tokens - 1), loss_chunk)
 
 
+def lengths_of(batch: str) -> tuple[int, ...]:
+    """Tokens of each document of ``batch``: 4x2048, or 64x80-354 (drawn evenly from 80 to 354, always the same).
+
+    Raises ValueError where it is neither.
+    """
+    found = re.fullmatch(r"(\d+)x(\d+)(?:-(\d+))?", batch)
+    if found is None:
+        raise ValueError(f"--batch {batch}: expected documents x tokens, such as 4x2048 or 64x80-354")
+    documents, least, most = int(found[1]), int(found[2]), int(found[3] or found[2])
+    return tuple(np.random.default_rng(0).integers(least, most + 1, size=documents).tolist())
+
+
+def random_row(shape: LlamaShape, lengths: Sequence[int], supervised: float = 1.0) -> Batch:
+    """One packed row of documents of these ``lengths``, always the same tokens; the last of each are ``supervised``, never its first."""
+    ids = np.random.default_rng(0).integers(0, shape.vocab_size, size=(1, sum(lengths)))
+    masked = [np.arange(length) < max(1, round(length * (1 - supervised))) for length in lengths]
+    return Batch(ids, np.where(np.concatenate(masked)[None], IGNORE, ids), (tuple(lengths),))
+
+
 def random_steps(decoder: Decoder, documents: int, tokens: int, *, replay: bool) -> Callable[[int], torch.Tensor]:
-    """An optimizer step by its index, always over the same random tokens; it returns a copy of the loss."""
+    """``steps_over`` so many documents of so many tokens, all of them supervised."""
+    return steps_over(decoder, random_row(decoder.shape, (tokens,) * documents), replay=replay)
+
+
+def steps_over(decoder: Decoder, batch: Batch, *, replay: bool) -> Callable[[int], torch.Tensor]:
+    """An optimizer step over ``batch`` (one packed row), by its index; it returns a copy of the loss."""
     arena = decoder.weights.arena
     max_norm = None if isinstance(arena, Store) and arena.training.in_backward else 1.0
-    plain = Steps(decoder, Angles.of(decoder.shape, tokens, torch.device("cuda")), _optimizer(decoder), max_norm)
+    plain = Steps(decoder, Angles.of(decoder.shape, max(batch.lengths[0]), torch.device("cuda")), _optimizer(decoder), max_norm)
     steps = ReplayedSteps(plain) if replay else plain
-    ids = np.random.default_rng(0).integers(0, decoder.shape.vocab_size, size=(1, documents * tokens))
-    labels = ids.copy()
-    labels[0, ::tokens] = IGNORE
-    rows = [Row(Batch(ids, labels, ((tokens,) * documents,)))]
+    rows, supervised = [Row(batch)], int((batch.labels != IGNORE).sum())
 
     def step(index: int) -> torch.Tensor:
-        return steps.run(rows, step_scalars(SCHEDULE, index, documents * (tokens - 1))).loss.clone()
+        return steps.run(rows, step_scalars(SCHEDULE, index, supervised)).loss.clone()
 
     return step
 
@@ -191,17 +213,17 @@ def _optimizer(decoder: Decoder) -> Optimizer:
     return FlatAdamW(arena.masters, values, (0.9, 0.999), 1e-8, 0.01)
 
 
-def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | None, options: argparse.Namespace) -> None:
-    documents, tokens = size
-    model = MemoryModel.of(decoder.shape, decoder.weights, random_load(documents, tokens, options.chunk))
+def _time(name: str, decoder: Decoder, batch: Batch, budget: float | None, options: argparse.Namespace) -> None:
+    lengths, supervised = batch.lengths[0], int((batch.labels != IGNORE).sum())
+    model = MemoryModel.of(decoder.shape, decoder.weights, Load(sum(lengths), max(lengths), supervised, options.chunk))
     if budget is not None:
         try:
             choice = choose(model, budget * 2**30, 0.0 if options.no_offload else usable_bytes())
         except UnsupportedError as error:  # the next budget may do
-            print(f"{name} layers {decoder.shape.num_layers} {documents}x{tokens}: {error}", flush=True)
+            print(f"{name}: {error}", flush=True)
             return
         decoder = replace(decoder, plans=choice.plans, loss_chunk=choice.loss_chunk, host=Host())
-    run = random_steps(decoder, documents, tokens, replay=not options.eager)
+    run = steps_over(decoder, batch, replay=not options.eager)
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
     losses = []
@@ -222,10 +244,9 @@ def _time(name: str, decoder: Decoder, size: tuple[int, int], budget: float | No
         events[index + 1].record()
     torch.cuda.synchronize()
     milliseconds = statistics.median(before.elapsed_time(after) for before, after in itertools.pairwise(events))
-    count = documents * tokens
     print(
-        f"{name} layers {decoder.shape.num_layers} {documents}x{tokens} {_kept(decoder)}: {milliseconds:.2f} ms, "
-        f"{count / milliseconds * 1000:,.0f} tokens/s, peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated "
+        f"{name} {_kept(decoder)}: {milliseconds:.2f} ms, "
+        f"{sum(lengths) / milliseconds * 1000:,.0f} tokens/s, peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated "
         f"({model.peak(decoder.plans, decoder.loss_chunk) / 2**30:.2f} predicted), "
         f"first step {first:.1f} s, second {second:.1f} s, losses {losses[0]:.4f} {losses[1]:.4f} {losses[-1]:.4f}",
         flush=True,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -122,17 +123,23 @@ class _ByCuda:
 
     def __init__(self, mode: str) -> None:
         """``mode``: thread_local where NCCL has a thread, whose questions to the device are no part of a capture and must not end it."""
-        self._mode, self._pool, self._stream = mode, torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._mode, self._pool = mode, torch.cuda.graph_pool_handle()
 
     def __call__(self, piece: Piece, *, after_launches: bool) -> tuple[Replay, Outcome | None]:
         if after_launches:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(_stream()):
             graph.capture_begin(self._pool, self._mode)
             try:
                 outcome = piece()
             finally:
                 graph.capture_end()
         return graph.replay, outcome
+
+
+@cache
+def _stream() -> torch.cuda.Stream:
+    """Of all captures in a process: for every stream that products are launched on, cuBLAS keeps a workspace."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
