@@ -1,12 +1,15 @@
-"""Attention of packed documents by cuDNN where they are equally long, else by FlashAttention 2: called directly, without autograd.
+"""Attention of packed documents: by cuDNN where they are equally long, by kernels of our own where they are short, else by FlashAttention
+2; all called directly, without autograd.
 
 H100, bf16, causal, 4 x 2,048 tokens, 32 query and 8 key-value heads of 128, forward and backward: cuDNN 0.26 and 0.98 ms, FlashAttention 2
-0.51 and 1.56 ms; both take fewer key-value heads and survive graph capture (2026-11-24).
+0.51 and 1.56 ms; both take fewer key-value heads and survive graph capture (2026-11-24). For 64 documents of 80 to 570 tokens, 14,376 in
+all, 32 and 8 heads of 64, FlashAttention 2 takes 0.27 and 0.71 ms, five times what their bytes need; over a third of its backward pass
+does not attend, but copies and adds up (2026-11-28). cuDNN's ragged interface, as torch 2.11 calls it, cannot be captured.
 
 torch caches cuDNN's plans by the strides of q, k and v, but not by those of the output and its gradient, and a plan used with other
 strides reads elsewhere: one process must keep to one layout, and does, because it trains one job (seen 2026-11-24 in a test that
-trained with o_proj adapted and then without). The backward pass adds up dq in no fixed order (cuDNN, and FlashAttention 2 as well):
-two runs of the same step agree to rounding, not to the bit; everything else does.
+trained with o_proj adapted and then without). The backward passes of cuDNN and FlashAttention 2 add up dq in no fixed order: two runs of
+the same step agree to rounding, not to the bit; everything else does, our own kernels too.
 
 Legend: T tokens of B documents of S tokens, C query heads, G key-value heads, D head dimension.
 """
@@ -18,49 +21,86 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engines.native.kernels.attention import attend, attend_backward
 from engines.native.ops import Attended, Heads
 from engines.native.packed import Packed
 from engines.native.weights import Linear
-from engines.native.wide_input import widened
+from engines.native.wide_input import room_for, widened, with_low
+
+Statistics = tuple[Tensor, ...]  # of a forward pass, kept for backward
 
 _ATEN = torch.ops.aten
+# Tokens of the longest document that our own kernels take. Where documents are long FlashAttention 2 should win: backward it makes five
+# products where ours make seven (predicted; not timed yet).
+SHORT = 1024
+_WIDEST = 128  # columns of a head: wider ones do not fit without spilling on all GPUs
+
+
+def by_own_kernels(heads: Heads, packed: Packed) -> bool:
+    """Whether documents of ``packed`` are short and uneven."""
+    return not packed.is_even and packed.longest <= SHORT and heads.queries.shape[2] <= _WIDEST
 
 
 def attention(heads: Heads, packed: Packed, linear: Linear) -> Attended:
     """Causal softmax(q k^T / sqrt(D)) v within each document, as the input of ``linear``."""
-    if packed.is_even:
-        q, k, v = _by_document(heads, packed)
-        output, *kept = _ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False)
-        statistics = (kept[0], kept[5], kept[6])
-        output = output.transpose(1, 2).flatten(0, 1)
-    else:
-        output, *kept = _ATEN._flash_attention_forward(
-            heads.queries, heads.keys, heads.values, packed.cumulative, packed.cumulative, packed.longest, packed.longest, 0.0, True, False
-        )
-        statistics = (kept[0], kept[1], kept[2])
-    return Attended(widened(output.flatten(1), linear), statistics)  # backward reads the copy, so the original is freed
+    if by_own_kernels(heads, packed):
+        wide_TW = room_for(heads.queries, len(heads.queries), linear)
+        sums_CT = attend(heads.queries, heads.keys, heads.values, packed.begins, _output(wide_TW, heads))
+        return Attended(with_low(wide_TW, linear, outlives=False), (sums_CT,))
+    output_TCD, statistics = (_cudnn if packed.is_even else flash)(heads, packed)
+    return Attended(widened(output_TCD.flatten(1), linear), statistics)  # backward reads the copy, so the original is freed
 
 
 def attention_backward(dy_TCD: Tensor, heads: Heads, attended: Attended, packed: Packed) -> Heads:
     """dq, dk, dv, each contiguous."""
-    _, num_heads, head_dim = heads.queries.shape
-    output_TCD = attended.input.wide[:, : num_heads * head_dim].view(-1, num_heads, head_dim)
-    log_sum, seed, offset = attended.statistics
-    if not packed.is_even:
-        longest, cumulative = packed.longest, packed.cumulative
-        return Heads(
-            *_ATEN._flash_attention_backward(
-                dy_TCD, heads.queries, heads.keys, heads.values, output_TCD, log_sum, cumulative, cumulative, longest, longest,
-                0.0, True, seed, offset,
-            )
-        )  # fmt: skip
+    output_TCD, statistics = _output(attended.input.wide, heads), attended.statistics
+    if by_own_kernels(heads, packed):
+        (sums_CT,), bounds = statistics, (packed.begins, packed.ends)
+        return Heads(*attend_backward(dy_TCD, heads.queries, heads.keys, heads.values, output_TCD, sums_CT, *bounds))
+    return (_cudnn_backward if packed.is_even else flash_backward)(dy_TCD, heads, output_TCD, statistics, packed)
+
+
+def flash(heads: Heads, packed: Packed) -> tuple[Tensor, Statistics]:
+    """FlashAttention 2: the output [T, C, D], and what its backward wants kept."""
+    longest, cumulative = packed.longest, packed.cumulative
+    output_TCD, *kept = _ATEN._flash_attention_forward(
+        heads.queries, heads.keys, heads.values, cumulative, cumulative, longest, longest, 0.0, True, False
+    )
+    return output_TCD, tuple(kept[:3])
+
+
+def flash_backward(dy_TCD: Tensor, heads: Heads, output_TCD: Tensor, statistics: Statistics, packed: Packed) -> Heads:
+    """dq, dk, dv of what ``flash`` returned."""
+    longest, cumulative = packed.longest, packed.cumulative
+    log_sum, seed, offset = statistics
+    return Heads(
+        *_ATEN._flash_attention_backward(
+            dy_TCD, heads.queries, heads.keys, heads.values, output_TCD, log_sum, cumulative, cumulative, longest, longest,
+            0.0, True, seed, offset,
+        )
+    )  # fmt: skip
+
+
+def _cudnn(heads: Heads, packed: Packed) -> tuple[Tensor, Statistics]:
+    q, k, v = _by_document(heads, packed)
+    output, *kept = _ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False)
+    return output.transpose(1, 2).flatten(0, 1), (kept[0], kept[5], kept[6])
+
+
+def _cudnn_backward(dy_TCD: Tensor, heads: Heads, output_TCD: Tensor, statistics: Statistics, packed: Packed) -> Heads:
     q, k, v = _by_document(heads, packed)
     dy, y = _split(dy_TCD, packed), _split(output_TCD, packed)
-    longest = packed.longest
+    (log_sum, seed, offset), longest = statistics, packed.longest
     gradients: tuple[Any, ...] = _ATEN._scaled_dot_product_cudnn_attention_backward(
         dy, q, k, v, y, log_sum, seed, offset, None, None, None, longest, longest, 0.0, True
     )
     return Heads(*(gradient.transpose(1, 2).flatten(0, 1) for gradient in gradients))
+
+
+def _output(wide_TW: Tensor, heads: Heads) -> Tensor:
+    """[T, C, D], a view of the left part of what the group behind attention reads."""
+    _, num_heads, head_dim = heads.queries.shape
+    return wide_TW[:, : num_heads * head_dim].view(-1, num_heads, head_dim)
 
 
 def _by_document(heads: Heads, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,9 +6,11 @@ Legend: T tokens of all documents, P positions of the longest document, D head d
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,14 +18,16 @@ from engines.native.buckets import Sizes, filled
 from engines.native.shape import LlamaShape, Rope
 from harness.data.tokens import IGNORE, Batch
 
+Integers = npt.NDArray[np.int32]
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:
     """What one forward pass sees. Attention stays inside a document; ``lengths`` live on the host, so nothing waits for them.
 
     ``cosine``, ``sine``: [T, D/2], float32, of each token's position in its own document. ``cumulative``: int32, where documents
-    start, and T, repeated for documents without tokens. ``longest``: no document has more tokens. ``rows``: [L], rising; ``targets``: [L],
-    IGNORE for rows that only fill up.
+    start, and T, repeated for documents without tokens; ``begins``, ``ends``: [T], int32, of each token's own document. ``longest``:
+    no document has more tokens. ``rows``: [L], rising; ``targets``: [L], IGNORE for rows that only fill up.
     """
 
     tokens: Tensor
@@ -31,6 +35,8 @@ class Packed:
     sine: Tensor
     lengths: tuple[int, ...]
     cumulative: Tensor
+    begins: Tensor
+    ends: Tensor
     longest: int
     rows: Tensor
     targets: Tensor
@@ -38,7 +44,7 @@ class Packed:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Everything that lies on the device."""
-        return self.tokens, self.cosine, self.sine, self.cumulative, self.rows, self.targets
+        return self.tokens, self.cosine, self.sine, self.cumulative, self.begins, self.ends, self.rows, self.targets
 
     @property
     def is_even(self) -> bool:
@@ -85,10 +91,17 @@ class Angles:
         starts = np.pad(starts, (0, sizes.num_documents + 1 - len(starts)), mode="edge")
         rows = np.pad(labelled - 1, (0, spare), constant_values=sizes.num_tokens - 1)
         targets = np.pad(batch.labels[0, labelled], (0, spare), constant_values=IGNORE)
-        arrays = (batch.input_ids[0], batch.position_ids[0], starts, rows, targets)
-        tokens, positions, cumulative, predicting, expected = (to_device(torch.from_numpy(array), self.cosine.device) for array in arrays)
+        arrays = (batch.input_ids[0], batch.position_ids[0], starts, *bounds(batch.lengths[0]), rows, targets)
+        tokens, positions, *given = (to_device(torch.from_numpy(array), self.cosine.device) for array in arrays)
+        cumulative, begins, ends, predicting, expected = given
         cosine, sine = self.cosine[positions], self.sine[positions]
-        return Packed(tokens, cosine, sine, batch.lengths[0], cumulative, sizes.longest, predicting, expected)
+        return Packed(tokens, cosine, sine, batch.lengths[0], cumulative, begins, ends, sizes.longest, predicting, expected)
+
+
+def bounds(lengths: Sequence[int]) -> tuple[Integers, Integers]:
+    """[T] int32: where the document of each token begins, and where it ends."""
+    starts = np.cumsum((0, *lengths), dtype=np.int32)
+    return np.repeat(starts[:-1], lengths), np.repeat(starts[1:], lengths)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

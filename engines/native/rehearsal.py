@@ -1,7 +1,7 @@
 """A run's step on tensors without memory, while its weights are loading: which kernels it will launch, compiled meanwhile.
 
 The same decoder, operations and optimizer run on the meta device, so that sizes, strides, alignments and constants are those of the step
-to come; only attention, which is not Triton's, has a stand-in. Launches are noted (``compiling``) and compiled by threads.
+to come; only attention that is not Triton's has a stand-in. Launches are noted (``compiling``) and compiled by threads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Self
 
 import torch
 
+from engines.native.attention import attention, attention_backward, by_own_kernels
 from engines.native.buckets import Extent, Sizes, kind_of, shared_sizes
 from engines.native.checkpoint import load_weights
 from engines.native.compiling import Kernels, noted, stand_on, threads_for
@@ -149,8 +150,10 @@ def _excerpt(decoder: Decoder) -> Decoder:
 def _packed(sizes: Sizes, head_dim: int) -> Packed:
     tokens, rows = (torch.empty(count, dtype=torch.int64, device=META) for count in (sizes.num_tokens, sizes.num_rows))
     angles = torch.empty(sizes.num_tokens, head_dim // 2, device=META)
-    starts = torch.empty(sizes.num_documents + 1, dtype=torch.int32, device=META)
-    return Packed(tokens, angles, angles, (sizes.longest,) * sizes.num_documents, starts, sizes.longest, rows, torch.empty_like(rows))
+    starts, bounds = (torch.empty(count, dtype=torch.int32, device=META) for count in (sizes.num_documents + 1, sizes.num_tokens))
+    even = sizes.longest * sizes.num_documents == sizes.num_tokens
+    lengths = (sizes.longest,) * sizes.num_documents if even else (sizes.longest, 0)
+    return Packed(tokens, angles, angles, lengths, starts, bounds, bounds, sizes.longest, rows, torch.empty_like(rows))
 
 
 def _nothing_arrives(part: torch.Tensor, whole: torch.Tensor) -> None:
@@ -158,11 +161,15 @@ def _nothing_arrives(part: torch.Tensor, whole: torch.Tensor) -> None:
 
 
 def _attention(heads: Heads, packed: Packed, linear: Linear) -> Attended:
-    """As attention leaves its output: the heads of a token side by side, adjacent."""
+    """As attention leaves its output: the heads of a token side by side, adjacent; by the kernels of ours themselves where they take it."""
+    if by_own_kernels(heads, packed):
+        return attention(heads, packed, linear)
     tokens, num_heads, head_dim = heads.queries.shape
     return Attended(widened(heads.queries.new_empty(tokens, num_heads * head_dim), linear), ())
 
 
 def _attention_backward(dy: torch.Tensor, heads: Heads, attended: Attended, packed: Packed) -> Heads:
     """Gradients that are contiguous each."""
+    if by_own_kernels(heads, packed):
+        return attention_backward(dy, heads, attended, packed)
     return Heads(*(each.new_empty(each.shape) for each in (heads.queries, heads.keys, heads.values)))

@@ -12,6 +12,7 @@ from engines.native import eight_bit
 from engines.native.kernels import (
     adamw,
     adamw_full,
+    attention,
     cross_entropy,
     fp8,
     fp8_inputs,
@@ -155,6 +156,29 @@ def specimens() -> tuple[Specimen, ...]:
             {"BLOCK": 16384, "MOST": 16.0, "BY_HAND": False}, 16,
         ),
         Specimen("decode_rows", fp8._decode_rows, {"codes": "e", "scales": "f", "out": "h"}, {"BLOCK": 2048}, 4),
+        *(each for head in attention.HEADS for each in _attending(head)),
+    )  # fmt: skip
+
+
+def _attending(head: int) -> tuple[Specimen, ...]:
+    """The kernels of attention for heads of so many columns."""
+    inputs, kept = {"q": "h", "k": "h", "v": "h"}, {"sums": "f", "deltas": "f"}
+
+    def specimen(name: str, kernel: Any, pointers: Mapping[str, str], scalars: Sequence[str], **constants: float) -> Specimen:
+        cut = attention.CUTS[name]
+        sizes = {"D": head, "BD": head, "BM": cut.queries, "BN": cut.keys, **constants}
+        return Specimen(f"{name}_{head}", kernel, pointers, sizes, cut.warps, scalars, ("group",), True, num_stages=cut.stages)
+
+    return (
+        specimen("attend", attention._attend, {**inputs, "begins": "i", "y": "h", "sums": "f"}, ("scale",), LOWEST=-3.0e38),
+        specimen(
+            "attend_backward_queries", attention._attend_backward_queries,
+            {**inputs, **kept, "y": "h", "dy": "h", "begins": "i", "dq": "h"}, ("scale", "factor"),
+        ),
+        specimen(
+            "attend_backward_keys", attention._attend_backward_keys,
+            {**inputs, **kept, "dy": "h", "ends": "i", "dk": "h", "dv": "h"}, ("scale", "factor"),
+        ),
     )  # fmt: skip
 
 
@@ -179,9 +203,16 @@ def candidates() -> tuple[Specimen, ...]:
             one, name=f"decode_nf4/{each.blocks}b{each.warps}w", constants={**one.constants, "BLOCKS": each.blocks}, num_warps=each.warps
         )
 
+    def attending(name: str, cut: attention.Cut) -> Specimen:
+        one = known[name]
+        label = f"{name}/{cut.queries}q{cut.keys}k{cut.warps}w{cut.stages}s"
+        constants = {**one.constants, "BM": cut.queries, "BN": cut.keys}
+        return replace(one, name=label, constants=constants, num_warps=cut.warps, num_stages=cut.stages)
+
     return (
         *(tiled("swiglu_gradients", tile) for tile in swiglu_gradients.TILES),
         *(tiled(name, tile) for name in ("outer", "outer_normed") for tile in outer.TILES),
         *map(swept, cross_entropy.SWEEPS),
         *map(cut, nf4.CUTS),
+        *(attending(name, each) for name, cuts in attention.CANDIDATES.items() for each in cuts),
     )

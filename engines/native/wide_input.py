@@ -27,7 +27,13 @@ def widened(x_TK: Tensor, linear: Linear) -> Input:
     """The wide input of ``linear`` from an x that lies elsewhere; its thin part is a view."""
     if linear.lora is None:
         return Input(x_TK, None)
-    wide_TW = x_TK.new_empty(len(x_TK), linear.num_inputs + linear.padded_rank)
+    wide_TW = room_for(x_TK, len(x_TK), linear)
     wide_TW[:, : linear.num_inputs].copy_(x_TK)
-    wide_TW[:, linear.num_inputs :].zero_()
     return with_low(wide_TW, linear, outlives=False)
+
+
+def room_for(like: Tensor, num_tokens: int, linear: Linear) -> Tensor:
+    """A wide input whose left part is yet to be written, in the type of ``like``; behind it zeros."""
+    wide_TW = like.new_empty(num_tokens, linear.num_inputs + linear.padded_rank)
+    wide_TW[:, linear.num_inputs :].zero_()
+    return wide_TW

@@ -223,7 +223,8 @@ def transient_bytes(decoder: Decoder, load: Load, plans: Sequence[Plan]) -> int:
     ids = torch.empty(tokens, dtype=torch.int64, device=META)
     rows = torch.empty(load.num_rows, dtype=torch.int64, device=META)
     cosine, starts = torch.empty(tokens, half, device=META), torch.empty(documents + 1, dtype=torch.int32, device=META)
-    row = Packed(ids, cosine, cosine, (load.longest,) * documents, starts, load.longest, rows, rows)
+    bounds = torch.empty(tokens, dtype=torch.int32, device=META)
+    row = Packed(ids, cosine, cosine, (load.longest,) * documents, starts, bounds, bounds, load.longest, rows, rows)
     scale = torch.empty((), device=META)
     with LiveBytes() as live:
         replace(decoder, plans=tuple(plans), loss_chunk=load.loss_chunk).accumulate(row, scale)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import engines.fused
+from engines.native import attention
 from harness.data.tokens import IGNORE, Sample, TokenFile
 from harness.data.write import write_token_file
 from harness.engine import Job
@@ -55,6 +56,18 @@ def test_uneven_documents_of_every_family(tmp_path: Path, family: str, method: d
     assert distance(fused, truth) <= 2 * distance(plain, truth) + 1e-3
     assert fused.grad_norms == pytest.approx(truth.grad_norms, rel=5e-2)
     assert min(norm for norm in truth.grad_norms if norm is not None) > 0.1, "hardly anything is learnt: the comparison is too weak"
+
+
+@pytest.mark.parametrize("family", ["llama", "tied"])
+def test_long_uneven_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """What short ones are to other kernels: FlashAttention 2 and our own agree."""
+    job = make_job(tmp_path, family, LORA, steps=6)
+    short = run(job, "short")
+    monkeypatch.setattr(attention, "SHORT", 0)
+    long = run(job, "long")
+    assert long.losses == pytest.approx(short.losses, rel=2e-3)
+    assert long.grad_norms == pytest.approx(short.grad_norms, rel=2e-2)
+    assert long.losses != short.losses, "the same kernels ran"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engines.native import fused_ops, reference
 from engines.native.ops import HeadNorms, Heads
-from engines.native.packed import Packed
+from engines.native.packed import Packed, bounds
 from engines.native.weights import Weight
 from tests.engines.oracle import DEVICE, EPSILON, INTERPRETED, judged, random
 
@@ -26,7 +26,8 @@ def packed(lengths: Sequence[int], half: int) -> Packed:
     angles = positions[:, None] * torch.rand(half, device=DEVICE)
     nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE)
-    return Packed(nothing, angles.cos(), angles.sin(), tuple(lengths), starts, max(lengths), nothing, nothing)
+    begins, ends = (torch.from_numpy(each).to(DEVICE) for each in bounds(lengths))
+    return Packed(nothing, angles.cos(), angles.sin(), tuple(lengths), starts, begins, ends, max(lengths), nothing, nothing)
 
 
 def heads_of(qkv: Tensor, heads: int, kv_heads: int, head_dim: int) -> list[Tensor]:

@@ -46,7 +46,7 @@ def whole(weights: Weight, bias: Weight | None = None) -> Linear:
 
 def packed(angles: Tensor) -> Packed:
     nothing = torch.empty(0, dtype=torch.int64)
-    return Packed(nothing, angles.cos(), angles.sin(), LENGTHS, nothing, max(LENGTHS), nothing, nothing)
+    return Packed(nothing, angles.cos(), angles.sin(), LENGTHS, nothing, nothing, nothing, max(LENGTHS), nothing, nothing)
 
 
 def autograd(function: Callable[..., Tensor], dy: Tensor, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

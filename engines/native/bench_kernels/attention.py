@@ -1,4 +1,5 @@
-"""The rows of attention: the engine's two back ends, forward and backward, beside torch's own choice for the same documents.
+"""The rows of attention: the engine's three back ends, forward and backward. Even documents, which go to cuDNN, and long uneven ones, which
+go to FlashAttention 2, beside torch's own choice for them; short uneven ones, which go to our own kernels, beside FlashAttention 2.
 
 Legend: T tokens of documents of S tokens, C query heads, G key-value heads, D head dimension.
 """
@@ -12,16 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.native import attention as attend
+from engines.native import attention as dispatch
+from engines.native import reference
 from engines.native.bench_kernels.setting import Call, Row, Setting, bare
-from engines.native.ops import Heads
+from engines.native.kernels.attention import attend, attend_backward
+from engines.native.ops import Attended, Heads, Input
+from engines.native.packed import Packed
 
 _FORWARD, _BACKWARD = 2, 5  # products over the causal half: q k^T, p v; q k^T again, dy v^T, dv, dk, dq
 
 
 def attention_rows() -> Mapping[str, Callable[[Setting], Row]]:
-    """Even documents go to cuDNN, uneven ones to FlashAttention 2."""
+    """By name; those of our own kernels are named after them."""
     return {
+        "attend": _short,
+        "attend_backward": _short_backward,
         "attention_even": partial(_forward, is_even=True),
         "attention_even_backward": partial(_backward, is_even=True),
         "attention_uneven": partial(_forward, is_even=False),
@@ -40,9 +46,9 @@ def _forward(s: Setting, *, is_even: bool) -> Row:
     heads, packed, plain = s.heads(), s.packed(lengths), bare(s.shape.query_size, s)
     parts = _by_document(heads, lengths, is_even)
     return Row(
-        kernel=attend.attention,
+        kernel=dispatch.attention,
         size=_size(s, lengths),
-        ours=Call(lambda: attend.attention(heads, packed, plain)),
+        ours=Call(lambda: dispatch.attention(heads, packed, plain)),
         reference=Call(lambda: [_attend(part) for part in parts]),
         num_bytes=s.item * s.tokens * 2 * (s.shape.query_size + s.shape.key_size),
         flops=causal_flops(s, lengths, _FORWARD),
@@ -53,7 +59,7 @@ def _forward(s: Setting, *, is_even: bool) -> Row:
 def _backward(s: Setting, *, is_even: bool) -> Row:
     lengths = s.even if is_even else s.uneven
     heads, packed, dy = s.heads(), s.packed(lengths), s.random(s.tokens, s.shape.num_heads, s.shape.head_dim)
-    attended = attend.attention(heads, packed, bare(s.shape.query_size, s))
+    attended = dispatch.attention(heads, packed, bare(s.shape.query_size, s))
     with torch.enable_grad():
         leaves = Heads(*(x.detach().requires_grad_() for x in (heads.queries, heads.keys, heads.values)))
         parts = _by_document(leaves, lengths, is_even)
@@ -61,9 +67,9 @@ def _backward(s: Setting, *, is_even: bool) -> Row:
     gradients = _split(dy, lengths, is_even)
     inputs = [x for part in parts for x in part]
     return Row(
-        kernel=attend.attention_backward,
+        kernel=dispatch.attention_backward,
         size=_size(s, lengths),
-        ours=Call(lambda: attend.attention_backward(dy, heads, attended, packed)),
+        ours=Call(lambda: dispatch.attention_backward(dy, heads, attended, packed)),
         reference=Call(lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)),
         num_bytes=s.item * s.tokens * 4 * (s.shape.query_size + s.shape.key_size),
         flops=causal_flops(s, lengths, _BACKWARD),
@@ -71,8 +77,52 @@ def _backward(s: Setting, *, is_even: bool) -> Row:
     )
 
 
+def _short(s: Setting) -> Row:
+    heads, packed, y = s.heads(), s.packed(s.short), s.random(s.tokens, s.shape.num_heads, s.shape.head_dim)
+    return Row(
+        kernel=attend,
+        size=_size(s, s.short),
+        ours=Call(lambda: attend(heads.queries, heads.keys, heads.values, packed.begins, y)),
+        reference=Call(lambda: _usual(s, heads, packed)),
+        num_bytes=s.item * s.tokens * 2 * (s.shape.query_size + s.shape.key_size),
+        flops=causal_flops(s, s.short, _FORWARD),
+        is_compiled=False,
+    )
+
+
+def _short_backward(s: Setting) -> Row:
+    heads, packed, dy = s.heads(), s.packed(s.short), s.random(s.tokens, s.shape.num_heads, s.shape.head_dim)
+    given, y = (heads.queries, heads.keys, heads.values), torch.empty_like(dy)
+    sums, usual = attend(*given, packed.begins, y), _usual(s, heads, packed)
+    return Row(
+        kernel=attend_backward,
+        size=_size(s, s.short),
+        ours=Call(lambda: attend_backward(dy, *given, y, sums, packed.begins, packed.ends)),
+        reference=Call(lambda: _usual_backward(dy, heads, usual, packed)),
+        num_bytes=s.item * s.tokens * 4 * (s.shape.query_size + s.shape.key_size),
+        flops=causal_flops(s, s.short, _BACKWARD),
+        is_compiled=False,
+    )
+
+
+def _usual(s: Setting, heads: Heads, packed: Packed) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """FlashAttention 2, which there is on a GPU in 16 bits; else the reference operations."""
+    if heads.queries.dtype == torch.bfloat16 and heads.queries.is_cuda:
+        return dispatch.flash(heads, packed)
+    return reference.attention(heads, packed, bare(heads.queries[0].numel(), s)).input.wide.view(heads.queries.shape), ()
+
+
+def _usual_backward(dy: Tensor, heads: Heads, usual: tuple[Tensor, tuple[Tensor, ...]], packed: Packed) -> Heads:
+    output, statistics = usual
+    if statistics:
+        return dispatch.flash_backward(dy, heads, output, statistics, packed)
+    return reference.attention_backward(dy, heads, Attended(Input(output.flatten(1), None), ()), packed)
+
+
 def _size(s: Setting, lengths: Sequence[int]) -> str:
     documents = f"{len(lengths)} × {lengths[0]:,}" if len(set(lengths)) == 1 else " + ".join(f"{length:,}" for length in lengths)
+    if lengths == s.short:
+        documents = f"{len(lengths)} × {min(lengths):,} to {max(lengths):,}"
     return f"{documents}, {s.shape.num_heads}/{s.shape.num_kv_heads} heads of {s.shape.head_dim}"
 
 

@@ -5,6 +5,7 @@ Legend: T tokens, P padded ranks of a linear group, C query heads, G key-value h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,11 +15,12 @@ from torch import Tensor
 from engines.native.bench import random_weights
 from engines.native.loader import Placement
 from engines.native.ops import HeadNorms, Heads
-from engines.native.packed import Angles, Packed
+from engines.native.packed import Angles, Packed, bounds
 from engines.native.shape import LlamaShape
 from engines.native.weights import LayerWeights, Linear, Weight
 
 DOCUMENT = 2048  # tokens of an even document
+_SHORT = 188, 81, 333, 150, 239, 113, 205
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,16 @@ class Setting:
         lengths = self.tokens // 2, self.tokens // 4, self.tokens // 8
         return (*lengths, self.tokens - sum(lengths))
 
+    @property
+    def short(self) -> tuple[int, ...]:
+        """Documents as long as questions and answers are, 80 to 333 tokens, in an order that repeats; the last is what is left."""
+        lengths: list[int] = []
+        for length in itertools.cycle(_SHORT):
+            if sum(lengths) + length >= self.tokens:
+                return (*lengths, self.tokens - sum(lengths))
+            lengths.append(length)
+        raise AssertionError("a cycle ends")
+
     def random(self, *size: int, room: int = 0) -> Tensor:
         """Normal values whose rows lie ``room`` elements apart in memory."""
         wide = torch.randn(*size[:-1], size[-1] + room, device=self.device, dtype=self.dtype)
@@ -89,8 +101,10 @@ class Setting:
         angles = Angles.of(self.shape, max(lengths), self.device)
         positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
         starts = torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32)
+        begins, ends = (torch.from_numpy(each).to(self.device) for each in bounds(lengths))
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
-        return Packed(nothing, angles.cosine[positions], angles.sine[positions], tuple(lengths), starts, max(lengths), nothing, nothing)
+        turned = angles.cosine[positions], angles.sine[positions]
+        return Packed(nothing, *turned, tuple(lengths), starts, begins, ends, max(lengths), nothing, nothing)
 
     def heads(self) -> Heads:
         """Queries, keys and values as views of one projected buffer, as in a step."""

@@ -9,7 +9,7 @@ from typing import Any
 from engines.native import tiles
 from engines.native.bench_kernels.setting import Call, Setting
 from engines.native.bench_kernels.variants import VARIANTS, launch_all
-from engines.native.kernels import cross_entropy, nf4, outer, swiglu_gradients
+from engines.native.kernels import attention, cross_entropy, nf4, outer, swiglu_gradients
 from engines.native.tiles import Entry, Table
 
 Milliseconds = Callable[[Call], float]
@@ -17,12 +17,15 @@ Milliseconds = Callable[[Call], float]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A kernel that may be cut in several ways. ``kernel``: its name in a table; ``size``: elements that it walks over in a setting."""
+    """A kernel that may be cut in several ways. ``kernel``: its name in a table; ``size``: elements that it walks over in a setting;
+    ``attends``: of attention, the kernel whose name in a table depends on the size of a head.
+    """
 
     kernel: str
     default: Any
     candidates: tuple[Any, ...]
     size: Callable[[Setting], int]
+    attends: str | None = None
 
 
 CHOICES: Mapping[str, Choice] = {
@@ -33,6 +36,13 @@ CHOICES: Mapping[str, Choice] = {
     "outer_dB": Choice("outer", outer.TILE, outer.TILES, lambda s: s.tokens * s.layer.qkv.num_outputs),
     "cross_entropy": Choice("cross_entropy", cross_entropy.SWEEP, cross_entropy.SWEEPS, lambda s: min(s.tokens, 2048) * s.shape.vocab_size),
     "decode_nf4": Choice("decode_nf4", nf4.CUT, nf4.CUTS, lambda s: s.layer.down.num_outputs * s.layer.down.num_inputs),
+    **{
+        f"{kernel}_{head}": Choice(
+            f"{kernel}_{head}", cut, attention.CANDIDATES[f"{kernel}_{head}"], lambda s: s.tokens * s.shape.query_size, kernel
+        )
+        for kernel, cut in attention.CUTS.items()
+        for head in attention.HEADS
+    },
 }
 
 
@@ -73,7 +83,7 @@ class Found:
 def timed(name: str, setting: Setting, milliseconds: Milliseconds, failures: tuple[type[Exception], ...]) -> Found:
     """Time the candidates of one kernel. Raises RuntimeError where not even the default runs."""
     choice = CHOICES[name]
-    variants = [variant for variant in VARIANTS[name](setting) if variant.cut in choice.candidates]
+    variants = [variant for variant in VARIANTS[choice.attends or name](setting) if variant.cut in choice.candidates]
     launch_all(variants)
     took, problems = {}, []
     for variant in variants:
@@ -94,7 +104,9 @@ def every(
     for setting in settings:
         for name in names:
             key = CHOICES[name].kernel, CHOICES[name].size(setting)
-            if key not in seen:
+            attends = CHOICES[name].attends
+            fits = attends is None or attention._name(attends, setting.shape.head_dim) == name
+            if fits and key not in seen:
                 seen.add(key)
                 yield timed(name, setting, milliseconds, failures)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from engines.native import fused_ops, tiles
 from engines.native.bench_kernels.setting import Call, Setting, restore
-from engines.native.kernels import cross_entropy, nf4, outer, swiglu_gradients
+from engines.native.kernels import attention, cross_entropy, nf4, outer, swiglu_gradients
+from engines.native.kernels.attention import attend, attend_backward
 from engines.native.kernels.cross_entropy import Sweep, cross_entropy_
 from engines.native.kernels.launching import Tile
 from engines.native.kernels.nf4 import Cut, decode_nf4
@@ -35,7 +36,7 @@ class Variant:
     label: str
     call: Call
     is_current: bool
-    cut: Tile | Sweep | Cut | None = None
+    cut: Tile | Sweep | Cut | attention.Cut | None = None
 
 
 def compared(name: str, setting: Setting, milliseconds: Callable[[Call], float], failures: tuple[type[Exception], ...]) -> Iterator[str]:
@@ -167,12 +168,38 @@ def _head(s: Setting) -> list[Variant]:
     return [variant(chunk) for chunk in (1024, 2048, 4096, 8192)]
 
 
+def _attention(kernel: str) -> Callable[[Setting], list[Variant]]:
+    """Of one of the three kernels of short documents; the other of a backward pass keeps its own cut, and its time counts in both."""
+
+    def make(s: Setting) -> list[Variant]:
+        heads, packed, dy = s.heads(), s.packed(s.short), s.random(s.tokens, s.shape.num_heads, s.shape.head_dim)
+        given, y = (heads.queries, heads.keys, heads.values), s.random(s.tokens, s.shape.num_heads, s.shape.head_dim)
+        sums, bounds = attend(*given, packed.begins, y), (packed.begins, packed.ends)
+        name = attention._name(kernel, s.shape.head_dim)
+        now = tiles.chosen(name, s.device, s.tokens * s.shape.query_size, attention.CUTS[kernel])
+
+        def run(cut: attention.Cut) -> object:
+            if kernel == "attend":
+                return attend(*given, packed.begins, y, cut)
+            cuts = (cut, None) if kernel == "attend_backward_queries" else (None, cut)
+            return attend_backward(dy, *given, y, sums, *bounds, *cuts)
+
+        def variant(cut: attention.Cut) -> Variant:
+            label = f"{cut.queries} queries, {cut.keys} keys, {cut.warps} warps, {cut.stages} stages"
+            return Variant(label, Call(lambda: run(cut)), cut == now, cut)
+
+        return [variant(cut) for cut in attention.CANDIDATES[name]]
+
+    return make
+
+
 VARIANTS: Mapping[str, Callable[[Setting], list[Variant]]] = {
     "swiglu_gradients": _swiglu_gradients,
     "outer_dA": _outer_down,
     "outer_dB": _outer_up,
     "cross_entropy": _cross_entropy,
     "decode_nf4": _decode_nf4,
+    **{kernel: _attention(kernel) for kernel in attention.CUTS},
     "fill_qkv": lambda s: _fill(s, s.layer.qkv),
     "fill_gate_up": lambda s: _fill(s, s.layer.gate_up),
     "head": _head,

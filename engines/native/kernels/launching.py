@@ -55,6 +55,11 @@ def row_block(num_columns: int) -> int:
     return int(triton.next_power_of_2(num_columns))
 
 
+def head_block(head_dim: int) -> int:
+    """Columns that a tile of a product holds of a head: the next power of two, at least 16."""
+    return max(16, int(triton.next_power_of_2(head_dim)))
+
+
 def row_warps(block: int) -> int:
     """Warps for a program that holds ``block`` elements: 16 to 32 a thread."""
     return min(16, max(1, block // 512))
