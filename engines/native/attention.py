@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.native.kernels.attention import attend, attend_backward
+from engines.native.kernels.attention import HEADS, attend, attend_backward
 from engines.native.ops import Attended, Heads
 from engines.native.packed import Packed
 from engines.native.weights import Linear
@@ -33,20 +33,19 @@ _ATEN = torch.ops.aten
 # Tokens of the longest document that our own kernels take. Where documents are long FlashAttention 2 should win: backward it makes five
 # products where ours make seven (predicted; not timed yet).
 SHORT = 1024
-_WIDEST = 128  # columns of a head: wider ones do not fit without spilling on all GPUs
 
 
 def by_own_kernels(heads: Heads, packed: Packed) -> bool:
     """Whether documents of ``packed`` are short and uneven."""
-    return not packed.is_even and packed.longest <= SHORT and heads.queries.shape[2] <= _WIDEST
+    return not packed.is_even and packed.longest <= SHORT and heads.queries.shape[2] <= HEADS[-1]
 
 
 def attention(heads: Heads, packed: Packed, linear: Linear) -> Attended:
     """Causal softmax(q k^T / sqrt(D)) v within each document, as the input of ``linear``."""
     if by_own_kernels(heads, packed):
         wide_TW = room_for(heads.queries, len(heads.queries), linear)
-        sums_CT = attend(heads.queries, heads.keys, heads.values, packed.begins, _output(wide_TW, heads))
-        return Attended(with_low(wide_TW, linear, outlives=False), (sums_CT,))
+        sums_TC = attend(heads.queries, heads.keys, heads.values, packed.begins, _output(wide_TW, heads))
+        return Attended(with_low(wide_TW, linear, outlives=False), (sums_TC,))
     output_TCD, statistics = (_cudnn if packed.is_even else flash)(heads, packed)
     return Attended(widened(output_TCD.flatten(1), linear), statistics)  # backward reads the copy, so the original is freed
 
@@ -55,8 +54,8 @@ def attention_backward(dy_TCD: Tensor, heads: Heads, attended: Attended, packed:
     """dq, dk, dv, each contiguous."""
     output_TCD, statistics = _output(attended.input.wide, heads), attended.statistics
     if by_own_kernels(heads, packed):
-        (sums_CT,), bounds = statistics, (packed.begins, packed.ends)
-        return Heads(*attend_backward(dy_TCD, heads.queries, heads.keys, heads.values, output_TCD, sums_CT, *bounds))
+        (sums_TC,), bounds = statistics, (packed.begins, packed.ends)
+        return Heads(*attend_backward(dy_TCD, heads.queries, heads.keys, heads.values, output_TCD, sums_TC, *bounds))
     return (_cudnn_backward if packed.is_even else flash_backward)(dy_TCD, heads, output_TCD, statistics, packed)
 
 

@@ -165,8 +165,8 @@ def _attending(head: int) -> tuple[Specimen, ...]:
     inputs, kept = {"q": "h", "k": "h", "v": "h"}, {"sums": "f", "deltas": "f"}
 
     def specimen(name: str, kernel: Any, pointers: Mapping[str, str], scalars: Sequence[str], **constants: float) -> Specimen:
-        cut = attention.CUTS[name]
-        sizes = {"D": head, "BD": head, "BM": cut.queries, "BN": cut.keys, **constants}
+        cut = attention.CUTS[f"{name}_{head}"]
+        sizes = {"STACK": 4, "D": head, "BD": head, "BM": cut.queries, "BN": cut.keys, **constants}
         return Specimen(f"{name}_{head}", kernel, pointers, sizes, cut.warps, scalars, ("group",), True, num_stages=cut.stages)
 
     return (

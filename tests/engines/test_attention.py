@@ -52,7 +52,16 @@ def judge(found: Sequence[Tensor], usual: Sequence[Tensor], right: Sequence[Tens
 
 @pytest.mark.parametrize(
     ("lengths", "heads", "kv_heads", "head_dim"),
-    [((1,), 1, 1, 16), (UNEVEN, 4, 2, 24), (UNEVEN, 3, 1, 16), (UNEVEN[::-1], 2, 2, 64), ((64, 32, 128), 2, 1, 6), ((5, 9), 2, 1, 128)],
+    [
+        ((1,), 1, 1, 16),
+        (UNEVEN, 4, 2, 24),
+        (UNEVEN, 3, 1, 16),
+        (UNEVEN[::-1], 2, 2, 64),
+        ((64, 32, 128), 2, 1, 6),
+        ((5, 9), 2, 1, 128),
+        (UNEVEN, 6, 1, 16),
+        (UNEVEN, 32, 2, 16),
+    ],
 )
 def test_output_and_gradients(lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     given, row = inputs(lengths, heads, kv_heads, head_dim, dtype)
@@ -126,10 +135,12 @@ def test_what_does_not_fit_is_refused() -> None:
         attend(given.queries, random(14, 3, 16), given.values, begins, y)
     with pytest.raises(ValueError, match=r"y is \[14, 2, 16\]"):
         attend(*of(given), begins, torch.empty_like(keys))
+    with pytest.raises(ValueError, match="heads have 136 columns; expected at most 128"):
+        attend(*(random(14, 1, 136) for _ in range(3)), begins, random(14, 1, 136))
     with pytest.raises(ValueError, match="k has strides"):
         attend(given.queries, keys.transpose(1, 2).contiguous().transpose(1, 2), given.values, begins, y)
-    with pytest.raises(ValueError, match=r"sums is \[14, 4\]; expected what attend returned, \[4, 14\]"):
-        attend_backward(y, *of(given), y, torch.zeros(14, 4, device=DEVICE), begins, row.ends)
+    with pytest.raises(ValueError, match=r"sums is \[4, 14\]; expected what attend returned, \[14, 4\]"):
+        attend_backward(y, *of(given), y, torch.zeros(4, 14, device=DEVICE), begins, row.ends)
 
 
 @pytest.mark.parametrize(

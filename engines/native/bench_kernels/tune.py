@@ -37,11 +37,8 @@ CHOICES: Mapping[str, Choice] = {
     "cross_entropy": Choice("cross_entropy", cross_entropy.SWEEP, cross_entropy.SWEEPS, lambda s: min(s.tokens, 2048) * s.shape.vocab_size),
     "decode_nf4": Choice("decode_nf4", nf4.CUT, nf4.CUTS, lambda s: s.layer.down.num_outputs * s.layer.down.num_inputs),
     **{
-        f"{kernel}_{head}": Choice(
-            f"{kernel}_{head}", cut, attention.CANDIDATES[f"{kernel}_{head}"], lambda s: s.tokens * s.shape.query_size, kernel
-        )
-        for kernel, cut in attention.CUTS.items()
-        for head in attention.HEADS
+        name: Choice(name, cut, attention.CANDIDATES[name], lambda s: s.tokens * s.shape.query_size, name.rpartition("_")[0])
+        for name, cut in attention.CUTS.items()
     },
 }
 

@@ -176,7 +176,7 @@ def _attention(kernel: str) -> Callable[[Setting], list[Variant]]:
         given, y = (heads.queries, heads.keys, heads.values), s.random(s.tokens, s.shape.num_heads, s.shape.head_dim)
         sums, bounds = attend(*given, packed.begins, y), (packed.begins, packed.ends)
         name = attention._name(kernel, s.shape.head_dim)
-        now = tiles.chosen(name, s.device, s.tokens * s.shape.query_size, attention.CUTS[kernel])
+        now = tiles.chosen(name, s.device, s.tokens * s.shape.query_size, attention.CUTS[name])
 
         def run(cut: attention.Cut) -> object:
             if kernel == "attend":
@@ -199,7 +199,7 @@ VARIANTS: Mapping[str, Callable[[Setting], list[Variant]]] = {
     "outer_dB": _outer_up,
     "cross_entropy": _cross_entropy,
     "decode_nf4": _decode_nf4,
-    **{kernel: _attention(kernel) for kernel in attention.CUTS},
+    **{kernel: _attention(kernel) for kernel in ("attend", "attend_backward_queries", "attend_backward_keys")},
     "fill_qkv": lambda s: _fill(s, s.layer.qkv),
     "fill_gate_up": lambda s: _fill(s, s.layer.gate_up),
     "head": _head,
