@@ -12,17 +12,31 @@ import numpy as np
 
 from harness.data.tokens import IGNORE, Batch
 
-_STEPS_AN_OCTAVE = 16  # sizes between two powers of two: at most 1/16 too large
 _SMALLEST = 64
 FILLER = 128  # tokens of a document of filling at most; short, so that its attention costs nothing
 MOST_SIZES = 48  # that a run captures. Their graphs take memory that no plan counts: 90 MiB for some 35 at 1B (H100, 2026-11-28)
-# Positions of filling. With 2,000, captures (counted as 8,500 positions each, about their time on an H100 at 1B) and filling together cost
-# at most 0.3 % of all positions more than with the best of 1,000, 4,000 and 8,000 (110 and 440 steps of 64 of GSM8K's samples in
-# micro-batches of 4, 16 and 64, counted on a CPU by a script that was not kept, 2026-11-28).
-_WORTH_A_CAPTURE = 2000
 _MOST_ALIKE = 4  # kinds of rows whose documents are all alike, which need no filling
 
 Kind = tuple[int, int, int]  # documents that are all alike, tokens of each, supervised rows
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Sizes between two powers of two (itself one; 16: at most a sixteenth too large, or 64 tokens), and how much filling, in positions, is
+    worth a capture.
+
+    Counted by ``bench_filling`` on GSM8K's lengths (64 samples a step; 88, 110 and 440 steps; micro-batches of 4, 16 and 64; five seeds;
+    2026-11-28), a capture as 2,500 positions, about what it costs at 1B on an H100. With 1,000, captures and filling cost at most 0.51 % of
+    all positions more than with the best of 16, 32, 64 steps an octave or multiples of 64 and 250 to 8,000 positions, 0.25 % in the mean;
+    with 2,000, 1.16 and 0.72 %; with 500, 0.42 and 0.13 %, but up to a third more graphs, and up to 1.8 % more than with 1,000 where
+    a capture costs 8,500 positions. More steps an octave pay in long runs alone.
+    """
+
+    steps_an_octave: int = 16
+    worth_a_capture: int = 1000
+
+
+POLICY = Policy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +77,7 @@ class Extent:
     largest: Sizes | None
 
 
-def extent(batches: Iterable[Batch], *, shared: bool) -> Extent:
+def extent(batches: Iterable[Batch], *, shared: bool, policy: Policy = POLICY) -> Extent:
     """Of all ``batches`` (packed rows) of a run; ``shared``: uneven documents are filled up."""
     kinds: Counter[Kind] = Counter()
     needed: set[tuple[Kind | None, Sizes, int]] = set()
@@ -74,7 +88,7 @@ def extent(batches: Iterable[Batch], *, shared: bool) -> Extent:
         if shared:
             kind = kind_of(batch)
             kinds.update([kind] if kind else [])
-            needed.add((kind, shared_sizes(batch), len(lengths)))
+            needed.add((kind, shared_sizes(batch, policy), len(lengths)))
     alike = frozenset(kind for kind, _ in kinds.most_common(_MOST_ALIKE))
     return Extent(tokens, longest, rows, alike, _largest([(sizes, documents) for kind, sizes, documents in needed if kind not in alike]))
 
@@ -94,9 +108,9 @@ class SharedSizes:
     and what is rare is not captured.
     """
 
-    def __init__(self, found: Extent) -> None:
-        """Of the run with this extent, whose largest sizes are captured before its first row."""
-        self._found = found
+    def __init__(self, found: Extent, policy: Policy = POLICY) -> None:
+        """Of the run with this extent under the same policy, whose largest sizes are captured before its first row."""
+        self._found, self._policy = found, policy
         self._captured = {found.largest} if found.largest else set()
         self._filling: Counter[Sizes] = Counter()
 
@@ -106,24 +120,24 @@ class SharedSizes:
         return Row(batch, None if alone else self._of(batch))
 
     def _of(self, batch: Batch) -> Sizes:
-        own, lengths = shared_sizes(batch), batch.lengths[0]
+        own, lengths = shared_sizes(batch, self._policy), batch.lengths[0]
         cheapest = min((sizes for sizes in self._captured if _fits(own, lengths, sizes)), key=_cost)
         self._filling[own] += _cost(cheapest) - _cost(own)
-        if self._filling[own] < _WORTH_A_CAPTURE or len(self._captured) == MOST_SIZES:
+        if self._filling[own] < self._policy.worth_a_capture or len(self._captured) == MOST_SIZES:
             return cheapest
         self._captured.add(own)
         return own
 
 
-def shared_sizes(batch: Batch) -> Sizes:
+def shared_sizes(batch: Batch, policy: Policy = POLICY) -> Sizes:
     """Sizes for ``batch`` (one packed row): each rounded up, with at least one token of filling for the rows that fill up, and documents
     for smaller rows to fill a quarter of it.
     """
     lengths = batch.lengths[0]
-    tokens = rounded_up(sum(lengths) + 1)
+    tokens = rounded_up(sum(lengths) + 1, policy)
     fillers = -(-tokens // (4 * FILLER)) + 1
     longest = 1 << (max(*lengths, FILLER) - 1).bit_length()
-    return Sizes(tokens, len(lengths) + fillers, longest, rounded_up(_labelled(batch)))
+    return Sizes(tokens, len(lengths) + fillers, longest, rounded_up(_labelled(batch), policy))
 
 
 def filled(batch: Batch, sizes: Sizes) -> Batch:
@@ -140,9 +154,9 @@ def filling(sizes: Sizes) -> Batch:
     return filled(Batch(one, np.full_like(one, IGNORE), ((1,),)), sizes)  # documents of two lengths, so that attention takes any
 
 
-def rounded_up(count: int) -> int:
-    """The next of sixteen sizes between two powers of two."""
-    step = _step(count)
+def rounded_up(count: int, policy: Policy = POLICY) -> int:
+    """The next of the sizes that rows share, a multiple of ``_SMALLEST``."""
+    step = max(_SMALLEST, (1 << (count - 1).bit_length()) // 2 // policy.steps_an_octave)
     return -(-count // step) * step
 
 
@@ -170,7 +184,3 @@ def _fillers(missing: int) -> list[int]:
 
 def _labelled(batch: Batch) -> int:
     return int((batch.labels[0] != IGNORE).sum())
-
-
-def _step(count: int) -> int:
-    return max(_SMALLEST, (1 << (count - 1).bit_length()) // 2 // _STEPS_AN_OCTAVE)

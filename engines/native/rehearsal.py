@@ -99,11 +99,7 @@ class Rehearsal:
 
     def _begin(self) -> tuple[Decoder, list[Sizes]]:
         piece = self._piece
-        division = piece.placement.division and replace(piece.placement.division, gather=_nothing_arrives)
-        placement = replace(piece.placement, device=META, division=division)
-        weights = load_weights(piece.job.base, piece.shape, placement, piece.adapter)
-        ops = replace(piece.ops, attention=_attention, attention_backward=_attention_backward)
-        decoder = Decoder(shape=piece.shape, weights=weights, ops=ops, plans=self._assumed[0], loss_chunk=self._assumed[1])
+        decoder = without_memory(piece, *self._assumed)
         sizes = sizes_of(islice(piece.batches(), _MOST_BATCHES), piece.extent())[:_MOST_SIZES]
         self._play(decoder, sizes, *self._assumed)
         return decoder, sizes
@@ -116,12 +112,21 @@ class Rehearsal:
         planned = replace(decoder, plans=kept, loss_chunk=loss_chunk)
         steps = Steps(planned, Angles.of(decoder.shape, 1, META), optimizer, workload.train.max_grad_norm)
         scalars = torch.empty(NUM_SCALARS, device=META)
-        first, *others = (_packed(each, decoder.shape.head_dim) for each in sizes)
+        first, *others = (packed_as(each, decoder.shape.head_dim) for each in sizes)
         with noted() as launches:
             steps.compute([first], scalars)
             for each in others:
                 _excerpt(planned).accumulate(each, scalars[LOSS_SCALE])
         self._kernels.compile(launches)
+
+
+def without_memory(piece: Piece, plans: tuple[Plan, ...], loss_chunk: int) -> Decoder:
+    """The decoder of ``piece`` on the meta device."""
+    division = piece.placement.division and replace(piece.placement.division, gather=_nothing_arrives)
+    placement = replace(piece.placement, device=META, division=division)
+    weights = load_weights(piece.job.base, piece.shape, placement, piece.adapter)
+    ops = replace(piece.ops, attention=_attention, attention_backward=_attention_backward)
+    return Decoder(shape=piece.shape, weights=weights, ops=ops, plans=plans, loss_chunk=loss_chunk)
 
 
 def sizes_of(batches: Iterable[Batch], of_all: Extent) -> list[Sizes]:
@@ -147,7 +152,8 @@ def _excerpt(decoder: Decoder) -> Decoder:
     return replace(decoder, weights=replace(decoder.weights, layers=layers), plans=tuple(decoder.plans[index] for index in chosen))
 
 
-def _packed(sizes: Sizes, head_dim: int) -> Packed:
+def packed_as(sizes: Sizes, head_dim: int) -> Packed:
+    """A row of these ``sizes`` on the meta device."""
     tokens, rows = (torch.empty(count, dtype=torch.int64, device=META) for count in (sizes.num_tokens, sizes.num_rows))
     angles = torch.empty(sizes.num_tokens, head_dim // 2, device=META)
     starts, bounds = (torch.empty(count, dtype=torch.int32, device=META) for count in (sizes.num_documents + 1, sizes.num_tokens))

@@ -26,7 +26,7 @@ from engines.native.kernels import (
     swiglu,
     swiglu_gradients,
 )  # fmt: skip
-from engines.native.kernels.launching import Tile
+from engines.native.kernels.launching import OF_TOKENS, Tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def specimens() -> tuple[Specimen, ...]:
     heads = {"HALF": 64, "BLOCK": 64, "HEADS": 8}
     thin = dict.fromkeys(("x", "thin", "weight"), "h") | {"inverse": "f", "partial": "f", "arrived": "i", "gradient": "f"}
     sums = dict.fromkeys(("partial", "d_input", "d_outputs"), "f") | {"arrived": "i"}
-    tile = {"BT": 128, "BN": 64, "BR": 16}
+    tile = {"AT_ONCE": outer.PARTIALS_AT_ONCE, "BT": 128, "BN": 64, "BR": 16}
     split = {"P": 16, "PAD": 16, "LIMIT": 448.0, "GAIN": 16.0, "BY_HAND": False}
     flat = dict.fromkeys(("master", "gradient", "first", "second", "scalars"), "f") | {"anchor": "h", "plan": "l"}
     return (
@@ -73,8 +73,8 @@ def specimens() -> tuple[Specimen, ...]:
         Specimen("swiglu_backward", swiglu._swiglu_backward, {"dh": "h", "gate_up": "h"}, columns, 4),
         Specimen(
             "swiglu_gradients", swiglu_gradients._swiglu_gradients, dict.fromkeys(("dh", "gate_up", "thin", "low"), "h") | sums,
-            {"SPLITS": 3, **tile, "BT": swiglu_gradients.TILE.tokens, "P": 64, "PAD": 64}, swiglu_gradients.TILE.warps,
-            odd=("R", "input_column_stride"), has_dot=True,
+            {**tile, "BT": swiglu_gradients.TILE.tokens, "P": 64, "PAD": 64}, swiglu_gradients.TILE.warps,
+            odd=(*OF_TOKENS, "R", "input_column_stride"), has_dot=True,
         ),
         Specimen("rotate", rotary._rotate, {"x": "h", "cosine": "f", "sine": "f"}, heads, 2, odd=("num_heads",)),
         Specimen(
@@ -95,8 +95,8 @@ def specimens() -> tuple[Specimen, ...]:
             "cross_entropy", cross_entropy._cross_entropy, {"logits": "h", "targets": "l", "losses": "f", "scale": "f"},
             {"BLOCK": cross_entropy.SWEEP.block, "LOWEST": -3.0e38, "FIRST": "", "SECOND": ""}, cross_entropy.SWEEP.warps,
         ),
-        Specimen("outer", outer._outer, thin, {"SPLITS": 2, "NORMED": False, **tile}, 4, odd=("R", "rank_stride"), has_dot=True),
-        Specimen("outer_normed", outer._outer, thin, {"SPLITS": 9, "NORMED": True, **tile}, 4, odd=("R", "rank_stride"), has_dot=True),
+        Specimen("outer", outer._outer, thin, {"NORMED": False, **tile}, 4, odd=(*OF_TOKENS, "R", "rank_stride"), has_dot=True),
+        Specimen("outer_normed", outer._outer, thin, {"NORMED": True, **tile}, 4, odd=(*OF_TOKENS, "R", "rank_stride"), has_dot=True),
         Specimen(
             "adamw", adamw._adamw, flat, {"CHUNK": 1024, "FIELDS": adamw._FIELDS, "ALIGNED": True}, 4,
             ("beta1", "beta2", "epsilon", "weight_decay", "ratio"),
@@ -118,7 +118,7 @@ def specimens() -> tuple[Specimen, ...]:
         ),
         Specimen(
             "norm_weight", norm_weight._norm_weight, {"dy": "h", "x": "h", "inverse": "f", "partial": "f"},
-            {"BT": norm_weight.TILE.tokens, "BN": norm_weight.COLUMNS}, norm_weight.TILE.warps,
+            {"BT": norm_weight.TILE.tokens, "BN": norm_weight.COLUMNS}, norm_weight.TILE.warps, odd=OF_TOKENS,
         ),
         Specimen("normed_again", norm_weight._normed_again, {"x": "h", "w": "h", "inverse": "f", "y": "h"}, {"BLOCK": 4096}, 8),
         Specimen(

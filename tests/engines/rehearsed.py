@@ -13,13 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from engines.native import fp8_ops, loader, reference
+from engines.native import attention, fp8_ops, loader, reference
+from engines.native.buckets import shared_sizes
 from engines.native.checkpoint import load_weights, read_config
+from engines.native.compiling import noted
 from engines.native.decoder import Decoder
 from engines.native.divided import Division
 from engines.native.fp8_ops import FUSED_FP8
@@ -28,16 +31,18 @@ from engines.native.fused_ops import FILLING, FUSED
 from engines.native.loader import Placement
 from engines.native.lora import read_adapter
 from engines.native.nf4 import moved
-from engines.native.ops import Heads, Ops
+from engines.native.ops import Attended, Heads, Ops
 from engines.native.optimizer import step_scalars
 from engines.native.optimizers import optimizer_for
-from engines.native.packed import Angles
+from engines.native.packed import Angles, Packed
 from engines.native.plan import KEEP_ALL, KEEP_INPUT, Plan
-from engines.native.rehearsal import Piece, Rehearsal, sizes_of
+from engines.native.rehearsal import Piece, Rehearsal, packed_as, sizes_of, without_memory
 from engines.native.replicas import Shares
 from engines.native.shape import read_shape
 from engines.native.steps import Steps
 from engines.native.store import Training
+from engines.native.weights import Linear
+from harness.data.tokens import IGNORE, Batch
 from harness.engine import Job
 from harness.syntax_trees import one_tree_at_a_time
 from tests.engines import tiny
@@ -52,6 +57,14 @@ def both_alike(part: torch.Tensor, whole: torch.Tensor) -> None:
     whole.view(2, -1).copy_(part.reshape(1, -1))
 
 
+# Documents of micro-batches that fill up to other sizes (their lengths), and how many tokens of each are supervised.
+SHARED = (
+    ([*range(200, 262), 300, 410], 90),
+    ([*range(202, 268)], 130),
+    ([*range(180, 218)], 101),
+    ([150, 160, 171, 202], 77),
+    ([151], 40),
+)
 HALF = {"division": Division(0, 2, both_alike)}
 INT8 = Training("int8", in_backward=True)
 # name: configuration, method, table, what the knobs say, the plan that is found once the weights are there
@@ -114,13 +127,48 @@ class Compilations:
 
 
 def on_a_cpu(ops: Ops) -> Ops:
-    """Attention in plain torch, its gradients contiguous as the GPU's are."""
+    """Attention that is not Triton's in plain torch, its gradients contiguous as the GPU's are."""
 
-    def backward(*given: Any) -> Heads:
-        made = reference.attention_backward(*given)
+    def forward(heads: Heads, packed: Packed, linear: Linear) -> Attended:
+        return (attention.attention if attention.by_own_kernels(heads, packed) else reference.attention)(heads, packed, linear)
+
+    def backward(dy: torch.Tensor, heads: Heads, attended: Attended, packed: Packed) -> Heads:
+        if attention.by_own_kernels(heads, packed):
+            return attention.attention_backward(dy, heads, attended, packed)
+        made = reference.attention_backward(dy, heads, attended, packed)
         return Heads(*(each.contiguous() for each in (made.queries, made.keys, made.values)))
 
-    return replace(ops, attention=reference.attention, attention_backward=backward)
+    return replace(ops, attention=forward, attention_backward=backward)
+
+
+def batch_of(lengths: list[int], supervised: int) -> Batch:
+    """One packed row; every document's last ``supervised`` tokens have labels."""
+    ids = np.zeros((1, sum(lengths)), np.int64)
+    labels = np.full_like(ids, IGNORE)
+    for end in np.cumsum(lengths):
+        labels[0, end - supervised : end] = 1
+    return Batch(ids, labels, (tuple(lengths),))
+
+
+def apart(piece: Piece, plans: tuple[Plan, ...]) -> tuple[dict[str, list[str]], list[tuple[int, ...]], int]:
+    """(kernels that some of ``SHARED`` compile otherwise than others, and how; what those sizes are; launches that differ, of one).
+
+    Each micro-batch adds to gradients that are there, as all but the first of a step do.
+    """
+    decoder = without_memory(piece, tuple(replace(plan, kept=plan.held, offloaded=frozenset()) for plan in plans), loss_chunk=1024)
+    optimizer_for(decoder.weights, piece.job.workload, kernels=True)
+    made = [shared_sizes(batch_of(*each)) for each in SHARED]
+    found = []
+    for sizes in (made[0], *made):
+        with noted() as launches:
+            decoder.accumulate(packed_as(sizes, piece.shape.head_dim), torch.empty((), device="meta"))
+        found.append({key: f"{launch.kernel.fn.__name__} {launch.specialisation}" for key, launch in launches.items()})
+    _, *found = found
+    common = set.intersection(*map(set, found))
+    others: dict[str, list[str]] = {}
+    for said in sorted({said for each in found for key, said in each.items() if key not in common}):
+        others.setdefault(said.split()[0], []).append(said)
+    return others, [(each.num_tokens, each.num_documents, each.num_rows) for each in made], len(found[0])
 
 
 def rehearse(job: Job, table: Ops, options: dict[str, Any], plan: Plan, counted: Compilations) -> dict[str, Any]:
@@ -136,6 +184,7 @@ def rehearse(job: Job, table: Ops, options: dict[str, Any], plan: Plan, counted:
     with Rehearsal(piece) as rehearsal:
         weights = load_weights(job.base, shape, placement, adapter)
         told, switched = rehearsal.finish(plans, 16), sys.getswitchinterval()
+    otherwise, shared, noted_launches = apart(piece, plans)
     ahead, launches = counted.since(), NoGpu.launches
     decoder = Decoder(shape=shape, weights=weights, ops=on_a_cpu(table), plans=plans, loss_chunk=16)
     train = job.workload.train
@@ -152,6 +201,9 @@ def rehearse(job: Job, table: Ops, options: dict[str, Any], plan: Plan, counted:
         "launches": NoGpu.launches - launches,
         "needed": len(NoGpu.launched),
         "late": counted.since(),
+        "otherwise": otherwise,
+        "shared": shared,
+        "noted": noted_launches,
         "switched": (switched, sys.getswitchinterval()),
     }
 

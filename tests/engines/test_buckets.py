@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import engines.native.buckets
-from engines.native.buckets import SharedSizes, Sizes, extent, filled, filling, kind_of, rounded_up, shared_sizes
+from engines.native.buckets import Policy, SharedSizes, Sizes, extent, filled, filling, kind_of, rounded_up, shared_sizes
 from engines.native.packed import Angles
 from engines.native.plan import KEEP_ALL
 from harness.data.tokens import IGNORE, Batch, pack
@@ -46,6 +46,7 @@ def test_sizes_fit_and_are_not_much_larger(lengths: list[int]) -> None:
 def test_there_are_few_sizes() -> None:
     assert len({rounded_up(count) for count in range(8193, 16385)}) == 16
     assert [rounded_up(count) for count in (1, 64, 65, 16384)] == [64, 64, 128, 16384]
+    assert [rounded_up(16385, Policy(steps_an_octave=steps)) for steps in (8, 16, 32, 1024)] == [18432, 17408, 16896, 16448]
 
 
 def test_filling_changes_no_loss_and_no_gradient(tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_sizes_of_its_own_are_for_what_has_cost_enough_filling(monkeypatch: pyte
     small, middle, large = batch_of([100, 60]), batch_of([300, 310]), batch_of([700, 710, 90])
     found = extent([small, middle, large], shared=True)
     assert found.largest == Sizes(1536, 3 + 12, 1024, rounded_up(1000))
-    sizes = SharedSizes(found)
+    sizes = SharedSizes(found, Policy(worth_a_capture=2000))
     own = [shared_sizes(batch) for batch in (small, middle, large)]
     cost = [each.num_tokens + each.num_rows // 4 for each in (*own, found.largest)]
     assert 2 * (cost[3] - cost[1]) > 2000 > cost[3] - cost[1], "the second one tips the scales"
@@ -121,7 +122,7 @@ def test_sizes_of_its_own_are_for_what_has_cost_enough_filling(monkeypatch: pyte
     asked = [sizes.row(batch).sizes for batch in (less, large, large)]
     assert asked == [own[1], found.largest, found.largest], "the cheapest that it fits into"
     monkeypatch.setattr(engines.native.buckets, "MOST_SIZES", 1)
-    few = SharedSizes(found)
+    few = SharedSizes(found, Policy(worth_a_capture=2000))
     assert {few.row(middle).sizes for _ in range(9)} == {found.largest}
 
 

@@ -34,6 +34,9 @@ NAMES: Mapping[str, set[str]] = {
         "_outer",
         "_rotate",
         "_rotate_back",
+        "_attend",
+        "_attend_backward_queries",
+        "_attend_backward_keys",
         "_cross_entropy",
         "_adamw",
     },
@@ -77,6 +80,15 @@ def test_without_a_rehearsal_the_step_would_have_compiled_as_many(made: dict[str
     for case, found in made.items():
         if case not in ("qlora", "subset", "full_int8"):  # these get another plan than was assumed
             assert found["needed"] == found["told"], case
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_sizes_that_rows_are_filled_up_to_compile_the_same_kernels(made: dict[str, dict[str, Any]], case: str) -> None:
+    """So a capture of another size has nothing to load, which would wait until the device is idle."""
+    found = made[case]
+    assert all(len(set(column)) == len(column) for column in zip(*found["shared"], strict=True)), "tokens, documents, rows: all differ"
+    assert found["noted"] >= len(NAMES[case]), "hardly anything was launched: the test is void"
+    assert found["otherwise"] == {}
 
 
 def test_threads_that_upload_wait_less_for_the_interpreter_meanwhile(made: dict[str, dict[str, Any]]) -> None:

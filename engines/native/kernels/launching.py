@@ -9,6 +9,9 @@ import triton
 from torch import Tensor
 
 MAX_ROW = 16384  # widest row that one program holds in registers
+# Arguments of kernels that change with the number of tokens in a row. Triton compiles a kernel again for a number that is 1, or divisible
+# by 16 where others were not; a capture would wait until it is loaded. (``tokens_each`` is always divisible: a multiple of a tile's.)
+OF_TOKENS = ("T", "splits")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engines.native.kernels.launching import Tile, check_rows, row_block, row_warps, split_tokens
+from engines.native.kernels.launching import OF_TOKENS, Tile, check_rows, row_block, row_warps, split_tokens
 
 COLUMNS = 128  # a tile
 TILE = Tile(tokens=32, warps=4, stages=2)
 _PROGRAMS = 1056  # eight for each of an H100's 132 multiprocessors
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def _norm_weight(dy, x, inverse, partial, T, H, dy_stride, x_stride, tokens_each, BT: tl.constexpr, BN: tl.constexpr):
     tile, split = tl.program_id(0), tl.program_id(1)
     columns = tile * BN + tl.arange(0, BN)

@@ -20,19 +20,39 @@ import triton.language as tl
 from torch import Tensor
 
 from engines.native import tiles
-from engines.native.kernels.launching import Tile, check_counters, check_rows, split_tokens
+from engines.native.kernels.launching import OF_TOKENS, Tile, check_counters, check_rows, split_tokens
 
 COLUMNS = 64  # a tile; blocks must begin at multiples of it
 TILE = Tile(tokens=128, warps=4, stages=3)
 TILES = tuple(Tile(tokens, 4, stages) for tokens, stages in itertools.product((64, 128, 256), (2, 3)))  # what --tune chooses among
 _PROGRAMS = 528  # four for each of an H100's 132 multiprocessors
 _MAX_BLOCKS = 3
+PARTIALS_AT_ONCE = 4  # an H100 holds four programs: 108 registers a thread at most, as many as fit into shared memory. With 8, 137: three
 
 
 @triton.jit
+def _add_partials(partial, places, inside, size, splits, AT_ONCE: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+    """The sum of all partial sums, ``size`` values apart, in order. ``AT_ONCE`` are fetched together; a loop of any length fetches one."""
+    sums = tl.zeros((BN, BR), tl.float32)
+    for first in range(0, splits, AT_ONCE):
+        for each in tl.static_range(AT_ONCE):
+            there = inside & (first + each < splits)  # 0 is added for others, which leaves every bit as it is
+            sums += tl.load(partial + (first + each) * size + places, mask=there, other=0.0, cache_modifier=".cg")
+    return sums
+
+
+@triton.jit
+def _add_result(sums, place, inside, weight, columns, N, NORMED: tl.constexpr):
+    if NORMED:
+        sums *= tl.load(weight + columns, mask=columns < N, other=0.0).to(tl.float32)[:, None]
+    before = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, (before + sums).to(place.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=OF_TOKENS)
 def _outer(
     x, thin, inverse, weight, partial, arrived, gradient, T, N, R, second, third, x_stride, thin_stride, column_stride, rank_stride,
-    tokens_each, SPLITS: tl.constexpr, NORMED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    tokens_each, splits, NORMED: tl.constexpr, AT_ONCE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
     columns = tile * BN + tl.arange(0, BN)
@@ -52,22 +72,16 @@ def _outer(
         total = tl.dot(tl.trans(wide), low, total, input_precision="ieee")
     inside = (columns < N)[:, None] & (ranks < R)[None, :]
     places = columns.to(tl.int64)[:, None] * R + ranks[None, :]
-    last = True
-    if SPLITS > 1:
+    place = gradient + columns.to(tl.int64)[:, None] * column_stride + ranks[None, :] * rank_stride
+    if splits > 1:
         tl.store(partial + split * N * R + places, total, mask=inside)
         tl.debug_barrier()  # every thread has stored before the program says so
-        last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1
-    if last:
-        if SPLITS > 1:
-            total = tl.zeros((BN, BR), tl.float32)
-            for each in range(SPLITS):
-                total += tl.load(partial + each * N * R + places, mask=inside, other=0.0, cache_modifier=".cg")
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == splits - 1:
+            sums = _add_partials(partial, places, inside, N * R, splits, AT_ONCE, BN, BR)
             tl.store(arrived + tile, 0)
-        if NORMED:
-            total *= tl.load(weight + columns, mask=columns < N, other=0.0).to(tl.float32)[:, None]
-        place = gradient + columns.to(tl.int64)[:, None] * column_stride + ranks[None, :] * rank_stride
-        before = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        tl.store(place, (before + total).to(gradient.dtype.element_ty), mask=inside)
+            _add_result(sums, place, inside, weight, columns, N, NORMED)
+    else:
+        _add_result(total, place, inside, weight, columns, N, NORMED)
 
 
 def add_outer_(
@@ -101,7 +115,7 @@ def add_outer_(
     second, third = [*starts, columns, columns][:2]
     _outer[(num_tiles, splits)](
         x_TN, thin_TR, inverse, weight, partial, arrived, gradient_NR, tokens, columns, ranks, second, third,
-        x_TN.stride(0), thin_TR.stride(0), gradient_NR.stride(0), gradient_NR.stride(1), tokens_each,
-        SPLITS=splits, NORMED=norm is not None, BT=tile.tokens, BN=COLUMNS, BR=max(16, triton.next_power_of_2(ranks)),
+        x_TN.stride(0), thin_TR.stride(0), gradient_NR.stride(0), gradient_NR.stride(1), tokens_each, splits,
+        NORMED=norm is not None, AT_ONCE=PARTIALS_AT_ONCE, BT=tile.tokens, BN=COLUMNS, BR=max(16, triton.next_power_of_2(ranks)),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

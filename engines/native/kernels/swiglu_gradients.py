@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from engines.native import tiles
-from engines.native.kernels.launching import Tile, check_counters, check_rows, split_tokens
+from engines.native.kernels.launching import OF_TOKENS, Tile, check_counters, check_rows, split_tokens
+from engines.native.kernels.outer import PARTIALS_AT_ONCE, _add_partials
 from engines.native.kernels.swiglu import _differentiate, _zero_rooms
 
 COLUMNS = 64  # a tile
@@ -37,17 +38,19 @@ def _store_sums(sums, place, inside):
 
 
 @triton.jit
-def _add_partials(partial, places, inside, size, SPLITS: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
-    sums = tl.zeros((BN, BR), tl.float32)
-    for each in range(SPLITS):
-        sums += tl.load(partial + each * 3 * size + places, mask=inside, other=0.0, cache_modifier=".cg")
-    return sums
+def _add_results(
+    of_h, of_gate, of_up, d_input, d_outputs, columns, ranks, inside, K, input_column_stride, input_rank_stride, output_stride
+):  # fmt: skip
+    wide = columns.to(tl.int64)[:, None]
+    _store_sums(of_h, d_input + wide * input_column_stride + ranks[None, :] * input_rank_stride, inside)
+    _store_sums(of_gate, d_outputs + wide * output_stride + ranks[None, :], inside)
+    _store_sums(of_up, d_outputs + (K + wide) * output_stride + ranks[None, :], inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def _swiglu_gradients(
     dh, gate_up, thin, low, partial, arrived, d_input, d_outputs, T, K, R, dh_stride, gate_up_stride, thin_stride, low_stride,
-    input_column_stride, input_rank_stride, output_stride, tokens_each, SPLITS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    input_column_stride, input_rank_stride, output_stride, tokens_each, splits, AT_ONCE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     BR: tl.constexpr, P: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -80,24 +83,25 @@ def _swiglu_gradients(
     inside = (columns < K)[:, None] & there_ranks
     size = tl.cast(K, tl.int64) * R
     places = columns.to(tl.int64)[:, None] * R + ranks[None, :]
-    last = True
-    if SPLITS > 1:
+    if splits > 1:
         mine = partial + split * 3 * size + places
         tl.store(mine, of_h, mask=inside)
         tl.store(mine + size, of_gate, mask=inside)
         tl.store(mine + 2 * size, of_up, mask=inside)
         tl.debug_barrier()  # every thread has stored before the program says so
-        last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1
-    if last:
-        if SPLITS > 1:
-            of_h = _add_partials(partial, places, inside, size, SPLITS, BN, BR)
-            of_gate = _add_partials(partial, size + places, inside, size, SPLITS, BN, BR)
-            of_up = _add_partials(partial, 2 * size + places, inside, size, SPLITS, BN, BR)
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == splits - 1:
+            all_h = _add_partials(partial, places, inside, 3 * size, splits, AT_ONCE, BN, BR)
+            all_gate = _add_partials(partial + size, places, inside, 3 * size, splits, AT_ONCE, BN, BR)
+            all_up = _add_partials(partial + 2 * size, places, inside, 3 * size, splits, AT_ONCE, BN, BR)
             tl.store(arrived + tile, 0)
-        wide = columns.to(tl.int64)[:, None]
-        _store_sums(of_h, d_input + wide * input_column_stride + ranks[None, :] * input_rank_stride, inside)
-        _store_sums(of_gate, d_outputs + wide * output_stride + ranks[None, :], inside)
-        _store_sums(of_up, d_outputs + (K + wide) * output_stride + ranks[None, :], inside)
+            _add_results(
+                all_h, all_gate, all_up, d_input, d_outputs, columns, ranks, inside, K,
+                input_column_stride, input_rank_stride, output_stride,
+            )  # fmt: skip
+    else:
+        _add_results(
+            of_h, of_gate, of_up, d_input, d_outputs, columns, ranks, inside, K, input_column_stride, input_rank_stride, output_stride
+        )
 
 
 def swiglu_gradients_(
@@ -132,8 +136,8 @@ def swiglu_gradients_(
     _swiglu_gradients[(num_tiles, splits)](
         dh_TK, gate_up_TN, thin_TR, low_TP, partial, arrived, d_input_RK, d_outputs_NR, tokens, columns, ranks,
         dh_TK.stride(0), gate_up_TN.stride(0), thin_TR.stride(0), low_TP.stride(0),
-        d_input_RK.stride(1), d_input_RK.stride(0), d_outputs_NR.stride(0), tokens_each,
-        SPLITS=splits, BT=tile.tokens, BN=COLUMNS, BR=max(16, triton.next_power_of_2(ranks)),
+        d_input_RK.stride(1), d_input_RK.stride(0), d_outputs_NR.stride(0), tokens_each, splits,
+        AT_ONCE=PARTIALS_AT_ONCE, BT=tile.tokens, BN=COLUMNS, BR=max(16, triton.next_power_of_2(ranks)),
         P=room, PAD=triton.next_power_of_2(max(1, room)), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return gate_up_TN.as_strided((tokens, 2 * columns + room), gate_up_TN.stride())
