@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engines.native.buckets import SHORT
 from engines.native.kernels.attention import HEADS, attend, attend_backward
 from engines.native.ops import Attended, Heads
 from engines.native.packed import Packed
@@ -30,13 +31,13 @@ from engines.native.wide_input import room_for, widened, with_low
 Statistics = tuple[Tensor, ...]  # of a forward pass, kept for backward
 
 _ATEN = torch.ops.aten
-# Tokens of the longest document that our own kernels take. Where documents are long FlashAttention 2 should win: backward it makes five
-# products where ours make seven (predicted; not timed yet).
-SHORT = 1024
 
 
 def by_own_kernels(heads: Heads, packed: Packed) -> bool:
-    """Whether documents of ``packed`` are short and uneven."""
+    """Whether documents of ``packed`` are short and uneven.
+
+    Where they are long FlashAttention 2 should win: backward it makes five products where ours make seven (predicted; not timed yet).
+    """
     return not packed.is_even and packed.longest <= SHORT and heads.queries.shape[2] <= HEADS[-1]
 
 

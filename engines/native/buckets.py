@@ -14,6 +14,7 @@ from harness.data.tokens import IGNORE, Batch
 
 _SMALLEST = 64
 FILLER = 128  # tokens of a document of filling at most; short, so that its attention costs nothing
+SHORT = 1024  # tokens up to which attention does not mind how long the longest document is (``engines.native.attention``)
 MOST_SIZES = 48  # that a run captures. Their graphs take memory that no plan counts: 90 MiB for some 35 at 1B (H100, 2026-11-28)
 _MOST_ALIKE = 4  # kinds of rows whose documents are all alike, which need no filling
 
@@ -136,7 +137,7 @@ def shared_sizes(batch: Batch, policy: Policy = POLICY) -> Sizes:
     lengths = batch.lengths[0]
     tokens = rounded_up(sum(lengths) + 1, policy)
     fillers = -(-tokens // (4 * FILLER)) + 1
-    longest = 1 << (max(*lengths, FILLER) - 1).bit_length()
+    longest = max(SHORT, 1 << (max(lengths) - 1).bit_length())
     return Sizes(tokens, len(lengths) + fillers, longest, rounded_up(_labelled(batch), policy))
 
 
