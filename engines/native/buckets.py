@@ -26,9 +26,9 @@ class Policy:
     """Sizes between two powers of two (itself one; 16: at most a sixteenth too large, or 64 tokens), and how much filling, in positions, is
     worth a capture.
 
-    Counted by ``bench_filling`` on GSM8K's tokens (64 samples a step; 88 and 440 steps; micro-batches of 4, 16 and 64; five seeds; 2026-11-28),
-    a capture as 2,500 positions, about what it costs at 1B on an H100: captures and filling with 1,000 cost at most 0.42 % of all
-    positions more than the best of 16 and 32 steps an octave and 250 to 2,000 positions, with 2,000 up to 0.8 % more (docs/engine.md).
+    Counted by ``bench_filling`` on GSM8K's tokens (64 samples a step; 88 and 440 steps; micro-batches of 4, 16 and 64; five seeds;
+    2026-11-28), a capture as 2,500 positions, about what it costs at 1B on an H100: captures and filling with 1,000 cost at most 0.42 % of
+    all positions more than the best of 16 and 32 steps an octave and 250 to 2,000 positions, with 2,000 up to 0.8 % more (docs/engine.md).
     More steps an octave pay in long runs alone.
     """
 
