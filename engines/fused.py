@@ -196,7 +196,7 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
     import torch
 
     from engines.native import tiles
-    from engines.native.budget import plans_for
+    from engines.native.budget import plans_for, with_embedding_on_host
     from engines.native.checkpoint import load_weights, read_config
     from engines.native.decoder import Decoder
     from engines.native.divided import Division
@@ -225,10 +225,12 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
         weights = load_weights(job.base, shape, placement, adapter)
         if adapter is not None:
             adapter.check_nothing_is_left(weights)
-        plans, loss_chunk, chosen = plans_for(job, knobs, shape, weights, shares)
+        planned = plans_for(job, knobs, shape, weights, shares)
+        plans, loss_chunk, chosen = planned.plans, planned.loss_chunk, {**planned.chosen, **told}
         if division is not None:
             expect_agreement(fingerprint(plans, loss_chunk), "what layers make again, and so on which weights to gather when")
-        chosen = {**chosen, **told}
+        if planned.embedding_away:
+            weights = with_embedding_on_host(weights)
         if rehearsal is not None:
             chosen["kernels_compiled_ahead"] = rehearsal.finish(plans, loss_chunk)
     decoder = Decoder(shape=shape, weights=weights, ops=ops, plans=plans, loss_chunk=loss_chunk)

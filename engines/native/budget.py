@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,36 +15,48 @@ from engines.native.planner import Choice, choose
 from engines.native.ranks import least
 from engines.native.replicas import Shares
 from engines.native.shape import LlamaShape
-from engines.native.weights import DecoderWeights
+from engines.native.weights import DecoderWeights, Weight
 from harness.engine import Chosen, Job
 
 
-def plans_for(
-    job: Job, knobs: PlanningKnobs, shape: LlamaShape, weights: DecoderWeights, shares: Shares
-) -> tuple[tuple[Plan, ...], int, dict[str, Chosen]]:
-    """What each layer keeps, rows of logits, and both in words with what is predicted.
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What each layer keeps, rows of logits, whether the embedding waits on the host, and all of it in words with what is predicted."""
+
+    plans: tuple[Plan, ...]
+    loss_chunk: int
+    embedding_away: bool
+    chosen: dict[str, Chosen]
+
+
+def plans_for(job: Job, knobs: PlanningKnobs, shape: LlamaShape, weights: DecoderWeights, shares: Shares) -> Planned:
+    """What the knobs ask for, answered by the planner where they leave it open.
 
     On a CPU without ``memory_gib`` all is kept: the host's memory is not ours alone.
     """
     if knobs.recompute != "fit" or (job.device == "cpu" and knobs.memory_gib is None):
         plans = (KEEP_INPUT if knobs.recompute == "full" else KEEP_ALL,) * shape.num_layers
-        return plans, knobs.loss_chunk, {"plan": described(plans)}
+        return Planned(plans, knobs.loss_chunk, False, {"plan": described(plans)})
     load = largest_load(shares.extent, knobs.loss_chunk)
     # Ranks that gather a base together must make the same things again, so all plan with what the one with least memory has.
     budget = knobs.memory_gib * 2**30 if knobs.memory_gib is not None else least(_free_bytes())
-    choice = choice_within(
-        MemoryModel.of(shape, weights, load), budget, offload=knobs.offload and job.device == "cuda", processes=job.processes
-    )
-    return (
-        choice.plans,
-        choice.loss_chunk,
-        {
-            "plan": described(choice.plans),
-            "loss_chunk": choice.loss_chunk,
-            "predicted_peak_bytes": choice.peak_bytes,
-            "pinned_bytes": choice.host_bytes,
-        },
-    )
+    memory = MemoryModel.of(shape, weights, load, may_move=knobs.operations == "fused")
+    choice = choice_within(memory, budget, offload=knobs.offload and job.device == "cuda", processes=job.processes)
+    chosen: dict[str, Chosen] = {
+        "plan": described(choice.plans) + ("; embedding on the host" if choice.embedding_away else ""),
+        "loss_chunk": choice.loss_chunk,
+        "predicted_peak_bytes": choice.peak_bytes,
+        "pinned_bytes": choice.host_bytes,
+    }
+    return Planned(choice.plans, choice.loss_chunk, choice.embedding_away, chosen)
+
+
+def with_embedding_on_host(weights: DecoderWeights) -> DecoderWeights:
+    """The embedding in pinned memory, which kernels read over the bus; what it took on the GPU is given back."""
+    value = weights.embedding.value
+    pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+    pinned.copy_(value)
+    return replace(weights, embedding=Weight(pinned))
 
 
 def choice_within(memory: MemoryModel, budget: float, *, offload: bool, processes: int) -> Choice:

@@ -44,7 +44,7 @@ class Decoder:
         ``ready`` is told of each section once its gradients are all there and nothing reads its weights any more.
         """
         ops, weights, epsilon = self.ops, self.weights, self.shape.norm_epsilon
-        stream = Stream(weights.embedding.value[packed.tokens], None)
+        stream = Stream(ops.embed(weights.embedding.value, packed.tokens), None)
         passes: list[LayerPass] = []
         self.host.begin()
         weights.shared.forget()  # the optimizer has stepped, or another decoder's step was captured

@@ -13,7 +13,7 @@ from engines.native.plan import Name, Plan
 
 # What an H100 does a second: products, passes over memory, copies to the host and back (docs/engine.md).
 _FLOPS, _BYTES = 680e12, 2.8e12
-_OUTWARD, _INWARD = 51e9, 54e9
+_OUTWARD, INWARD = 51e9, 54e9
 # 8-bit products beside their time in bf16 (H100, in whole steps of 8B; alone 1.8 to 2.0), and rounding their input first, read and written.
 _FP8_SPEED, _FP8_PASSES = 1.6, 1.5
 _CHAIN: tuple[Name, ...] = ("heads", "attended", "middle")  # each is made from the one before
@@ -80,8 +80,8 @@ class Durations:
             + _ATTENTION_BACKWARD * self.of("attended")
             + again_later,
             memory.total(plan.offloaded) / _OUTWARD,
-            early / _INWARD,
-            (memory.total(plan.offloaded) - early) / _INWARD,
+            early / INWARD,
+            (memory.total(plan.offloaded) - early) / INWARD,
         )
 
     def step(self, layers: Sequence[LayerSeconds], loss_chunk: int) -> float:

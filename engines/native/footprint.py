@@ -6,7 +6,7 @@ Legend: T tokens, H hidden, I intermediate, N columns of query, key and value, Q
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engines.native.buckets import Extent
@@ -38,12 +38,13 @@ def largest_load(found: Extent, loss_chunk: int) -> Load:
 
 
 def stored_bytes(weights: DecoderWeights) -> int:
-    """Bytes of all weights, masters and gradients, what shares memory counted once."""
+    """Bytes of all weights, masters and gradients on their device, what shares memory counted once."""
     tensors = [weights.embedding.value, weights.norm.value, weights.head.value, *weights.arena.tensors]
     for layer in weights.layers:
         tensors += [norm.value for _, norm in layer.norms]
         for group in layer.groups:
             tensors += group.stored
+    tensors = [tensor for tensor in tensors if tensor.device == weights.norm.value.device]  # an embedding may wait on the host
     return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
@@ -75,7 +76,8 @@ class LayerBytes:
 class MemoryModel:
     """Bytes of a step by what they are for.
 
-    ``static``: what is there all the time; ``element_bytes``: of an activation; ``fp8``: the products that round their input to 8 bits.
+    ``static``: what is there all the time; ``element_bytes``: of an activation; ``fp8``: the products that round their input to 8 bits;
+    ``movable``: of the embedding, where it is there and could wait on the host; ``loaded``: what is there before it is moved.
     """
 
     shape: LlamaShape
@@ -84,17 +86,29 @@ class MemoryModel:
     static: int
     element_bytes: int
     fp8: Mode | None = None
+    movable: int = 0
+    loaded: int = 0
 
     @classmethod
-    def of(cls, shape: LlamaShape, weights: DecoderWeights, load: Load) -> MemoryModel:
-        """For weights that are loaded: their own bytes, two moments of the trained values, angles and the packed row."""
+    def of(cls, shape: LlamaShape, weights: DecoderWeights, load: Load, *, may_move: bool = False) -> MemoryModel:
+        """For weights that are loaded: their own bytes, two moments of the trained values, angles and the packed row. ``may_move``: an
+        embedding that is frozen and no head may be moved to the host.
+        """
         ranks = Ranks(*(group.padded_rank for group in weights.layers[0].groups))
         moments = weights.arena.state_bytes
         angles = 4 * shape.head_dim * (load.longest + load.num_tokens)
         workspaces = WORKSPACES if weights.norm.value.is_cuda else 0
-        static = stored_bytes(weights) + moments + angles + 24 * load.num_tokens + workspaces
+        loaded = stored_bytes(weights)
+        static = loaded + moments + angles + 24 * load.num_tokens + workspaces
         eight = weights.layers[0].qkv.fp8
-        return cls(shape, ranks, load, static, weights.norm.value.element_size(), None if eight is None else eight.mode)
+        apart = weights.embedding.master is None and weights.head is not weights.embedding
+        movable = weights.embedding.value.nbytes if may_move and apart else 0
+        item, mode = weights.norm.value.element_size(), None if eight is None else eight.mode
+        return cls(shape, ranks, load, static, item, mode, movable, loaded)
+
+    def moved(self) -> MemoryModel:
+        """The same with the embedding on the host."""
+        return replace(self, static=self.static - self.movable, movable=0)
 
     def bytes_of(self, name: Name) -> int:
         """One held tensor of one layer."""

@@ -17,7 +17,7 @@ from harness.spec import Lora, LoraFp8, QLora, Workload
 
 _ELEMENT = 2  # bytes of bfloat16
 _NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a value: its code, its share of an 8-bit scale and of that one's scale
-_TRAINED = 16  # bytes of a float32 master, its gradient and two moments
+_TRAINED, _MOMENTS = 16, 8  # bytes of a float32 master, its gradient and two moments; of the moments alone
 _MULTIPLE = 64  # of padded ranks on a GPU
 _PARTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
@@ -50,7 +50,9 @@ def forecast(
     """Of passes over ``load`` with adapters as ``method`` says, by one of as many ranks as the base has ``parts``. Where nothing fits into
     the budget: the least that would be needed.
     """
-    memory = MemoryModel(shape, _ranks(method), load, _static(shape, method, load, parts), _ELEMENT)
+    movable = 0 if shape.tied_head else shape.vocab_size * shape.hidden_size * _ELEMENT
+    static, loaded = _static(shape, method, load, parts)
+    memory = MemoryModel(shape, _ranks(method), load, static, _ELEMENT, movable=movable, loaded=loaded)
     durations = Durations(memory)
     whole = durations.step([durations.layer(KEEP_ALL)] * shape.num_layers, load.loss_chunk)
     if recompute != "fit" or SLACK * memory.peak((KEEP_ALL,) * shape.num_layers) <= budget_bytes:
@@ -80,8 +82,10 @@ def _ranks(method: Lora) -> Ranks:
     return Ranks(*(_padded(names, method) for names in _PARTS))
 
 
-def _static(shape: LlamaShape, method: Lora, load: Load, parts: int) -> int:
-    """What is there all the time: weights, adapters and what trains them, angles, the packed row, workspaces."""
+def _static(shape: LlamaShape, method: Lora, load: Load, parts: int) -> tuple[int, int]:
+    """What is there all the time: weights, adapters and what trains them, angles, the packed row, workspaces. And of it what is there
+    before the first step: all but moments, angles, the row and workspaces.
+    """
     hidden, layers = shape.hidden_size, shape.num_layers
     ends = shape.vocab_size * hidden * (1 if shape.tied_head else 2)
     norms = (2 * layers + 1) * hidden + (2 * layers * shape.head_dim if shape.qk_norm else 0)
@@ -94,8 +98,8 @@ def _static(shape: LlamaShape, method: Lora, load: Load, parts: int) -> int:
         base += part + (adapted * _ELEMENT if buffers else 0)  # beside a buffer that is shared A and B have copies of their own
         shared += buffers
     angles = 4 * shape.head_dim * (load.longest + load.num_tokens)
-    values = (ends + norms) * _ELEMENT + layers * (base + trained * _TRAINED) + shared
-    return int(values + angles + 24 * load.num_tokens + WORKSPACES)
+    loaded = (ends + norms) * _ELEMENT + layers * (base + trained * (_TRAINED - _MOMENTS)) + shared
+    return int(loaded + layers * trained * _MOMENTS + angles + 24 * load.num_tokens + WORKSPACES), int(loaded)
 
 
 def _base(in_nf4: bool, columns: int, inputs: int, room: int, parts: int) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from engines.native import attention as attend
 from engines.native import reference
 from engines.native.kernels.cross_entropy import cross_entropy_
+from engines.native.kernels.embedding import embed
 from engines.native.kernels.head_norms import norm_rotate, norm_rotate_back
 from engines.native.kernels.nf4 import decode_nf4
 from engines.native.kernels.outer import COLUMNS, add_outer_
@@ -173,6 +174,7 @@ def _all_alike(down: LowRank, gate_up: LowRank, group: Linear) -> bool:
 
 
 FUSED = Ops(
+    embed=embed,
     norm=norm,
     norm_backward=norm_backward,
     plain_norm=plain_norm,

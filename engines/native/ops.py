@@ -75,6 +75,7 @@ class Attended:
 class Ops:
     """The operations a decoder layer is made of; every table computes the same functions.
 
+    ``embed(embedding, tokens)``: the rows [T, H] of ``tokens``; the embedding may lie in pinned memory of the host.
     ``norm(x, delta, weight, epsilon, linear)``: RMSNorm of x + delta (delta may be None) as the input of ``linear``.
     ``norm_backward(d_normed, x, inverse, weight, residual, padded_rank)``: gradient by x plus ``residual``, [T, H + P]: the
     next group's ``fill`` writes the right part.
@@ -97,6 +98,7 @@ class Ops:
     tensor ``scale``.
     """
 
+    embed: Callable[[Tensor, Tensor], Tensor]
     norm: Callable[[Tensor, Tensor | None, Weight, float, Linear], Normed]
     norm_backward: Callable[[Tensor, Tensor, Tensor, Weight, Tensor | None, int], Tensor]
     plain_norm: Callable[[Tensor, Weight, float], Tensor]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise, product
 
-from engines.native.durations import Durations, LayerSeconds
+from engines.native.durations import INWARD, Durations, LayerSeconds
 from engines.native.footprint import LayerBytes, MemoryModel
 from engines.native.plan import KEEP_ALL, SLAB_BYTES, Names, Plan
 from harness.errors import UnsupportedError
@@ -29,13 +29,16 @@ _UNITS: tuple[Names, ...] = (frozenset(("heads", "qkv")), frozenset(("attended",
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A plan for every layer and the rows of logits at one time, with what is predicted of them; ``seconds`` only rank choices."""
+    """A plan for every layer, the rows of logits at one time, and whether the embedding waits on the host, with what is predicted of them;
+    ``seconds`` only rank choices.
+    """
 
     plans: tuple[Plan, ...]
     loss_chunk: int
     peak_bytes: int
     host_bytes: int
     seconds: float
+    embedding_away: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,21 @@ def choose(memory: MemoryModel, budget_bytes: float, host_bytes: float) -> Choic
 
     Raises UnsupportedError with what would be needed when nothing fits.
     """
+    taken = _pinned(memory.movable)
+    if not memory.movable or taken > host_bytes or SLACK * memory.loaded > budget_bytes:
+        return _choose(memory, budget_bytes, host_bytes)
+    try:
+        here = _choose(memory, budget_bytes, host_bytes)
+    except UnsupportedError:
+        here = None
+    if here is not None and set(here.plans) == {KEEP_ALL}:
+        return here
+    away = _without_embedding(memory, _choose(memory.moved(), budget_bytes, host_bytes - taken))
+    return away if here is None or away.seconds < here.seconds else here
+
+
+def _choose(memory: MemoryModel, budget_bytes: float, host_bytes: float) -> Choice:
+    """As ``choose``, the embedding where it is."""
     judge = _Judge(memory, Durations(memory))
 
     def fits(choice: Choice) -> bool:
@@ -124,7 +142,24 @@ def choose(memory: MemoryModel, budget_bytes: float, host_bytes: float) -> Choic
 
 def least(memory: MemoryModel, host_bytes: float) -> Choice:
     """What needs least memory on the device."""
+    taken = _pinned(memory.movable)
+    if memory.movable and taken <= host_bytes:
+        return _without_embedding(memory, least(memory.moved(), host_bytes - taken))
     return _least(list(_ways(_Judge(memory, Durations(memory)), host_bytes)))
+
+
+def _without_embedding(memory: MemoryModel, found: Choice) -> Choice:
+    """What was ``found`` for the rest of ``memory``: rows of the embedding come over the bus once a pass, before anything else."""
+    read = memory.load.num_tokens * memory.shape.hidden_size * memory.element_bytes / INWARD
+    return Choice(
+        found.plans, found.loss_chunk, max(found.peak_bytes, memory.loaded), found.host_bytes + _pinned(memory.movable),
+        found.seconds + read, embedding_away=True,
+    )  # fmt: skip
+
+
+def _pinned(num_bytes: int) -> int:
+    """What the allocator of pinned memory takes for them: the next power of two."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
 
 
 def _least(ways: Sequence[_Way]) -> Choice:

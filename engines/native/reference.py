@@ -18,6 +18,11 @@ from engines.native.packed import Packed
 from engines.native.weights import Linear, Weight
 
 
+def embed(embedding_VH: Tensor, tokens_T: Tensor) -> Tensor:
+    """Rows by index."""
+    return embedding_VH[tokens_T]
+
+
 def norm(x_TH: Tensor, delta_TH: Tensor | None, weight: Weight, epsilon: float, linear: Linear) -> Normed:
     """x / sqrt(mean(x^2) + epsilon) * w over the last dimension (Zhang and Sennrich 2019), normalised in float32."""
     x_TH = x_TH if delta_TH is None else x_TH + delta_TH
@@ -209,6 +214,7 @@ def cross_entropy(hidden_LH: Tensor, head: Weight, targets_L: Tensor, scale: Ten
 
 
 REFERENCE = Ops(
+    embed=embed,
     norm=norm,
     norm_backward=norm_backward,
     plain_norm=plain_norm,

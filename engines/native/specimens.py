@@ -14,6 +14,7 @@ from engines.native.kernels import (
     adamw_full,
     attention,
     cross_entropy,
+    embedding,
     fp8,
     fp8_inputs,
     head_norms,
@@ -69,6 +70,7 @@ def specimens() -> tuple[Specimen, ...]:
             "rms_norm_backward", rms_norm._rms_norm_backward,
             {"dy": "h", "x": "h", "w": "h", "inverse": "f", "residual": "h", "dx": "h"}, {**row, "HAS_RESIDUAL": True}, 8,
         ),
+        Specimen("embed", embedding._embed, {"embedding": "h", "tokens": "l", "out": "h"}, {"BLOCK": 2048}, 4),
         Specimen("swiglu", swiglu._swiglu_forward, {"gate_up": "h", "h": "h"}, columns, 4),
         Specimen("swiglu_backward", swiglu._swiglu_backward, {"dh": "h", "gate_up": "h"}, columns, 4),
         Specimen(

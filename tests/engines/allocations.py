@@ -121,6 +121,7 @@ def cross_entropy(hidden_LH: Tensor, head: Weight, targets_L: Tensor, scale: Ten
 
 ALLOCATIONS = replace(
     FUSED,
+    embed=lambda embedding, tokens: embedding.new_empty(len(tokens), embedding.shape[1]),
     norm=norm,
     norm_backward=norm_backward,
     plain_norm=lambda x, weight, epsilon: torch.empty_like(x),

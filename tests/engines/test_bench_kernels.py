@@ -100,6 +100,7 @@ def test_the_reference_of_cross_entropy_is_its_loss_and_gradient() -> None:
 @pytest.mark.parametrize(
     ("name", "num_bytes"),
     [
+        ("embed", 16 * (2 * 4 * 32 + 8)),
         ("rms_norm", 4 * (16 * (32 + 32 + 32 + 32 + 64) + 32) + 4 * 16),
         ("rms_norm_backward", 4 * (16 * (32 + 32 + 32 + 32 + 64) + 32) + 4 * 16),
         ("swiglu", 4 * 16 * (64 + 64 + 64 + 64)),

@@ -9,6 +9,7 @@ from torch import Tensor
 from engines.native import reference
 from engines.native.kernels.adamw import FlatAdamW
 from engines.native.kernels.cross_entropy import cross_entropy_
+from engines.native.kernels.embedding import embed
 from engines.native.kernels.nf4 import decode_nf4
 from engines.native.kernels.outer import add_outer_
 from engines.native.kernels.parts import copy_parts
@@ -34,6 +35,19 @@ def double(*tensors: Tensor) -> list[Tensor]:
 def plain_linear(columns: int) -> Linear:
     weight = Weight(torch.zeros(1, columns, device=DEVICE))
     return Linear(weight.value, weight, None, ())
+
+
+@pytest.mark.parametrize("columns", [7, 2048, 2100])
+def test_embed(columns: int, dtype: torch.dtype) -> None:
+    """Out of the memory of the GPU, and out of the host's: rows as they are, also those that come twice."""
+    embedding, tokens = random(11, columns, dtype=dtype, room=5), torch.tensor([10, 0, 3, 3], device=DEVICE)
+    assert embed(embedding, tokens).equal(reference.embed(embedding, tokens))
+    on_host = embedding.cpu()
+    found = embed(on_host.pin_memory() if DEVICE.type == "cuda" else on_host, tokens)
+    assert found.device == tokens.device
+    assert found.equal(reference.embed(embedding, tokens))
+    with pytest.raises(ValueError, match="columns adjacent"):
+        embed(embedding.t(), tokens)
 
 
 @pytest.mark.parametrize("columns", [7, 64, 100])

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from engines.native.bench import model_shape, random_decoder, random_load, random_steps
+from engines.native.budget import with_embedding_on_host
 from engines.native.decoder import Decoder
 from engines.native.footprint import MemoryModel
 from engines.native.host import Host
@@ -128,6 +129,21 @@ def test_launched_and_replayed_steps_learn_as_with_everything_kept(decoder: Deco
     assert kept[0] - kept[-1] > 1e-3, "hardly anything is learnt: the comparison is too weak"
     assert launched == pytest.approx(kept, rel=1e-3)
     assert replayed == pytest.approx(kept, rel=1e-3)
+
+
+@pytest.mark.parametrize("replay", [False, True], ids=["launched", "replayed"])
+def test_an_embedding_on_the_host_changes_no_loss(decoder: Decoder, replay: bool) -> None:
+    """Read over the bus by the kernel, also out of a captured graph. Here the head keeps what both were."""
+    masters = decoder.weights.arena.masters.clone()
+    found = []
+    for weights in (decoder.weights, with_embedding_on_host(decoder.weights)):
+        decoder.weights.arena.masters.copy_(masters)
+        for weight in trained_weights(decoder.weights):
+            weight.publish()
+        found.append(losses_of(random_steps(replace(decoder, weights=weights), DOCUMENTS, TOKENS, replay=replay), 5))
+    assert weights.embedding.value.is_pinned()
+    assert found[1][0] == found[0][0]
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("replay", [False, True], ids=["launched", "replayed"])

@@ -37,6 +37,7 @@ NAMES: Mapping[str, set[str]] = {
         "_attend",
         "_attend_backward_queries",
         "_attend_backward_keys",
+        "_embed",
         "_cross_entropy",
         "_adamw",
     },

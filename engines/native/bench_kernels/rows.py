@@ -21,6 +21,7 @@ from engines.native.bench_kernels.heads import HEAD_ROWS
 from engines.native.bench_kernels.setting import Call, Row, Setting, bare, by, restore
 from engines.native.kernels.adamw import FlatAdamW
 from engines.native.kernels.cross_entropy import cross_entropy_
+from engines.native.kernels.embedding import embed
 from engines.native.kernels.nf4 import decode_nf4
 from engines.native.kernels.outer import add_outer_
 from engines.native.kernels.parts import copy_parts
@@ -63,6 +64,19 @@ def _rms_norm_backward(s: Setting) -> Row:
         reference=Call(lambda: reference.norm_backward(dy, x, inverse, weight, residual, room)),
         num_bytes=s.item * (tokens * (4 * hidden + room) + hidden) + _FP32 * tokens,
         liger=lambda: liger.rms_norm_backward(dy, residual, x, weight.value, epsilon),
+    )
+
+
+def _embed(s: Setting) -> Row:
+    """Out of the GPU's memory; out of the host's it takes what the bus takes for as many bytes."""
+    tokens, hidden = s.tokens, s.shape.hidden_size
+    embedding, rows = s.random(s.shape.vocab_size, hidden), torch.randint(s.shape.vocab_size, (tokens,), device=s.device)
+    return Row(
+        kernel=embed,
+        size=by(tokens, hidden),
+        ours=Call(lambda: embed(embedding, rows)),
+        reference=Call(lambda: reference.embed(embedding, rows)),
+        num_bytes=tokens * (2 * s.item * hidden + 8),
     )
 
 
@@ -245,6 +259,7 @@ ROWS: Mapping[str, Callable[[Setting], Row]] = {
     "swiglu_gradients": _swiglu_gradients,
     **HEAD_ROWS,
     "cross_entropy": _cross_entropy,
+    "embed": _embed,
     "outer_dA": _outer_down,
     "outer_dB": _outer_up,
     "adamw": _adamw,
