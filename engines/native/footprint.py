@@ -99,7 +99,7 @@ class MemoryModel:
         angles = 4 * shape.head_dim * (load.longest + load.num_tokens)
         workspaces = WORKSPACES if weights.norm.value.is_cuda else 0
         loaded = stored_bytes(weights)
-        static = loaded + moments + angles + 24 * load.num_tokens + workspaces
+        static = loaded + moments + angles + 32 * load.num_tokens + workspaces
         eight = weights.layers[0].qkv.fp8
         apart = weights.embedding.master is None and weights.head is not weights.embedding
         movable = weights.embedding.value.nbytes if may_move and apart else 0

@@ -99,7 +99,7 @@ def _static(shape: LlamaShape, method: Lora, load: Load, parts: int) -> tuple[in
         shared += buffers
     angles = 4 * shape.head_dim * (load.longest + load.num_tokens)
     loaded = (ends + norms) * _ELEMENT + layers * (base + trained * (_TRAINED - _MOMENTS)) + shared
-    return int(loaded + layers * trained * _MOMENTS + angles + 24 * load.num_tokens + WORKSPACES), int(loaded)
+    return int(loaded + layers * trained * _MOMENTS + angles + 32 * load.num_tokens + WORKSPACES), int(loaded)
 
 
 def _base(in_nf4: bool, columns: int, inputs: int, room: int, parts: int) -> tuple[float, float]:

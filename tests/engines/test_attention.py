@@ -133,6 +133,8 @@ def test_what_does_not_fit_is_refused() -> None:
         attend(*of(given), begins.long(), y)
     with pytest.raises(ValueError, match=r"k is \[14, 3, 16\]; q is \[14, 4, 16\]"):
         attend(given.queries, random(14, 3, 16), given.values, begins, y)
+    with pytest.raises(ValueError, match=r"v is \[14, 1, 16\]"):
+        attend(given.queries, keys, random(14, 1, 16), begins, y)
     with pytest.raises(ValueError, match=r"y is \[14, 2, 16\]"):
         attend(*of(given), begins, torch.empty_like(keys))
     with pytest.raises(ValueError, match="heads have 136 columns; expected at most 128"):

@@ -55,9 +55,7 @@ _TRIED_BY_KEYS_64 = (32, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 8, 
 CANDIDATES: Mapping[str, tuple[Cut, ...]] = {
     **{f"attend_{head}": tuple(Cut(*sizes) for sizes in _TRIED) for head in HEADS},
     **{f"attend_backward_queries_{head}": tuple(Cut(*sizes) for sizes in _TRIED) for head in HEADS},
-    "attend_backward_keys_64": tuple(
-        Cut(*sizes) for sizes in (*_TRIED_BY_KEYS, (32, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2))
-    ),
+    "attend_backward_keys_64": tuple(Cut(*sizes) for sizes in (*_TRIED_BY_KEYS, *_TRIED_BY_KEYS_64)),
     "attend_backward_keys_128": tuple(Cut(*sizes) for sizes in ((16, 32, 4, 2), *_TRIED_BY_KEYS)),
 }
 
@@ -249,7 +247,8 @@ def _check(bounds_T: Tensor, **heads: Tensor) -> None:
     check_heads(**heads)
     if bounds_T.shape != (tokens,) or bounds_T.dtype != torch.int32:
         raise ValueError(f"a document's bounds are {list(bounds_T.shape)} of {bounds_T.dtype}; expected [{tokens}] of torch.int32")
+    shared = heads["k"].shape[1] if "k" in heads else num_heads
     for name, x in heads.items():
-        fewer = name in ("k", "v") and num_heads % x.shape[1] == 0
-        if (len(x), x.shape[2]) != (tokens, head_dim) or (x.shape[1] != num_heads and not fewer):
+        expected = [tokens, shared if name in ("k", "v") else num_heads, head_dim]
+        if list(x.shape) != expected or num_heads % shared:
             raise ValueError(f"{name} is {list(x.shape)}; q is {[tokens, num_heads, head_dim]}, whose heads are a multiple of k's and v's")
