@@ -247,8 +247,8 @@ def _check(bounds_T: Tensor, **heads: Tensor) -> None:
     check_heads(**heads)
     if bounds_T.shape != (tokens,) or bounds_T.dtype != torch.int32:
         raise ValueError(f"a document's bounds are {list(bounds_T.shape)} of {bounds_T.dtype}; expected [{tokens}] of torch.int32")
-    shared = heads["k"].shape[1] if "k" in heads else num_heads
+    kinds = heads["k"].shape[1] if "k" in heads else num_heads
     for name, x in heads.items():
-        expected = [tokens, shared if name in ("k", "v") else num_heads, head_dim]
-        if list(x.shape) != expected or num_heads % shared:
+        expected = [tokens, kinds if name in ("k", "v") else num_heads, head_dim]
+        if list(x.shape) != expected or (name == "k" and num_heads % kinds):
             raise ValueError(f"{name} is {list(x.shape)}; q is {[tokens, num_heads, head_dim]}, whose heads are a multiple of k's and v's")
