@@ -169,7 +169,7 @@ def _attending(head: int) -> tuple[Specimen, ...]:
     def specimen(name: str, kernel: Any, pointers: Mapping[str, str], scalars: Sequence[str], **constants: float) -> Specimen:
         cut = attention.CUTS[f"{name}_{head}"]
         sizes = {"STACK": 4, "D": head, "BD": head, "BM": cut.queries, "BN": cut.keys, **constants}
-        return Specimen(f"{name}_{head}", kernel, pointers, sizes, cut.warps, scalars, ("group",), True, num_stages=cut.stages)
+        return Specimen(f"{name}_{head}", kernel, pointers, sizes, cut.warps, scalars, (*OF_TOKENS, "group"), True, num_stages=cut.stages)
 
     return (
         specimen("attend", attention._attend, {**inputs, "begins": "i", "y": "h", "sums": "f"}, ("scale",), LOWEST=-3.0e38),

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engines.native import tiles
-from engines.native.kernels.launching import check_heads, head_block
+from engines.native.kernels.launching import OF_TOKENS, check_heads, head_block
 
 _LOWEST = -3.0e38  # stands for minus infinity, but its difference with itself is a number
 _LOG2_E = math.log2(math.e)
@@ -75,7 +75,7 @@ def _put(x, values, tokens, heads, stride, there, D: tl.constexpr, BD: tl.conste
     tl.store(place, values.to(x.dtype.element_ty), mask=there[:, None] & (columns < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def _attend(
     q, k, v, begins, y, sums, T, C, group, q_stride, k_stride, v_stride, y_stride, scale,
     LOWEST: tl.constexpr, STACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -105,7 +105,7 @@ def _attend(
     tl.store(sums + tokens.to(tl.int64) * C + heads, highest + tl.log2(total), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def _attend_backward_queries(
     q, k, v, y, dy, begins, sums, deltas, dq, T, C, group, q_stride, k_stride, v_stride, y_stride, dy_stride, dq_stride, scale, factor,
     STACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -135,7 +135,7 @@ def _attend_backward_queries(
     _put(dq, total * factor, tokens, heads, dq_stride, there, D, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def _attend_backward_keys(
     q, k, v, dy, ends, sums, deltas, dk, dv, T, C, group, q_stride, k_stride, v_stride, dy_stride, dk_stride, dv_stride, scale, factor,
     STACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
