@@ -80,13 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--eager", action="store_true", help="launch every step instead of replaying a graph")
     parser.add_argument("--breakdown", action="store_true")
     options = parser.parse_args(arguments)
+    try:
+        rows = {batch: lengths_of(batch) for batch in options.batch}
+    except ValueError as error:
+        parser.error(str(error))
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
     for name in options.model:
         shape = model_shape(name, options.layers)
         training = None if options.full is None else Training(options.full, in_backward=not options.clip)
         decoder = random_decoder(shape, options.chunk, nf4=options.nf4, fp8=options.fp8, training=training)
-        for batch in options.batch:
-            row = random_row(shape, lengths_of(batch), options.supervised)
+        for batch, lengths in rows.items():
+            row = random_row(shape, lengths, options.supervised)
             for budget in options.memory_gib:
                 _time(f"{name} layers {shape.num_layers} {batch}", decoder, row, budget, options)
         del decoder

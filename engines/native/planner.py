@@ -116,14 +116,20 @@ def choose(memory: MemoryModel, budget_bytes: float, host_bytes: float) -> Choic
     taken = _pinned(memory.movable)
     if not memory.movable or taken > host_bytes or SLACK * memory.loaded > budget_bytes:
         return _choose(memory, budget_bytes, host_bytes)
-    try:
-        here = _choose(memory, budget_bytes, host_bytes)
-    except UnsupportedError:
-        here = None
-    if here is not None and set(here.plans) == {KEEP_ALL}:
-        return here
-    away = _without_embedding(memory, _choose(memory.moved(), budget_bytes, host_bytes - taken))
-    return away if here is None or away.seconds < here.seconds else here
+    found: list[Choice] = []
+    problem: UnsupportedError | None = None
+    for there, host in ((memory, host_bytes), (memory.moved(), host_bytes - taken)):
+        try:
+            choice = _choose(there, budget_bytes, host)
+        except UnsupportedError as error:
+            problem = error
+            continue
+        found.append(choice if there is memory else _without_embedding(memory, choice))
+        if set(choice.plans) == {KEEP_ALL}:
+            break
+    if not found and problem is not None:
+        raise problem
+    return min(found, key=lambda choice: choice.seconds)
 
 
 def _choose(memory: MemoryModel, budget_bytes: float, host_bytes: float) -> Choice:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engines.native.bench import lengths_of, model_shape, random_row
+from engines.native.bench import lengths_of, main, model_shape, random_row
 from harness.data.tokens import IGNORE
 
 
-def test_documents_are_alike_or_drawn_between_two_lengths() -> None:
+def test_documents_are_alike_or_drawn_between_two_lengths(capsys: pytest.CaptureFixture[str]) -> None:
     assert lengths_of("4x2048") == (2048,) * 4
     drawn = lengths_of("64x80-354")
     assert (len(drawn), min(drawn) >= 80, max(drawn) <= 354, len(set(drawn)) > 32) == (64, True, True, True)
     assert drawn == lengths_of("64x80-354")
+    with pytest.raises(SystemExit):
+        main(["--batch", "4by2048"])
+    assert "--batch 4by2048: expected documents x tokens" in capsys.readouterr().err
     with pytest.raises(ValueError, match="4by2048: expected documents x tokens"):
         lengths_of("4by2048")
 
