@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from engines.native.buckets import SHORT
-from engines.native.kernels.attention import HEADS, attend, attend_backward
+from engines.native.kernels.attention import HEADS, attend
+from engines.native.kernels.attention_backward import attend_backward
 from engines.native.ops import Attended, Heads
 from engines.native.packed import Packed
 from engines.native.weights import Linear

@@ -13,6 +13,7 @@ from engines.native.kernels import (
     adamw,
     adamw_full,
     attention,
+    attention_backward,
     cross_entropy,
     embedding,
     fp8,
@@ -172,13 +173,13 @@ def _attending(head: int) -> tuple[Specimen, ...]:
         return Specimen(f"{name}_{head}", kernel, pointers, sizes, cut.warps, scalars, (*OF_TOKENS, "group"), True, num_stages=cut.stages)
 
     return (
-        specimen("attend", attention._attend, {**inputs, "begins": "i", "y": "h", "sums": "f"}, ("scale",), LOWEST=-3.0e38),
+        specimen("attend", attention._attend, {**inputs, "begins": "i", "y": "h", "sums": "f"}, ("scale",), LOWEST=-3.0e38, APART=True),
         specimen(
-            "attend_backward_queries", attention._attend_backward_queries,
-            {**inputs, **kept, "y": "h", "dy": "h", "begins": "i", "dq": "h"}, ("scale", "factor"),
+            "attend_backward_queries", attention_backward._attend_backward_queries,
+            {**inputs, **kept, "y": "h", "dy": "h", "begins": "i", "dq": "h"}, ("scale", "factor"), APART=True,
         ),
         specimen(
-            "attend_backward_keys", attention._attend_backward_keys,
+            "attend_backward_keys", attention_backward._attend_backward_keys,
             {**inputs, **kept, "dy": "h", "ends": "i", "dk": "h", "dv": "h"}, ("scale", "factor"),
         ),
     )  # fmt: skip
@@ -207,8 +208,8 @@ def candidates() -> tuple[Specimen, ...]:
 
     def attending(name: str, cut: attention.Cut) -> Specimen:
         one = known[name]
-        label = f"{name}/{cut.queries}q{cut.keys}k{cut.warps}w{cut.stages}s"
-        constants = {**one.constants, "BM": cut.queries, "BN": cut.keys}
+        label = f"{name}/{cut.queries}q{cut.keys}k{cut.warps}w{cut.stages}s{'a' if cut.apart else ''}"
+        constants = {**one.constants, "BM": cut.queries, "BN": cut.keys} | ({"APART": cut.apart} if "APART" in one.constants else {})
         return replace(one, name=label, constants=constants, num_warps=cut.warps, num_stages=cut.stages)
 
     return (

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from engines.native import attention as dispatch
 from engines.native import reference
-from engines.native.kernels.attention import CANDIDATES, Cut, attend, attend_backward
+from engines.native.kernels.attention import CANDIDATES, Cut, attend
+from engines.native.kernels.attention_backward import attend_backward
 from engines.native.ops import Heads
 from engines.native.packed import Packed
 from engines.native.weights import Linear, Weight
@@ -114,9 +115,10 @@ def test_a_document_sees_nothing_of_others() -> None:
 @pytest.mark.parametrize(
     ("queries", "keys"), sorted({(cut.queries, cut.keys) for cuts in CANDIDATES.values() for cut in cuts} | {(16, 16)})
 )
-def test_every_way_to_cut_tokens_is_right(queries: int, keys: int) -> None:
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+def test_every_way_to_cut_tokens_is_right(queries: int, keys: int, apart: bool) -> None:
     given, row = inputs(UNEVEN, 2, 1, 16, torch.float32)
-    dy, cut = random(147, 2, 16), Cut(queries, keys, 4, 2)
+    dy, cut = random(147, 2, 16), Cut(queries, keys, 4, 2, apart)
     y = torch.empty_like(given.queries)
     sums = attend(*of(given), row.begins, y, cut)
     found = attend_backward(dy, *of(given), y, sums, row.begins, row.ends, cut, cut)

@@ -16,7 +16,8 @@ from torch import Tensor
 from engines.native import attention as dispatch
 from engines.native import reference
 from engines.native.bench_kernels.setting import Call, Row, Setting, bare
-from engines.native.kernels.attention import attend, attend_backward
+from engines.native.kernels.attention import attend
+from engines.native.kernels.attention_backward import attend_backward
 from engines.native.ops import Attended, Heads, Input
 from engines.native.packed import Packed
 

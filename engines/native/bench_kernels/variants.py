@@ -16,7 +16,8 @@ from torch import Tensor
 from engines.native import fused_ops, tiles
 from engines.native.bench_kernels.setting import Call, Setting, restore
 from engines.native.kernels import attention, cross_entropy, nf4, outer, swiglu_gradients
-from engines.native.kernels.attention import attend, attend_backward
+from engines.native.kernels.attention import attend
+from engines.native.kernels.attention_backward import attend_backward
 from engines.native.kernels.cross_entropy import Sweep, cross_entropy_
 from engines.native.kernels.launching import Tile
 from engines.native.kernels.nf4 import Cut, decode_nf4
@@ -185,7 +186,7 @@ def _attention(kernel: str) -> Callable[[Setting], list[Variant]]:
             return attend_backward(dy, *given, y, sums, *bounds, *cuts)
 
         def variant(cut: attention.Cut) -> Variant:
-            label = f"{cut.queries} queries, {cut.keys} keys, {cut.warps} warps, {cut.stages} stages"
+            label = f"{cut.queries} queries, {cut.keys} keys, {cut.warps} warps, {cut.stages} stages{', apart' if cut.apart else ''}"
             return Variant(label, Call(lambda: run(cut)), cut == now, cut)
 
         return [variant(cut) for cut in attention.CANDIDATES[name]]

@@ -1,12 +1,9 @@
-"""Causal attention inside short documents that are packed end to end, forward and backward, in tiles of tokens that may cut documents.
+"""Causal attention inside short documents that are packed end to end, in tiles of tokens that may cut documents; backward beside it.
 
 y_i = sum_j p_ij v_j, p_i = softmax(q_i k_j / sqrt(D)) over the tokens j <= i of i's own document (Vaswani et al. 2017), the scores never in
 memory (Dao 2023, arXiv 2307.08691). A tile of queries walks over the keys from the beginning of its first token's document to its own end:
 nothing depends on how many documents there are, and no program is without work. The heads that share keys stand above each other in a tile
-(grouped queries), so that it has few tokens, and few keys are seen for nothing. Backward is two kernels without atomic additions, so that
-it makes the same bits again: dq, and y dy, which both need, by tiles of queries; dk and dv by tiles of keys, over all query heads that
-share them, so that no gradient of keys is as wide as the queries. The reference is ``attention`` and ``attention_backward`` of
-engines.native.reference.
+(grouped queries), so that it has few tokens, and few keys are seen for nothing. The reference is ``attention`` of engines.native.reference.
 
 Legend: T tokens, C query heads, G key-value heads, D head dimension. Kept for backward: the base-2 logarithm of each row's sum, [T, C].
 """
@@ -31,20 +28,23 @@ _LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Queries at a time, of one head or of several of one token, keys, warps a program, stages of its pipeline."""
+    """Queries at a time, of one head or of several of one token, keys, warps a program, stages of its pipeline; ``apart``, of kernels that
+    walk over keys: those that all queries see have a loop of their own, which masks nothing.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    apart: bool = False
 
 
 HEADS = 64, 128  # columns of a head at most; nothing decides more which cut is the fastest
 # By the name in a table, of a kernel and a size of heads. They compile for every target of engines.native.ahead without a spill; none has
 # been timed yet.
 CUTS: Mapping[str, Cut] = {
-    **{f"attend_{head}": Cut(queries=64, keys=32, warps=4, stages=2) for head in HEADS},
-    **{f"attend_backward_queries_{head}": Cut(queries=64, keys=32, warps=4, stages=2) for head in HEADS},
+    **{f"attend_{head}": Cut(queries=64, keys=32, warps=4, stages=2, apart=True) for head in HEADS},
+    **{f"attend_backward_queries_{head}": Cut(queries=64, keys=32, warps=4, stages=2, apart=True) for head in HEADS},
     "attend_backward_keys_64": Cut(queries=32, keys=32, warps=4, stages=2),
     "attend_backward_keys_128": Cut(queries=16, keys=32, warps=4, stages=2),
 }
@@ -53,8 +53,11 @@ _TRIED_BY_KEYS = (32, 32, 4, 2), (32, 32, 8, 2), (32, 64, 8, 2), (32, 128, 8, 2)
 _TRIED_BY_KEYS_64 = (32, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2)
 # What --tune chooses among. Wide heads would spill in more of them.
 CANDIDATES: Mapping[str, tuple[Cut, ...]] = {
-    **{f"attend_{head}": tuple(Cut(*sizes) for sizes in _TRIED) for head in HEADS},
-    **{f"attend_backward_queries_{head}": tuple(Cut(*sizes) for sizes in _TRIED) for head in HEADS},
+    **{
+        f"{kernel}_{head}": tuple(Cut(*sizes, apart) for sizes in _TRIED for apart in (False, True))
+        for kernel in ("attend", "attend_backward_queries")
+        for head in HEADS
+    },
     "attend_backward_keys_64": tuple(Cut(*sizes) for sizes in (*_TRIED_BY_KEYS, *_TRIED_BY_KEYS_64)),
     "attend_backward_keys_128": tuple(Cut(*sizes) for sizes in ((16, 32, 4, 2), *_TRIED_BY_KEYS)),
 }
@@ -75,98 +78,65 @@ def _put(x, values, tokens, heads, stride, there, D: tl.constexpr, BD: tl.conste
     tl.store(place, values.to(x.dtype.element_ty), mask=there[:, None] & (columns < D)[None, :])
 
 
+@triton.jit
+def _seen(tokens, keys, position):
+    """[rows, keys]: which keys stand in a token's document and not behind it; a later key is very far before it."""
+    return (tokens[:, None] - keys[None, :]).to(tl.uint32) <= position.to(tl.uint32)[:, None]
+
+
+@triton.jit
+def _read_by_all(begins, first, end, APART: tl.constexpr, BN: tl.constexpr):
+    """(Where the keys of a tile of queries begin, up to where whole tiles of keys are seen by all of them.)"""
+    begin = tl.load(begins + first)
+    whole = begin
+    if APART:
+        whole += tl.where(tl.load(begins + end - 1) == begin, (first - begin) // BN * BN, 0)
+    return begin, whole
+
+
+@triton.jit
+def _attend_to(
+    highest, total, output, queries, tokens, position, k, v, start, T, kind, k_stride, v_stride, scale,
+    MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    keys = start + tl.arange(0, BN)
+    held = keys < T
+    scores = tl.dot(queries, tl.trans(_rows_of(k, keys, kind, k_stride, held, D, BD)), input_precision="ieee") * scale
+    if MASKED:
+        scores = tl.where(_seen(tokens, keys, position), scores, float("-inf"))
+    above = tl.maximum(highest, tl.max(scores, axis=1))
+    p = tl.exp2(scores - above[:, None])
+    shrunk = tl.exp2(highest - above)
+    values = _rows_of(v, keys, kind, v_stride, held, D, BD)
+    output = tl.dot(p.to(values.dtype), values, output * shrunk[:, None], input_precision="ieee")
+    return above, total * shrunk + tl.sum(p, axis=1), output
+
+
 @triton.jit(do_not_specialize=OF_TOKENS)
 def _attend(
     q, k, v, begins, y, sums, T, C, group, q_stride, k_stride, v_stride, y_stride, scale,
-    LOWEST: tl.constexpr, STACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    LOWEST: tl.constexpr, APART: tl.constexpr, STACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     first, stack = tl.program_id(0) * (BM // STACK), tl.program_id(1) * STACK
     tokens, heads = first + tl.arange(0, BM) // STACK, stack + tl.arange(0, BM) % STACK
-    there, kind = tokens < T, stack // group
+    there, kind, end = tokens < T, stack // group, tl.minimum(first + BM // STACK, T)
     position = tokens - tl.load(begins + tokens, mask=there, other=0)
     queries = _rows_of(q, tokens, heads, q_stride, there, D, BD)
     highest = tl.full((BM,), LOWEST, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     output = tl.zeros((BM, BD), tl.float32)
-    for start in range(tl.load(begins + first), tl.minimum(first + BM // STACK, T), BN):
-        keys = start + tl.arange(0, BN)
-        held = keys < T
-        scores = tl.dot(queries, tl.trans(_rows_of(k, keys, kind, k_stride, held, D, BD)), input_precision="ieee") * scale
-        behind = (tokens[:, None] - keys[None, :]).to(tl.uint32)  # a later key is very far behind
-        scores = tl.where(behind <= position.to(tl.uint32)[:, None], scores, float("-inf"))
-        above = tl.maximum(highest, tl.max(scores, axis=1))
-        p = tl.exp2(scores - above[:, None])
-        shrunk = tl.exp2(highest - above)
-        total = total * shrunk + tl.sum(p, axis=1)
-        values = _rows_of(v, keys, kind, v_stride, held, D, BD)
-        output = tl.dot(p.to(values.dtype), values, output * shrunk[:, None], input_precision="ieee")
-        highest = above
+    begin, whole = _read_by_all(begins, first, end, APART, BN)
+    if APART:
+        for start in range(begin, whole, BN):
+            highest, total, output = _attend_to(
+                highest, total, output, queries, tokens, position, k, v, start, T, kind, k_stride, v_stride, scale, False, D, BD, BN
+            )
+    for start in range(whole, end, BN):
+        highest, total, output = _attend_to(
+            highest, total, output, queries, tokens, position, k, v, start, T, kind, k_stride, v_stride, scale, True, D, BD, BN
+        )
     _put(y, output / total[:, None], tokens, heads, y_stride, there, D, BD)
     tl.store(sums + tokens.to(tl.int64) * C + heads, highest + tl.log2(total), mask=there)
-
-
-@triton.jit(do_not_specialize=OF_TOKENS)
-def _attend_backward_queries(
-    q, k, v, y, dy, begins, sums, deltas, dq, T, C, group, q_stride, k_stride, v_stride, y_stride, dy_stride, dq_stride, scale, factor,
-    STACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    first, stack = tl.program_id(0) * (BM // STACK), tl.program_id(1) * STACK
-    tokens, heads = first + tl.arange(0, BM) // STACK, stack + tl.arange(0, BM) % STACK
-    there, kind = tokens < T, stack // group
-    position = tokens - tl.load(begins + tokens, mask=there, other=0)
-    queries = _rows_of(q, tokens, heads, q_stride, there, D, BD)
-    gradients = _rows_of(dy, tokens, heads, dy_stride, there, D, BD)
-    outputs = _rows_of(y, tokens, heads, y_stride, there, D, BD)
-    delta = tl.sum(outputs.to(tl.float32) * gradients.to(tl.float32), axis=1)
-    kept = tokens.to(tl.int64) * C + heads
-    tl.store(deltas + kept, delta, mask=there)
-    logarithm = tl.load(sums + kept, mask=there, other=0.0)
-    total = tl.zeros((BM, BD), tl.float32)
-    for start in range(tl.load(begins + first), tl.minimum(first + BM // STACK, T), BN):
-        keys = start + tl.arange(0, BN)
-        held = keys < T
-        known = _rows_of(k, keys, kind, k_stride, held, D, BD)
-        scores = tl.dot(queries, tl.trans(known), input_precision="ieee") * scale
-        behind = (tokens[:, None] - keys[None, :]).to(tl.uint32)
-        p = tl.where(behind <= position.to(tl.uint32)[:, None], tl.exp2(scores - logarithm[:, None]), 0.0)
-        dp = tl.dot(gradients, tl.trans(_rows_of(v, keys, kind, v_stride, held, D, BD)), input_precision="ieee")
-        ds = p * (dp - delta[:, None])
-        total = tl.dot(ds.to(known.dtype), known, total, input_precision="ieee")
-    _put(dq, total * factor, tokens, heads, dq_stride, there, D, BD)
-
-
-@triton.jit(do_not_specialize=OF_TOKENS)
-def _attend_backward_keys(
-    q, k, v, dy, ends, sums, deltas, dk, dv, T, C, group, q_stride, k_stride, v_stride, dy_stride, dk_stride, dv_stride, scale, factor,
-    STACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    first, kind = tl.program_id(0) * BN, tl.program_id(1)
-    keys = first + tl.arange(0, BN)
-    held = keys < T
-    left = tl.load(ends + keys, mask=held, other=0) - keys
-    known = _rows_of(k, keys, kind, k_stride, held, D, BD)
-    values = _rows_of(v, keys, kind, v_stride, held, D, BD)
-    dk_total, dv_total = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BD), tl.float32)
-    end = tl.load(ends + tl.minimum(first + BN, T) - 1)
-    for stack in range(kind * group, (kind + 1) * group, STACK):
-        heads = stack + tl.arange(0, BM) % STACK
-        for start in range(first, end, BM // STACK):
-            tokens = start + tl.arange(0, BM) // STACK
-            there = tokens < T
-            queries = _rows_of(q, tokens, heads, q_stride, there, D, BD)
-            gradients = _rows_of(dy, tokens, heads, dy_stride, there, D, BD)
-            kept = tokens.to(tl.int64) * C + heads
-            logarithm = tl.load(sums + kept, mask=there, other=0.0)
-            delta = tl.load(deltas + kept, mask=there, other=0.0)
-            scores = tl.dot(known, tl.trans(queries), input_precision="ieee") * scale
-            ahead = (tokens[None, :] - keys[:, None]).to(tl.uint32)  # an earlier query is very far ahead
-            p = tl.where(ahead < left.to(tl.uint32)[:, None], tl.exp2(scores - logarithm[None, :]), 0.0)
-            dv_total = tl.dot(p.to(gradients.dtype), gradients, dv_total, input_precision="ieee")
-            dp = tl.dot(values, tl.trans(gradients), input_precision="ieee")
-            ds = p * (dp - delta[None, :])
-            dk_total = tl.dot(ds.to(queries.dtype), queries, dk_total, input_precision="ieee")
-    _put(dk, dk_total * factor, keys, kind, dk_stride, held, D, BD)
-    _put(dv, dv_total, keys, kind, dv_stride, held, D, BD)
 
 
 def attend(q_TCD: Tensor, k_TGD: Tensor, v_TGD: Tensor, begins_T: Tensor, y_TCD: Tensor, cut: Cut | None = None) -> Tensor:
@@ -182,39 +152,9 @@ def attend(q_TCD: Tensor, k_TGD: Tensor, v_TGD: Tensor, begins_T: Tensor, y_TCD:
     _attend[(triton.cdiv(tokens * stack, cut.queries), heads // stack)](
         q_TCD, k_TGD, v_TGD, begins_T, y_TCD, sums_TC, tokens, heads, group,
         q_TCD.stride(0), k_TGD.stride(0), v_TGD.stride(0), y_TCD.stride(0), head_dim**-0.5 * _LOG2_E, LOWEST=_LOWEST,
-        **_constants(head_dim, stack, cut),
+        APART=cut.apart, **_constants(head_dim, stack, cut),
     )  # fmt: skip
     return sums_TC
-
-
-def attend_backward(
-    dy_TCD: Tensor, q_TCD: Tensor, k_TGD: Tensor, v_TGD: Tensor, y_TCD: Tensor, sums_TC: Tensor, begins_T: Tensor, ends_T: Tensor,
-    queries_cut: Cut | None = None, keys_cut: Cut | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, each contiguous, of what ``attend`` left in ``y`` and returned; ``ends``: int32, where each token's document ends.
-
-    ``queries_cut``, ``keys_cut``: of the two kernels; null for this GPU's. Raises ValueError for tensors that do not fit.
-    """
-    tokens, heads, head_dim = q_TCD.shape
-    _check(begins_T, q=q_TCD, k=k_TGD, v=v_TGD, y=y_TCD, dy=dy_TCD)
-    _check(ends_T, q=q_TCD)
-    if sums_TC.shape != (tokens, heads) or not sums_TC.is_contiguous():
-        raise ValueError(f"sums is {list(sums_TC.shape)}; expected what attend returned, [{tokens}, {heads}]")
-    dq_TCD, dk_TGD, dv_TGD = (x.new_empty(x.shape) for x in (q_TCD, k_TGD, v_TGD))
-    deltas_TC, group, factor = torch.empty_like(sums_TC), heads // k_TGD.shape[1], head_dim**-0.5
-    cut = queries_cut or _chosen("attend_backward_queries", q_TCD)
-    stack = _stacked(group, cut)
-    _attend_backward_queries[(triton.cdiv(tokens * stack, cut.queries), heads // stack)](
-        q_TCD, k_TGD, v_TGD, y_TCD, dy_TCD, begins_T, sums_TC, deltas_TC, dq_TCD, tokens, heads, group, q_TCD.stride(0), k_TGD.stride(0),
-        v_TGD.stride(0), y_TCD.stride(0), dy_TCD.stride(0), dq_TCD.stride(0), factor * _LOG2_E, factor, **_constants(head_dim, stack, cut),
-    )  # fmt: skip
-    cut = keys_cut or _chosen("attend_backward_keys", q_TCD)
-    _attend_backward_keys[(triton.cdiv(tokens, cut.keys), k_TGD.shape[1])](
-        q_TCD, k_TGD, v_TGD, dy_TCD, ends_T, sums_TC, deltas_TC, dk_TGD, dv_TGD, tokens, heads, group, q_TCD.stride(0), k_TGD.stride(0),
-        v_TGD.stride(0), dy_TCD.stride(0), dk_TGD.stride(0), dv_TGD.stride(0), factor * _LOG2_E, factor,
-        **_constants(head_dim, _stacked(group, cut), cut),
-    )  # fmt: skip
-    return dq_TCD, dk_TGD, dv_TGD
 
 
 def _stacked(group: int, cut: Cut) -> int:
@@ -237,8 +177,8 @@ def _name(kernel: str, head_dim: int) -> str:
 
 def _constants(head_dim: int, stack: int, cut: Cut) -> dict[str, int]:
     return {
-        "STACK": stack, "D": head_dim, "BD": head_block(head_dim), "BM": cut.queries, "BN": cut.keys, "num_warps": cut.warps,
-        "num_stages": cut.stages,
+        "STACK": stack, "D": head_dim, "BD": head_block(head_dim), "BM": cut.queries, "BN": cut.keys,
+        "num_warps": cut.warps, "num_stages": cut.stages,
     }  # fmt: skip
 
 
