@@ -45,8 +45,8 @@ HEADS = 64, 128  # columns of a head at most; nothing decides more which cut is 
 CUTS: Mapping[str, Cut] = {
     **{f"attend_{head}": Cut(queries=64, keys=32, warps=4, stages=2, apart=True) for head in HEADS},
     **{f"attend_backward_queries_{head}": Cut(queries=64, keys=32, warps=4, stages=2, apart=True) for head in HEADS},
-    "attend_backward_keys_64": Cut(queries=32, keys=32, warps=4, stages=2),
-    "attend_backward_keys_128": Cut(queries=16, keys=32, warps=4, stages=2),
+    "attend_backward_keys_64": Cut(queries=32, keys=64, warps=4, stages=2),
+    "attend_backward_keys_128": Cut(queries=16, keys=64, warps=8, stages=2),
 }
 _TRIED = (64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3)
 _TRIED_BY_KEYS = (32, 32, 4, 2), (32, 32, 8, 2), (32, 64, 8, 2), (32, 128, 8, 2), (64, 32, 8, 2), (64, 32, 8, 3)
@@ -59,7 +59,7 @@ CANDIDATES: Mapping[str, tuple[Cut, ...]] = {
         for head in HEADS
     },
     "attend_backward_keys_64": tuple(Cut(*sizes) for sizes in (*_TRIED_BY_KEYS, *_TRIED_BY_KEYS_64)),
-    "attend_backward_keys_128": tuple(Cut(*sizes) for sizes in ((16, 32, 4, 2), *_TRIED_BY_KEYS)),
+    "attend_backward_keys_128": tuple(Cut(*sizes) for sizes in ((16, 64, 8, 2), *_TRIED_BY_KEYS)),
 }
 
 
