@@ -82,6 +82,19 @@ def test_output_and_gradients(lengths: tuple[int, ...], heads: int, kv_heads: in
     assert all(one.equal(other) for one, other in zip(found, again, strict=True)), "it adds up in no order of its own"
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 24), (8, 2, 64)])
+def test_in_16_bits(heads: int, kv_heads: int, head_dim: int) -> None:
+    """Half precision, which the interpreter has right: p and ds are rounded before they are multiplied, as on a GPU."""
+    given, row = inputs(UNEVEN, heads, kv_heads, head_dim, torch.float16)
+    dy, y = random(147, heads, head_dim, dtype=torch.float16), random(147, heads, head_dim, dtype=torch.float16)
+    sums = attend(*of(given), row.begins, y)
+    found = attend_backward(dy, *of(given), y, sums, row.begins, row.ends)
+    right, right_gradients = by_reference(Heads(*double(*of(given))), dy.double(), row)
+    usual, usual_gradients = by_reference(given, dy, row)
+    judge([y.flatten(1)], [usual], [right], row)
+    judge(found, of(usual_gradients), of(right_gradients), row)
+
+
 def test_scores_that_exp_cannot_hold(dtype: torch.dtype) -> None:
     given, row = inputs((9, 30), 2, 1, 16, dtype)
     large = Heads(given.queries * 100, given.keys * 100, given.values)
