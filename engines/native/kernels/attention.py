@@ -79,6 +79,18 @@ def _put(x, values, tokens, heads, stride, there, D: tl.constexpr, BD: tl.conste
 
 
 @triton.jit
+def _queries_of_program(begins, T, group, STACK: tl.constexpr, BM: tl.constexpr):
+    """Its first token and the one behind its last; of each row the token and the head; which head the keys have; which rows there are, and
+    where they stand in their documents.
+    """
+    first, stack = tl.program_id(0) * (BM // STACK), tl.program_id(1) * STACK
+    tokens, heads = first + tl.arange(0, BM) // STACK, stack + tl.arange(0, BM) % STACK
+    there = tokens < T
+    position = tokens - tl.load(begins + tokens, mask=there, other=0)
+    return first, tl.minimum(first + BM // STACK, T), tokens, heads, stack // group, there, position
+
+
+@triton.jit
 def _seen(tokens, keys, position):
     """[rows, keys]: which keys stand in a token's document and not behind it; a later key is very far before it."""
     return (tokens[:, None] - keys[None, :]).to(tl.uint32) <= position.to(tl.uint32)[:, None]
@@ -117,10 +129,7 @@ def _attend(
     q, k, v, begins, y, sums, T, C, group, q_stride, k_stride, v_stride, y_stride, scale,
     LOWEST: tl.constexpr, APART: tl.constexpr, STACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    first, stack = tl.program_id(0) * (BM // STACK), tl.program_id(1) * STACK
-    tokens, heads = first + tl.arange(0, BM) // STACK, stack + tl.arange(0, BM) % STACK
-    there, kind, end = tokens < T, stack // group, tl.minimum(first + BM // STACK, T)
-    position = tokens - tl.load(begins + tokens, mask=there, other=0)
+    first, end, tokens, heads, kind, there, position = _queries_of_program(begins, T, group, STACK, BM)
     queries = _rows_of(q, tokens, heads, q_stride, there, D, BD)
     highest = tl.full((BM,), LOWEST, tl.float32)
     total = tl.zeros((BM,), tl.float32)

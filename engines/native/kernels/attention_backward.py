@@ -14,7 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engines.native.kernels.attention import _LOG2_E, Cut, _check, _chosen, _constants, _put, _read_by_all, _rows_of, _seen, _stacked
+from engines.native.kernels.attention import (
+    _LOG2_E,
+    Cut,
+    _check,
+    _chosen,
+    _constants,
+    _put,
+    _queries_of_program,
+    _read_by_all,
+    _rows_of,
+    _seen,
+    _stacked,
+)
 from engines.native.kernels.launching import OF_TOKENS
 
 
@@ -39,10 +51,7 @@ def _attend_backward_queries(
     q, k, v, y, dy, begins, sums, deltas, dq, T, C, group, q_stride, k_stride, v_stride, y_stride, dy_stride, dq_stride, scale, factor,
     APART: tl.constexpr, STACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    first, stack = tl.program_id(0) * (BM // STACK), tl.program_id(1) * STACK
-    tokens, heads = first + tl.arange(0, BM) // STACK, stack + tl.arange(0, BM) % STACK
-    there, kind, end = tokens < T, stack // group, tl.minimum(first + BM // STACK, T)
-    position = tokens - tl.load(begins + tokens, mask=there, other=0)
+    first, end, tokens, heads, kind, there, position = _queries_of_program(begins, T, group, STACK, BM)
     queries = _rows_of(q, tokens, heads, q_stride, there, D, BD)
     gradients = _rows_of(dy, tokens, heads, dy_stride, there, D, BD)
     outputs = _rows_of(y, tokens, heads, y_stride, there, D, BD)
