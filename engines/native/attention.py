@@ -3,8 +3,8 @@
 
 H100, bf16, causal, 4 x 2,048 tokens, 32 query and 8 key-value heads of 128, forward and backward: cuDNN 0.26 and 0.98 ms, FlashAttention 2
 0.51 and 1.56 ms; both take fewer key-value heads and survive graph capture (2026-11-24). For 64 documents of 80 to 570 tokens, 14,376 in
-all, 32 and 8 heads of 64, FlashAttention 2 takes 0.27 and 0.71 ms, five times what their bytes need; over a third of its backward pass
-does not attend, but copies and adds up (2026-11-28). cuDNN's ragged interface, as torch 2.11 calls it, cannot be captured.
+all, 32 and 8 heads of 64, FlashAttention 2 takes 0.27 and 0.71 ms, five and seven times what their bytes need; over a third of its
+backward pass does not attend, but copies and adds up (2026-11-28). cuDNN's ragged interface, as torch 2.11 calls it, cannot be captured.
 
 torch caches cuDNN's plans by the strides of q, k and v, but not by those of the output and its gradient, and a plan used with other
 strides reads elsewhere: one process must keep to one layout, and does, because it trains one job (seen 2026-11-24 in a test that

@@ -201,7 +201,7 @@ def steps_over(decoder: Decoder, batch: Batch, *, replay: bool) -> Callable[[int
     max_norm = None if isinstance(arena, Store) and arena.training.in_backward else 1.0
     plain = Steps(decoder, Angles.of(decoder.shape, max(batch.lengths[0]), torch.device("cuda")), _optimizer(decoder), max_norm)
     steps = ReplayedSteps(plain) if replay else plain
-    rows, supervised = [Row(batch)], int((batch.labels != IGNORE).sum())
+    rows, supervised = [Row(batch)], batch.num_labels
 
     def step(index: int) -> torch.Tensor:
         return steps.run(rows, step_scalars(SCHEDULE, index, supervised)).loss.clone()
@@ -218,7 +218,7 @@ def _optimizer(decoder: Decoder) -> Optimizer:
 
 
 def _time(name: str, decoder: Decoder, batch: Batch, budget: float | None, options: argparse.Namespace) -> None:
-    lengths, supervised = batch.lengths[0], int((batch.labels != IGNORE).sum())
+    lengths, supervised = batch.lengths[0], batch.num_labels
     model = MemoryModel.of(decoder.shape, decoder.weights, Load(sum(lengths), max(lengths), supervised, options.chunk))
     if budget is not None:
         try:

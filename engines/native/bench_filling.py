@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from engines.native.buckets import POLICY, Policy, SharedSizes, extent
-from harness.data.tokens import IGNORE, Batch, TokenFile, chunks, epoch_order, pack
+from harness.data.tokens import Batch, TokenFile, chunks, epoch_order, pack
 
 # About what a capture holds the device up, in positions (1B on an H100: 5 to 34 ms longer steps, three runs of 88 steps, 2026-11-28), and
 # what a row of logits costs beside a position in the layers (1B).
@@ -31,8 +31,8 @@ def cost(batches: Sequence[Batch], policy: Policy, capture: float = _CAPTURE, ro
     found = extent(batches, shared=True, policy=policy)
     shared = SharedSizes(found, policy)
     rows = [shared.row(batch) for batch in batches]
-    alone = sum(sum(batch.lengths[0]) + row * _labelled(batch) for batch in batches)
-    positions = sum(each.num_positions + row * (each.sizes.num_rows if each.sizes else _labelled(each.batch)) for each in rows)
+    alone = sum(sum(batch.lengths[0]) + row * batch.num_labels for batch in batches)
+    positions = sum(each.num_positions + row * (each.sizes.num_rows if each.sizes else each.batch.num_labels) for each in rows)
     captures = len({each.sizes for each in rows} - {None, found.largest})
     return Cost(captures, positions / alone - 1, (positions + captures * capture) / alone - 1)
 
@@ -44,10 +44,6 @@ def batches_of(tokens: TokenFile, *, seed: int, steps: int, samples: int, micro_
         places = (divmod(number, size) for number in range(step * samples, (step + 1) * samples))
         chosen = [tokens.train[int(epoch_order(seed, epoch, size)[place])] for epoch, place in places]
         yield from map(pack, chunks(chosen, micro_batch))
-
-
-def _labelled(batch: Batch) -> int:
-    return int((batch.labels != IGNORE).sum())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

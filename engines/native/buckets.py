@@ -84,7 +84,7 @@ def extent(batches: Iterable[Batch], *, shared: bool, policy: Policy = POLICY) -
     tokens = longest = rows = 0
     for batch in batches:
         lengths = batch.lengths[0]
-        tokens, longest, rows = max(tokens, sum(lengths)), max(longest, *lengths), max(rows, _labelled(batch))
+        tokens, longest, rows = max(tokens, sum(lengths)), max(longest, *lengths), max(rows, batch.num_labels)
         if shared:
             kind = kind_of(batch)
             kinds.update([kind] if kind else [])
@@ -137,7 +137,7 @@ def shared_sizes(batch: Batch, policy: Policy = POLICY) -> Sizes:
     tokens = rounded_up(sum(lengths) + 1, policy)
     fillers = -(-tokens // (4 * FILLER)) + 1
     longest = max(SHORT, 1 << (max(lengths) - 1).bit_length())
-    return Sizes(tokens, len(lengths) + fillers, longest, rounded_up(_labelled(batch), policy))
+    return Sizes(tokens, len(lengths) + fillers, longest, rounded_up(batch.num_labels, policy))
 
 
 def filled(batch: Batch, sizes: Sizes) -> Batch:
@@ -163,7 +163,7 @@ def rounded_up(count: int, policy: Policy = POLICY) -> int:
 def kind_of(batch: Batch) -> Kind | None:
     """Of a row (one packed row) of documents that are all alike; None for others."""
     lengths = batch.lengths[0]
-    return (len(lengths), lengths[0], _labelled(batch)) if len(set(lengths)) == 1 else None
+    return (len(lengths), lengths[0], batch.num_labels) if len(set(lengths)) == 1 else None
 
 
 def _cost(sizes: Sizes) -> int:
@@ -180,7 +180,3 @@ def _fits(own: Sizes, lengths: Sequence[int], sizes: Sizes) -> bool:
 
 def _fillers(missing: int) -> list[int]:
     return [min(FILLER, missing - start) for start in range(0, missing, FILLER)]
-
-
-def _labelled(batch: Batch) -> int:
-    return int((batch.labels[0] != IGNORE).sum())

@@ -82,8 +82,7 @@ class Angles:
         """
         lengths = batch.lengths[0]
         if sizes is None:
-            labels = int((batch.labels[0] != IGNORE).sum())
-            sizes = Sizes(sum(lengths), len(lengths), max(lengths), max(1, labels))  # no kernel is launched over nothing
+            sizes = Sizes(sum(lengths), len(lengths), max(lengths), max(1, batch.num_labels))  # no kernel is launched over nothing
         batch = filled(batch, sizes)
         labelled = np.flatnonzero(batch.labels[0] != IGNORE)
         spare = sizes.num_rows - len(labelled)

@@ -114,36 +114,31 @@ def choose(memory: MemoryModel, budget_bytes: float, host_bytes: float) -> Choic
     Raises UnsupportedError with what would be needed when nothing fits.
     """
     taken = _pinned(memory.movable)
-    if not memory.movable or taken > host_bytes or SLACK * memory.loaded > budget_bytes:
-        return _choose(memory, budget_bytes, host_bytes)
+    places = [(memory, host_bytes)]
+    if memory.movable and taken <= host_bytes and SLACK * memory.loaded <= budget_bytes:
+        places.append((memory.moved(), host_bytes - taken))
     found: list[Choice] = []
-    problem: UnsupportedError | None = None
-    for there, host in ((memory, host_bytes), (memory.moved(), host_bytes - taken)):
-        try:
-            choice = _choose(there, budget_bytes, host)
-        except UnsupportedError as error:
-            problem = error
+    for there, host in places:
+        choice = _fastest(there, budget_bytes, host)
+        if choice is None:
             continue
         found.append(choice if there is memory else _without_embedding(memory, choice))
         if set(choice.plans) == {KEEP_ALL}:
             break
-    if not found and problem is not None:
-        raise problem
+    if not found:
+        raise UnsupportedError(_nothing_fits(least(memory, host_bytes), budget_bytes))
     return min(found, key=lambda choice: choice.seconds)
 
 
-def _choose(memory: MemoryModel, budget_bytes: float, host_bytes: float) -> Choice:
-    """As ``choose``, the embedding where it is."""
+def _fastest(memory: MemoryModel, budget_bytes: float, host_bytes: float) -> Choice | None:
+    """As ``choose``, the embedding where it is; None when nothing fits."""
     judge = _Judge(memory, Durations(memory))
 
     def fits(choice: Choice) -> bool:
         return SLACK * choice.peak_bytes <= budget_bytes and choice.host_bytes <= host_bytes
 
-    ways = list(_ways(judge, host_bytes))
-    found = [choice for way in ways if (choice := way.first(fits)) is not None]
-    if not found:
-        raise UnsupportedError(_nothing_fits(_least(ways), budget_bytes))
-    return _polished(judge, min(found, key=lambda choice: choice.seconds), fits)
+    found = [choice for way in _ways(judge, host_bytes) if (choice := way.first(fits)) is not None]
+    return _polished(judge, min(found, key=lambda choice: choice.seconds), fits) if found else None
 
 
 def least(memory: MemoryModel, host_bytes: float) -> Choice:
@@ -151,7 +146,8 @@ def least(memory: MemoryModel, host_bytes: float) -> Choice:
     taken = _pinned(memory.movable)
     if memory.movable and taken <= host_bytes:
         return _without_embedding(memory, least(memory.moved(), host_bytes - taken))
-    return _least(list(_ways(_Judge(memory, Durations(memory)), host_bytes)))
+    ways = _ways(_Judge(memory, Durations(memory)), host_bytes)
+    return min((way.choice(way.last) for way in ways), key=lambda choice: choice.peak_bytes)
 
 
 def _without_embedding(memory: MemoryModel, found: Choice) -> Choice:
@@ -166,10 +162,6 @@ def _without_embedding(memory: MemoryModel, found: Choice) -> Choice:
 def _pinned(num_bytes: int) -> int:
     """What the allocator of pinned memory takes for them: the next power of two."""
     return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
-
-
-def _least(ways: Sequence[_Way]) -> Choice:
-    return min((way.choice(way.last) for way in ways), key=lambda choice: choice.peak_bytes)
 
 
 def _nothing_fits(least: Choice, budget_bytes: float) -> str:

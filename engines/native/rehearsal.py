@@ -31,7 +31,7 @@ from engines.native.shape import LlamaShape
 from engines.native.steps import Steps
 from engines.native.weights import Linear
 from engines.native.wide_input import widened
-from harness.data.tokens import IGNORE, Batch
+from harness.data.tokens import Batch
 from harness.engine import Job
 
 META = torch.device("meta")
@@ -137,8 +137,7 @@ def sizes_of(batches: Iterable[Batch], of_all: Extent) -> list[Sizes]:
     found: dict[int, Sizes] = {largest.num_tokens: largest} if largest else {}
     for batch in batches:
         lengths = batch.lengths[0]
-        labelled = int((batch.labels[0] != IGNORE).sum())
-        plain = Sizes(sum(lengths), len(lengths), max(lengths), max(1, labelled))  # as Angles.pack
+        plain = Sizes(sum(lengths), len(lengths), max(lengths), max(1, batch.num_labels))  # as Angles.pack
         sizes = shared_sizes(batch) if largest and kind_of(batch) not in of_all.alike else plain
         found.setdefault(sizes.num_tokens, sizes)
     return list(found.values())

@@ -134,6 +134,11 @@ class Batch:
     lengths: tuple[tuple[int, ...], ...]
 
     @property
+    def num_labels(self) -> int:
+        """Supervised positions of all rows: labels that are not IGNORE."""
+        return int((self.labels != IGNORE).sum())
+
+    @property
     def attention_mask(self) -> Ints:
         """1 for real tokens, 0 for padding, int64 [rows, positions]."""
         mask = np.zeros_like(self.input_ids)

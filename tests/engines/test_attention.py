@@ -14,17 +14,12 @@ from engines.native.kernels.attention import CANDIDATES, Cut, attend
 from engines.native.kernels.attention_backward import attend_backward
 from engines.native.ops import Heads
 from engines.native.packed import Packed
-from engines.native.weights import Linear, Weight
 from tests.engines.oracle import DEVICE, INTERPRETED, judged, random
 from tests.engines.test_head_kernels import double, heads_of, of, packed
+from tests.engines.test_kernels import plain_linear
 
 pytestmark = INTERPRETED
 UNEVEN = (1, 70, 2, 33, 41)  # tiles of 32 and of 64 tokens cut them, and hold several of them
-
-
-def bare(columns: int, dtype: torch.dtype = torch.float32) -> Linear:
-    weight = Weight(torch.zeros(1, columns, device=DEVICE, dtype=dtype))
-    return Linear(weight.value, weight, None, ())
 
 
 def inputs(lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Heads, Packed]:
@@ -34,7 +29,7 @@ def inputs(lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int, dty
 
 
 def by_reference(heads: Heads, dy: Tensor, row: Packed) -> tuple[Tensor, Heads]:
-    linear = bare(heads.queries[0].numel(), dy.dtype)
+    linear = plain_linear(heads.queries[0].numel())
     attended = reference.attention(heads, row, linear)
     return attended.input.wide, reference.attention_backward(dy, heads, attended, row)
 
@@ -172,7 +167,7 @@ def test_our_kernels_take_short_and_uneven_documents(lengths: tuple[int, ...], h
 def test_attention_and_its_gradients_as_the_layer_asks_for_them(dtype: torch.dtype) -> None:
     """Through the table's operations: written into the input of the group behind, without a copy."""
     given, row = inputs(UNEVEN, 4, 2, 16, dtype)
-    linear, dy = bare(64, dtype), random(147, 4, 16, dtype=dtype)
+    linear, dy = plain_linear(64), random(147, 4, 16, dtype=dtype)
     attended = dispatch.attention(given, row, linear)
     found = dispatch.attention_backward(dy, given, attended, row)
     right, right_gradients = by_reference(Heads(*double(*of(given))), dy.double(), row)

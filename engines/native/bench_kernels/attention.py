@@ -110,7 +110,7 @@ def _usual(s: Setting, heads: Heads, packed: Packed) -> tuple[Tensor, tuple[Tens
     """FlashAttention 2, which there is on a GPU in 16 bits; else the reference operations."""
     if heads.queries.dtype == torch.bfloat16 and heads.queries.is_cuda:
         return dispatch.flash(heads, packed)
-    return reference.attention(heads, packed, bare(heads.queries[0].numel(), s)).input.wide.view(heads.queries.shape), ()
+    return reference.attention(heads, packed, bare(s.shape.query_size, s)).input.wide.view(heads.queries.shape), ()
 
 
 def _usual_backward(dy: Tensor, heads: Heads, usual: tuple[Tensor, tuple[Tensor, ...]], packed: Packed) -> Heads:
