@@ -231,6 +231,7 @@ def _load(job: Job, knobs: Knobs, rank: int) -> tuple[dict[str, Any], Adapter | 
             expect_agreement(fingerprint(plans, loss_chunk), "what layers make again, and so on which weights to gather when")
         if planned.embedding_away:
             weights = with_embedding_on_host(weights)
+            torch.cuda.empty_cache()  # else the optimizer's tensors split the hole, and captures cannot use what is left of it
         if rehearsal is not None:
             chosen["kernels_compiled_ahead"] = rehearsal.finish(plans, loss_chunk)
     decoder = Decoder(shape=shape, weights=weights, ops=ops, plans=plans, loss_chunk=loss_chunk)

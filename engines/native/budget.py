@@ -52,7 +52,7 @@ def plans_for(job: Job, knobs: PlanningKnobs, shape: LlamaShape, weights: Decode
 
 
 def with_embedding_on_host(weights: DecoderWeights) -> DecoderWeights:
-    """The embedding in pinned memory, which kernels read over the bus; what it took on the GPU is given back."""
+    """The embedding in pinned memory, which kernels read over the bus."""
     value = weights.embedding.value
     pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
     pinned.copy_(value)

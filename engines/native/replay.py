@@ -7,7 +7,8 @@ sort is launched by hand, so that libraries load their kernels; all others, of w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -130,13 +131,22 @@ class _ByCuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(_stream()):
-            graph.capture_begin(self._pool, self._mode)
-            try:
-                outcome = piece()
-            finally:
-                graph.capture_end()
+        with torch.cuda.stream(_stream()), recording(graph, self._pool, self._mode):
+            outcome = piece()
         return graph.replay, outcome
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], mode: str) -> Iterator[None]:
+    """What is launched inside goes into ``graph``. What breaks it off is what is raised, not that the graph could then not be ended."""
+    graph.capture_begin(pool, mode)
+    try:
+        yield
+    except BaseException:
+        with suppress(RuntimeError):  # "capturing stream has unjoined work", where a copy went beside it
+            graph.capture_end()
+        raise
+    graph.capture_end()
 
 
 @cache

@@ -122,3 +122,27 @@ def test_ranks_meet_over_the_gradients_of_the_step(tmp_path: Path, recording: Re
     assert met == launched
     assert min(met) > 0
     assert recording.replays == [STEPS - 1] * 2
+
+
+class _Graph:
+    """As CUDA's, where a copy goes on beside the stream that is captured: it cannot be ended."""
+
+    ended = 0
+
+    def capture_begin(self, pool: tuple[int, int], mode: str) -> None:
+        assert (pool, mode) == ((0, 1), "global")
+
+    def capture_end(self) -> None:
+        self.ended += 1
+        raise torch.AcceleratorError("CUDA error: capturing stream has unjoined work")
+
+
+def test_what_breaks_a_capture_off_is_raised_and_not_that_the_graph_could_not_be_ended() -> None:
+    """A run out of memory is recorded as such by its error alone (``harness.worker``)."""
+    graph = _Graph()
+    with pytest.raises(torch.OutOfMemoryError, match="114"), replay.recording(graph, (0, 1), "global"):  # type: ignore[arg-type]
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 114.00 MiB")
+    assert graph.ended == 1
+    with pytest.raises(torch.AcceleratorError, match="unjoined"), replay.recording(graph, (0, 1), "global"):  # type: ignore[arg-type]
+        pass
+    assert graph.ended == 2
