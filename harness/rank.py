@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from harness.current import outgrown
+from harness.current import latest, outgrown
 from harness.engine import Machine
 from harness.labels import labels
 from harness.record import Record, Score, cause, dumps
@@ -207,7 +207,9 @@ def _variants(entries: Sequence[Entry]) -> list[Variant]:
         found.setdefault(older.get(key, key), []).append(entry)
     engines = {entry.record.cell.engine.key: entry.record.cell.engine for entry in entries}
     names = labels([engines[key] for key in found])
-    ran = {(_block(entry.record), engines[key].name, key) for key in found for entry in found[key] if entry.tokens_per_second is not None}
+    codes = {record.cell.key: record.provenance.engine_fingerprint for record in latest(entry.record for entry in entries)}
+    placed = [(_block(entry.record), key, entry) for key in found for entry in found[key]]
+    ran = {(block, engines[key].name, key) for block, key, entry in placed if _ran(entry, codes[entry.record.cell.key])}
     names_beside = Counter(block for block, _ in {(block, name) for block, name, _ in ran})
     beside = {block: (names_beside[block], count) for block, count in Counter(block for block, _, _ in ran).items()}
     return [_variant(name, engines[key], found[key], beside) for name, key in zip(names, found, strict=True)]
@@ -227,14 +229,19 @@ def _variant(label: str, engine: EngineSpec, entries: Sequence[Entry], beside: M
 
 def _counts(cell: Sequence[Entry], beside: Mapping[_Block, tuple[int, int]]) -> Entry:
     """Of the runs of one cell the newest; where the same code ran it in several blocks, the one beside which most engines ran, then most
-    variants: a run alone says less than a block that it would tear apart.
+    variants, of those whose code has not been run anew since: a run alone says less than a block that it would tear apart.
     """
     newest = max(cell, key=lambda entry: entry.record.provenance.started_utc)
     code = newest.record.provenance.engine_fingerprint
-    alike = [entry for entry in cell if entry.tokens_per_second is not None and entry.record.provenance.engine_fingerprint == code]
+    alike = [entry for entry in cell if _ran(entry, code)]
     if newest not in alike:
         return newest
     return max(alike, key=lambda entry: (beside[_block(entry.record)], entry.record.provenance.started_utc))
+
+
+def _ran(entry: Entry, code: str) -> bool:
+    """Whether it has a rate, and is of the code with this fingerprint."""
+    return entry.tokens_per_second is not None and entry.record.provenance.engine_fingerprint == code
 
 
 def _num_distinct(entries: Sequence[Entry]) -> int:

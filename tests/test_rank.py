@@ -248,6 +248,24 @@ def test_a_run_alone_does_not_tear_a_block_apart() -> None:
     assert sum(variant.num_superseded for variant in group(blocks, alone).variants) == 1
 
 
+def test_code_that_has_been_run_anew_since_makes_no_block_larger() -> None:
+    """a's newer code ran beside b on another host; that its older code ran beside b in two variants keeps b there no longer."""
+    older = [
+        one
+        for size in (1, 2)
+        for one in entries(engine("a", micro_batch=size), rates(50), started=BEFORE, host="one", fingerprint="before")
+    ]
+    older += entries(engine("b"), rates(80), started=BEFORE, host="one")
+    anew = entries(engine("a", micro_batch=1), rates(100), started=SINCE, host="two")
+    anew += entries(engine("b"), rates(70), started=SINCE, host="two")
+    variants = {variant.label: variant for variant in group(older, anew).variants}
+    assert variants["b"].rates == pytest.approx(rates(70))
+    comparison = variants["b"].comparison
+    assert comparison is not None
+    assert comparison.answer == "slower", "the two have a host in common"
+    assert variants["a micro_batch=2"].rates == pytest.approx(rates(50)), "has not been run anew"
+
+
 def test_latest_keeps_machines_apart() -> None:
     both = [records.record(machine=records.CPU), records.record(machine=records.GPU)]
     assert latest(both) == tuple(both)
