@@ -40,9 +40,9 @@ class Cut:
 
 
 HEADS = 64, 128  # columns of a head at most; nothing decides more which cut is the fastest
-# By the name in a table, of a kernel and a size of heads. They compile for every target of engines.native.ahead without a spill; of the
-# candidates that do they are the fastest on an H100, at 14,336 tokens of documents like GSM8K's, but for the last two, where cuts that spill
-# elsewhere are faster (64 queries of narrow heads, 32 keys and 4 warps for wide ones): its table has them.
+# By the name in a table, of a kernel and a size of heads. They compile for every target of engines.native.ahead without a spill. Of the
+# candidates that do, these were the fastest on an H100, at 14,336 tokens of documents like GSM8K's, but for the last two, where cuts that
+# spill elsewhere are faster (64 queries of narrow heads, 32 keys and 4 warps for wide ones): its table has them.
 CUTS: Mapping[str, Cut] = {
     **{f"attend_{head}": Cut(queries=64, keys=32, warps=4, stages=3) for head in HEADS},
     "attend_backward_queries_64": Cut(queries=64, keys=32, warps=4, stages=3),
