@@ -24,6 +24,7 @@ from harness.weights.vocabulary import check_fits, num_entries, num_rows
 
 Seconds = Annotated[float, Field(gt=0)]
 Lane = Annotated[str, Field(pattern=r"^\d+/[1-9]\d*$")]
+Folder = Annotated[str, Field(min_length=1)]  # an empty one would be where one happens to be: runs=$UNSET
 
 
 class EngineConfig(Spec):
@@ -80,8 +81,8 @@ class Config(Spec):
     rerun: Literal["missing", "stale", "all"]
     keep: Literal["none", "adapters"]
     score: Literal["now", "later"]
-    runs: str
-    cache: str
+    runs: Folder
+    cache: Folder
     lane: Lane | None
     save_every: Positive | None
     limits: Limits
@@ -94,8 +95,8 @@ class Settings(Spec):
     rerun: Literal["missing", "stale", "all"]
     keep: Literal["none", "adapters"]
     score: Literal["now", "later"]
-    runs: str
-    cache: str
+    runs: Folder
+    cache: Folder
     lane: Lane | None
 
 

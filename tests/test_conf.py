@@ -115,6 +115,7 @@ def test_own_options_from_a_folder(cache: Path) -> None:
         (["nonsense"], ["nonsense: not an override"]),
         (["model.weights=meta-llama/Llama"], ["model.weights", "hub:"]),
         (["plan=maybe"], ["plan: got \"maybe\""]),
+        (["runs="], ["runs: got \"\"; string should have at least 1 character"]),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_with_the_nearest_right_thing(overrides: list[str], says: list[str], cache: Path) -> None:
