@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ class _ByCuda:
 
 
 @contextmanager
-def recording(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], mode: str) -> Iterator[None]:
+def recording(graph: torch.cuda.CUDAGraph, pool: Any, mode: str) -> Iterator[None]:
     """What is launched inside goes into ``graph``. What breaks it off is what is raised, not that the graph could then not be ended."""
     graph.capture_begin(pool, mode)
     try:
