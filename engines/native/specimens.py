@@ -126,8 +126,14 @@ def specimens() -> tuple[Specimen, ...]:
         Specimen("normed_again", norm_weight._normed_again, {"x": "h", "w": "h", "inverse": "f", "y": "h"}, {"BLOCK": 4096}, 8),
         Specimen(
             "decode_nf4", nf4._decode_nf4,
+            {"words": "i", "absmax": "b", "nested": "f", "code": "f", "levels": "f", "out": "h"},
+            {"PARTS": nf4.CUT.parts, "WORDS": 32 * nf4.CUT.warps, "BLOCK": 64, "NESTED": 256, "KEPT": tl.bfloat16}, nf4.CUT.warps,
+            ("offset",), odd=("num_words",), contracts=False,
+        ),
+        Specimen(
+            "decode_nf4_by_values", nf4._decode_nf4_by_values,
             {"packed": "b", "absmax": "b", "nested": "f", "code": "f", "levels": "f", "out": "h"},
-            {"BLOCKS": nf4.CUT.blocks, "BLOCK": 64, "NESTED": 256, "WHOLE": True, "KEPT": tl.bfloat16}, nf4.CUT.warps, ("offset",),
+            {"VALUES": 1024, "BLOCK": 64, "NESTED": 256, "KEPT": tl.bfloat16}, 4, ("offset",), odd=("count", "K", "stride"),
             contracts=False,
         ),
         Specimen(
@@ -202,9 +208,8 @@ def candidates() -> tuple[Specimen, ...]:
 
     def cut(each: nf4.Cut) -> Specimen:
         one = known["decode_nf4"]
-        return replace(
-            one, name=f"decode_nf4/{each.blocks}b{each.warps}w", constants={**one.constants, "BLOCKS": each.blocks}, num_warps=each.warps
-        )
+        constants = {**one.constants, "PARTS": each.parts, "WORDS": 32 * each.warps}
+        return replace(one, name=f"decode_nf4/{each.parts}p{each.warps}w", constants=constants, num_warps=each.warps)
 
     def attending(name: str, cut: attention.Cut) -> Specimen:
         one = known[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -244,6 +246,15 @@ def test_nf4_is_decoded_bit_by_bit(size: tuple[int, int], dtype: torch.dtype) ->
     assert (buffer[:, columns:] == 7).all()
     with pytest.raises(ValueError, match="out"):
         decode_nf4(weight, buffer[:, :columns])
+
+
+def test_nf4_is_decoded_where_its_bytes_lie_at_an_odd_address() -> None:
+    weight = placed(quantise(0.02 * torch.randn(5, 64)), DEVICE)
+    moved = replace(weight, packed=torch.cat([torch.zeros(1, dtype=torch.uint8, device=DEVICE), weight.packed.flatten()])[1:])
+    found = torch.empty(5, 64, device=DEVICE)
+    decode_nf4(moved, found)
+    assert moved.packed.data_ptr() % 4
+    assert found.equal(decode(weight))
 
 
 @pytest.mark.parametrize("wide", [torch.float16, torch.float32], ids=str)

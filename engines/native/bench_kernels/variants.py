@@ -131,9 +131,9 @@ def _decode_nf4(s: Setting) -> list[Variant]:
     now = tiles.chosen("decode_nf4", s.device, group.num_outputs * group.num_inputs, nf4.CUT)
 
     def variant(cut: Cut) -> Variant:
-        return Variant(f"{cut.blocks} blocks, {cut.warps} warps", Call(lambda: decode_nf4(weight, into, cut)), cut == now, cut)
+        return Variant(f"{cut.parts} parts, {cut.warps} warps", Call(lambda: decode_nf4(weight, into, cut)), cut == now, cut)
 
-    return [variant(Cut(*sizes)) for sizes in itertools.product((8, 16, 32, 64, 128), (1, 2, 4, 8))]
+    return [variant(Cut(*sizes)) for sizes in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8))]
 
 
 def _fill(s: Setting, group: Linear) -> list[Variant]:

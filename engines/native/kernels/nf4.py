@@ -24,41 +24,56 @@ from harness.nf4 import BLOCK, NESTED_BLOCK, Quantised
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What one program decodes: blocks of 64 values, and its warps."""
+    """What one program decodes, for each of its threads so many times eight values, and its warps."""
 
-    blocks: int
+    parts: int
     warps: int
 
 
-CUT = Cut(blocks=32, warps=1)  # H200, 14,336 x 4,096 (2026-11-27, ms): 0.060, with 4 warps 0.069
-CUTS = tuple(Cut(*sizes) for sizes in itertools.product((16, 32, 64), (1, 2, 4)))  # what --tune chooses among
+CUT = Cut(parts=4, warps=4)  # not timed yet; what came before it was at half a copy's speed (docs/log.md)
+CUTS = tuple(Cut(*sizes) for sizes in itertools.product((1, 2, 4, 8), (1, 2, 4)))  # what --tune chooses among
 _KEPT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_WORD = tl.constexpr(8)  # values in four bytes
+_AT_ONCE = 1024  # values of a program where rows end inside of blocks
+
+
+@triton.jit
+def _scale_of(blocks, there, absmax, nested, levels, offset, NESTED: tl.constexpr):
+    scale = tl.load(levels + tl.load(absmax + blocks, mask=there, other=0).to(tl.int32))
+    return scale * tl.load(nested + blocks // NESTED, mask=there, other=0.0) + offset
 
 
 @triton.jit
 def _decode_nf4(
-    packed, absmax, nested, code, levels, out, offset, count, K, stride,
-    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, WHOLE: tl.constexpr, KEPT: tl.constexpr,
+    words, absmax, nested, code, levels, out, offset, num_words, K, stride,
+    PARTS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """``WHOLE``: no block crosses a row, and the last one is full. ``KEPT``: the type that the weight was stored in."""
-    HALF: tl.constexpr = BLOCK // 2
-    blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    there = blocks * BLOCK < count
-    scale = tl.load(levels + tl.load(absmax + blocks, mask=there, other=0).to(tl.int32))
-    scale = scale * tl.load(nested + blocks // NESTED, mask=there, other=0.0) + offset
-    places = blocks[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    both = tl.load(packed + places, mask=places * 2 < count, other=0).to(tl.int32)
-    # The first value of a byte is its upper half.
-    values = tl.load(code + tl.interleave(both >> 4, both & 15)) * scale[:, None]
-    values = values.to(KEPT).to(out.dtype.element_ty)
-    steps = tl.arange(0, BLOCK)[None, :]
-    if WHOLE:
-        row = blocks * BLOCK // K
-        target = (row * stride + (blocks * BLOCK - row * K))[:, None] + steps
-        tl.store(out + target, values, mask=there[:, None])
-    else:
-        place = blocks[:, None] * BLOCK + steps
-        tl.store(out + place // K * stride + place % K, values, mask=place < count)
+    """A thread reads four bytes and writes what is in them, eight values, at once; its warp what follows each other in memory."""
+    steps = tl.arange(0, _WORD)
+    shifts = (steps ^ 1) * 4  # the first value of a byte is its upper half
+    for part in tl.static_range(PARTS):
+        at = (tl.program_id(0) * PARTS + part) * WORDS + tl.arange(0, WORDS)
+        there = at < num_words
+        scale = _scale_of(at // (BLOCK // _WORD), there, absmax, nested, levels, offset, NESTED)
+        eight = tl.load(words + at, mask=there, other=0)
+        values = tl.load(code + ((eight[:, None] >> shifts[None, :]) & 15)) * scale[:, None]
+        row = at // (K // _WORD)
+        target = row.to(tl.int64) * stride + (at - row * (K // _WORD)) * _WORD
+        tl.store(out + target[:, None] + steps[None, :], values.to(KEPT).to(out.dtype.element_ty), mask=there[:, None])
+
+
+@triton.jit
+def _decode_nf4_by_values(
+    packed, absmax, nested, code, levels, out, offset, count, K, stride,
+    VALUES: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """Of any K: a row may end inside of a block, even of a byte."""
+    at = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
+    there = at < count
+    scale = _scale_of(at // BLOCK, there, absmax, nested, levels, offset, NESTED)
+    both = tl.load(packed + at // 2, mask=there, other=0).to(tl.int32)
+    values = tl.load(code + ((both >> ((at & 1) ^ 1).to(tl.int32) * 4) & 15)) * scale
+    tl.store(out + at // K * stride + at % K, values.to(KEPT).to(out.dtype.element_ty), mask=there)
 
 
 def decode_nf4(weight: Quantised, out: Tensor, cut: Cut | None = None) -> None:
@@ -66,9 +81,17 @@ def decode_nf4(weight: Quantised, out: Tensor, cut: Cut | None = None) -> None:
     rows, columns = weight.shape
     check_rows("out", out, rows, columns)
     count = rows * columns
+    scales = weight.absmax, weight.nested_absmax, weight.code, weight.levels, out, weight.offset
+    kinds = {"BLOCK": BLOCK, "NESTED": NESTED_BLOCK, "KEPT": _KEPT[weight.dtype]}
+    packed = weight.packed.flatten()
+    if columns % BLOCK or packed.data_ptr() % torch.int32.itemsize:
+        _decode_nf4_by_values[(triton.cdiv(count, _AT_ONCE),)](
+            packed, *scales, count, columns, out.stride(0), VALUES=_AT_ONCE, **kinds, enable_fp_fusion=False
+        )
+        return
     cut = cut or tiles.chosen("decode_nf4", out.device, count, CUT)
-    _decode_nf4[(triton.cdiv(count, BLOCK * cut.blocks),)](
-        weight.packed, weight.absmax, weight.nested_absmax, weight.code, weight.levels, out, weight.offset, count, columns, out.stride(0),
-        BLOCKS=cut.blocks, BLOCK=BLOCK, NESTED=NESTED_BLOCK, WHOLE=columns % BLOCK == 0, KEPT=_KEPT[weight.dtype],
-        num_warps=cut.warps, enable_fp_fusion=False,
+    words, at_once = packed.view(torch.int32), 32 * cut.warps
+    _decode_nf4[(triton.cdiv(len(words), at_once * cut.parts),)](
+        words, *scales, len(words), columns, out.stride(0), PARTS=cut.parts, WORDS=at_once, **kinds, num_warps=cut.warps,
+        enable_fp_fusion=False,
     )  # fmt: skip
