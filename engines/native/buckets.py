@@ -14,7 +14,7 @@ from harness.data.tokens import IGNORE, Batch
 
 _SMALLEST = 64
 FILLER = 128  # tokens of a document of filling at most; short, so that its attention costs nothing
-SHORT = 1024  # tokens up to which attention does not mind how long the longest document is (``engines.native.attention``)
+SHORT = 1024  # see are_short
 MOST_SIZES = 48  # that a run captures. Their graphs take memory that no plan counts: 90 MiB for some 35 at 1B (H100, 2026-11-28)
 _MOST_ALIKE = 4  # kinds of rows whose documents are all alike, which need no filling
 
@@ -41,11 +41,13 @@ POLICY = Policy()
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What a captured pass is made for: tokens, documents, tokens of the longest document at most, supervised rows."""
+    """What a captured pass is made for: tokens, documents, tokens of the longest document at most, supervised rows. ``longest``: None for
+    uneven documents that are short on the whole, where attention does not ask for it.
+    """
 
     num_tokens: int
     num_documents: int
-    longest: int
+    longest: int | None
     num_rows: int
 
 
@@ -80,7 +82,7 @@ class Extent:
 def extent(batches: Iterable[Batch], *, shared: bool, policy: Policy = POLICY) -> Extent:
     """Of all ``batches`` (packed rows) of a run; ``shared``: uneven documents are filled up."""
     kinds: Counter[Kind] = Counter()
-    needed: set[tuple[Kind | None, Sizes, int]] = set()
+    needed: set[tuple[Kind | None, Sizes, int, int]] = set()
     tokens = longest = rows = 0
     for batch in batches:
         lengths = batch.lengths[0]
@@ -88,18 +90,21 @@ def extent(batches: Iterable[Batch], *, shared: bool, policy: Policy = POLICY) -
         if shared:
             kind = kind_of(batch)
             kinds.update([kind] if kind else [])
-            needed.add((kind, shared_sizes(batch, policy), len(lengths)))
+            needed.add((kind, shared_sizes(batch, policy), len(lengths), max(lengths)))
     alike = frozenset(kind for kind, _ in kinds.most_common(_MOST_ALIKE))
-    return Extent(tokens, longest, rows, alike, _largest([(sizes, documents) for kind, sizes, documents in needed if kind not in alike]))
+    others = [(sizes, documents, most) for kind, sizes, documents, most in needed if kind not in alike]
+    return Extent(tokens, longest, rows, alike, _largest(others))
 
 
-def _largest(others: list[tuple[Sizes, int]]) -> Sizes | None:
-    """Sizes that rows of so many documents fit into, however far each is filled up."""
+def _largest(others: list[tuple[Sizes, int, int]]) -> Sizes | None:
+    """Sizes that rows of so many documents, of so many tokens at most, fit into, however far each is filled up."""
     if not others:
         return None
-    tokens = max(sizes.num_tokens for sizes, _ in others)
-    documents = max(documents for _, documents in others) - (-tokens // FILLER)
-    return Sizes(tokens, documents, max(sizes.longest for sizes, _ in others), max(sizes.num_rows for sizes, _ in others))
+    tokens = max(sizes.num_tokens for sizes, _, _ in others)
+    documents = max(documents for _, documents, _ in others) - (-tokens // FILLER)
+    are_all_short = all(sizes.longest is None for sizes, _, _ in others)
+    longest = None if are_all_short else _next_power(max(longest for _, _, longest in others))
+    return Sizes(tokens, documents, longest, max(sizes.num_rows for sizes, _, _ in others))
 
 
 class SharedSizes:
@@ -129,6 +134,26 @@ class SharedSizes:
         return own
 
 
+def are_short(lengths: Sequence[int]) -> bool:
+    """Whether documents of these ``lengths`` are short on the whole: a token stands in one of at most ``SHORT`` tokens, on average.
+
+    Then attention by kernels of our own takes less time than FlashAttention 2, foretold from four timings of both at 230 and at 2,816
+    such tokens: as long at 1,045 with heads of 128, later with heads of 64 (H100, docs/log.md, 2026-11-28).
+    """
+    return sum(length * length for length in lengths) <= SHORT * sum(lengths)
+
+
+def longest_asked_for(lengths: Sequence[int]) -> int | None:
+    """Tokens of the longest of documents of these ``lengths``; None where attention does not ask."""
+    return None if len(set(lengths)) > 1 and are_short(lengths) else max(lengths)
+
+
+def own_sizes(batch: Batch) -> Sizes:
+    """Of ``batch`` (one packed row) as it is."""
+    lengths = batch.lengths[0]
+    return Sizes(sum(lengths), len(lengths), longest_asked_for(lengths), max(1, batch.num_labels))  # no kernel is launched over nothing
+
+
 def shared_sizes(batch: Batch, policy: Policy = POLICY) -> Sizes:
     """Sizes for ``batch`` (one packed row): each rounded up, with at least one token of filling for the rows that fill up, and documents
     for smaller rows to fill a quarter of it.
@@ -136,7 +161,7 @@ def shared_sizes(batch: Batch, policy: Policy = POLICY) -> Sizes:
     lengths = batch.lengths[0]
     tokens = rounded_up(sum(lengths) + 1, policy)
     fillers = -(-tokens // (4 * FILLER)) + 1
-    longest = max(SHORT, 1 << (max(lengths) - 1).bit_length())
+    longest = None if are_short(lengths) else _next_power(max(lengths))
     return Sizes(tokens, len(lengths) + fillers, longest, rounded_up(batch.num_labels, policy))
 
 
@@ -156,8 +181,13 @@ def filling(sizes: Sizes) -> Batch:
 
 def rounded_up(count: int, policy: Policy = POLICY) -> int:
     """The next of the sizes that rows share, a multiple of ``_SMALLEST``."""
-    step = max(_SMALLEST, (1 << (count - 1).bit_length()) // 2 // policy.steps_an_octave)
+    step = max(_SMALLEST, _next_power(count) // 2 // policy.steps_an_octave)
     return -(-count // step) * step
+
+
+def _next_power(count: int) -> int:
+    """The least power of two that is no smaller."""
+    return 1 << (count - 1).bit_length()
 
 
 def kind_of(batch: Batch) -> Kind | None:
@@ -173,7 +203,9 @@ def _cost(sizes: Sizes) -> int:
 
 def _fits(own: Sizes, lengths: Sequence[int], sizes: Sizes) -> bool:
     """Whether documents of these ``lengths``, which make a row of sizes ``own``, can be filled up to ``sizes``."""
-    if own.num_tokens > sizes.num_tokens or own.longest > sizes.longest or own.num_rows > sizes.num_rows:
+    if own.num_tokens > sizes.num_tokens or own.num_rows > sizes.num_rows:
+        return False
+    if own.longest is not None if sizes.longest is None else max(lengths) > sizes.longest:
         return False
     return len(lengths) + len(_fillers(sizes.num_tokens - sum(lengths))) <= sizes.num_documents
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engines.native.buckets import Sizes, filled
+from engines.native.buckets import Sizes, filled, own_sizes
 from engines.native.shape import LlamaShape, Rope
 from harness.data.tokens import IGNORE, Batch
 
@@ -27,7 +27,7 @@ class Packed:
 
     ``cosine``, ``sine``: [T, D/2], float32, of each token's position in its own document. ``cumulative``: int32, where documents
     start, and T, repeated for documents without tokens; ``begins``, ``ends``: [T], int32, of each token's own document. ``longest``:
-    no document has more tokens. ``rows``: [L], rising; ``targets``: [L], IGNORE for rows that only fill up.
+    no document has more tokens; None as in ``Sizes``. ``rows``: [L], rising; ``targets``: [L], IGNORE for rows that only fill up.
     """
 
     tokens: Tensor
@@ -37,7 +37,7 @@ class Packed:
     cumulative: Tensor
     begins: Tensor
     ends: Tensor
-    longest: int
+    longest: int | None
     rows: Tensor
     targets: Tensor
 
@@ -58,7 +58,7 @@ class Packed:
         return len(self.tokens), len(self.cumulative), self.longest, len(self.rows), evenly
 
 
-Key = tuple[int, int, int, int, int]
+Key = tuple[int, int, int | None, int, int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,7 @@ class Angles:
 
         The row that predicts a label stands one before it; a document's first label is IGNORE, so rows stay inside documents.
         """
-        lengths = batch.lengths[0]
-        if sizes is None:
-            sizes = Sizes(sum(lengths), len(lengths), max(lengths), max(1, batch.num_labels))  # no kernel is launched over nothing
+        sizes = sizes or own_sizes(batch)
         batch = filled(batch, sizes)
         labelled = np.flatnonzero(batch.labels[0] != IGNORE)
         spare = sizes.num_rows - len(labelled)

@@ -16,7 +16,7 @@ from typing import Self
 import torch
 
 from engines.native.attention import attention, attention_backward, by_own_kernels
-from engines.native.buckets import Extent, Sizes, kind_of, shared_sizes
+from engines.native.buckets import Extent, Sizes, kind_of, own_sizes, shared_sizes
 from engines.native.checkpoint import load_weights
 from engines.native.compiling import Kernels, noted, stand_on, threads_for
 from engines.native.decoder import Decoder
@@ -130,16 +130,14 @@ def without_memory(piece: Piece, plans: tuple[Plan, ...], loss_chunk: int) -> De
 
 
 def sizes_of(batches: Iterable[Batch], of_all: Extent) -> list[Sizes]:
-    """Those of ``batches`` (packed rows) that kernels can tell apart: one for each number of tokens, the largest that rows are filled up to
-    before those in the order of the batches.
+    """Those of ``batches`` (packed rows) that kernels can tell apart: one for each number of tokens, of short and of other documents, the
+    largest that rows are filled up to before those in the order of the batches.
     """
     largest = of_all.largest
-    found: dict[int, Sizes] = {largest.num_tokens: largest} if largest else {}
+    found: dict[tuple[int, bool], Sizes] = {(largest.num_tokens, largest.longest is None): largest} if largest else {}
     for batch in batches:
-        lengths = batch.lengths[0]
-        plain = Sizes(sum(lengths), len(lengths), max(lengths), max(1, batch.num_labels))  # as Angles.pack
-        sizes = shared_sizes(batch) if largest and kind_of(batch) not in of_all.alike else plain
-        found.setdefault(sizes.num_tokens, sizes)
+        sizes = (shared_sizes if largest and kind_of(batch) not in of_all.alike else own_sizes)(batch)
+        found.setdefault((sizes.num_tokens, sizes.longest is None), sizes)
     return list(found.values())
 
 
@@ -156,8 +154,9 @@ def packed_as(sizes: Sizes, head_dim: int) -> Packed:
     tokens, rows = (torch.empty(count, dtype=torch.int64, device=META) for count in (sizes.num_tokens, sizes.num_rows))
     angles = torch.empty(sizes.num_tokens, head_dim // 2, device=META)
     starts, bounds = (torch.empty(count, dtype=torch.int32, device=META) for count in (sizes.num_documents + 1, sizes.num_tokens))
-    even = sizes.longest * sizes.num_documents == sizes.num_tokens
-    lengths = (sizes.longest,) * sizes.num_documents if even else (sizes.longest, 0)
+    longest = sizes.longest or sizes.num_tokens
+    even = sizes.longest is not None and longest * sizes.num_documents == sizes.num_tokens
+    lengths = (longest,) * sizes.num_documents if even else (longest, 0)
     return Packed(tokens, angles, angles, lengths, starts, bounds, bounds, sizes.longest, rows, torch.empty_like(rows))
 
 

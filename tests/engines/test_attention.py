@@ -157,8 +157,11 @@ def test_what_does_not_fit_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("lengths", "head_dim", "ours"),
-    [((8, 8), 16, False), ((8, 9), 16, True), ((1024, 9), 16, True), ((1025, 9), 16, False), ((8, 9), 128, True), ((8, 9), 136, False)],
-)
+    [
+        ((8, 8), 16, False), ((8, 9), 16, True), ((1024, 9), 16, True), ((1060, 9), 16, False), ((2000, *[9] * 300), 16, True),
+        ((8, 9), 128, True), ((8, 9), 136, False),
+    ],
+)  # fmt: skip
 def test_our_kernels_take_short_and_uneven_documents(lengths: tuple[int, ...], head_dim: int, ours: bool) -> None:
     heads = Heads(*(torch.empty(sum(lengths), 1, head_dim) for _ in range(3)))
     assert dispatch.by_own_kernels(heads, packed(lengths, 2)) is ours

@@ -11,7 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import engines.native.buckets
-from engines.native.buckets import Policy, SharedSizes, Sizes, extent, filled, filling, kind_of, rounded_up, shared_sizes
+from engines.native.buckets import (
+    Policy,
+    SharedSizes,
+    Sizes,
+    are_short,
+    extent,
+    filled,
+    filling,
+    kind_of,
+    own_sizes,
+    rounded_up,
+    shared_sizes,
+)  # fmt: skip
 from engines.native.packed import Angles
 from engines.native.plan import KEEP_ALL
 from harness.data.tokens import IGNORE, Batch, pack
@@ -28,14 +40,15 @@ def batch_of(lengths: list[int]) -> Batch:
     return Batch(ids, labels, (tuple(lengths),))
 
 
-@given(st.lists(st.integers(1, 700), min_size=1, max_size=64))
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=64))
 def test_sizes_fit_and_are_not_much_larger(lengths: list[int]) -> None:
     batch = batch_of(lengths)
     sizes = shared_sizes(batch)
     tokens, labelled = sum(lengths), int((batch.labels != IGNORE).sum())
     assert tokens < sizes.num_tokens <= max(tokens + 1 + tokens / 8, tokens + 64)
     assert labelled <= sizes.num_rows <= max(labelled + labelled / 8, labelled + 64)
-    assert max(lengths) <= sizes.longest
+    assert (sizes.longest is None) == are_short(lengths)
+    assert sizes.longest is None or max(lengths) <= sizes.longest
     full = filled(batch, sizes)
     assert sum(full.lengths[0]) == full.input_ids.size == full.labels.size == sizes.num_tokens
     assert len(full.lengths[0]) <= sizes.num_documents
@@ -85,7 +98,8 @@ def test_the_last_row_of_filling_predicts_nothing_that_counts(count: int) -> Non
     assert int(row.targets[-1]) == IGNORE
 
 
-ROWS = st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=6), min_size=1, max_size=40)
+LENGTHS = st.one_of(st.integers(1, 300), st.integers(1, 3000))
+ROWS = st.lists(st.lists(LENGTHS, min_size=1, max_size=6), min_size=1, max_size=40)
 
 
 @given(ROWS)
@@ -102,7 +116,7 @@ def test_every_row_fits_into_what_it_is_filled_up_to(rows: list[list[int]]) -> N
         full = filled(batch, row.sizes)
         assert row.num_positions == full.input_ids.size == row.sizes.num_tokens
         assert len(full.lengths[0]) <= row.sizes.num_documents
-        assert max(full.lengths[0]) <= row.sizes.longest
+        assert are_short(batch.lengths[0]) if row.sizes.longest is None else max(full.lengths[0]) <= row.sizes.longest
         assert (batch.labels != IGNORE).sum() <= row.sizes.num_rows
         assert found.largest is not None
         assert row.sizes.num_tokens <= found.largest.num_tokens
@@ -111,7 +125,7 @@ def test_every_row_fits_into_what_it_is_filled_up_to(rows: list[list[int]]) -> N
 def test_sizes_of_its_own_are_for_what_has_cost_enough_filling(monkeypatch: pytest.MonkeyPatch) -> None:
     small, middle, large = batch_of([100, 60]), batch_of([300, 310]), batch_of([700, 710, 90])
     found = extent([small, middle, large], shared=True)
-    assert found.largest == Sizes(1536, 3 + 12, 1024, rounded_up(1000))
+    assert found.largest == Sizes(1536, 3 + 12, None, rounded_up(1000))
     sizes = SharedSizes(found, Policy(worth_a_capture=2000))
     own = [shared_sizes(batch) for batch in (small, middle, large)]
     cost = [each.num_tokens + each.num_rows // 4 for each in (*own, found.largest)]
@@ -124,6 +138,18 @@ def test_sizes_of_its_own_are_for_what_has_cost_enough_filling(monkeypatch: pyte
     monkeypatch.setattr(engines.native.buckets, "MOST_SIZES", 1)
     few = SharedSizes(found, Policy(worth_a_capture=2000))
     assert {few.row(middle).sizes for _ in range(9)} == {found.largest}
+
+
+def test_documents_are_short_where_most_tokens_stand_in_short_ones() -> None:
+    """Attention asks for the longest of others alone: a row is made for the longest of its run, or for the next power of two."""
+    few_long, long, short = [3000, *[100] * 80], [3000, *[100] * 9], [700, 300]
+    assert [are_short(lengths) for lengths in (few_long, long, short, [1024], [1025])] == [True, False, True, True, False]
+    assert [own_sizes(batch_of(lengths)).longest for lengths in (few_long, long, short, [300, 300])] == [None, 3000, None, 300]
+    assert [shared_sizes(batch_of(lengths)).longest for lengths in (few_long, long, short, [300, 300])] == [None, 4096, None, None]
+    assert (found := extent([batch_of(few_long), batch_of(short)], shared=True).largest) is not None
+    assert found.longest is None
+    assert (found := extent([batch_of([4097, *[100] * 200]), batch_of(long)], shared=True).largest) is not None
+    assert found.longest == 8192, "short ones have to fit into it too"
 
 
 def test_rows_that_are_all_alike_need_no_filling() -> None:

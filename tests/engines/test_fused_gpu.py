@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import engines.fused
-from engines.native import attention
+from engines.native import buckets
 from harness.data.tokens import IGNORE, Sample, TokenFile
 from harness.data.write import write_token_file
 from harness.engine import Job
@@ -63,7 +63,7 @@ def test_long_uneven_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     """What short ones are to other kernels: FlashAttention 2 and our own agree."""
     job = make_job(tmp_path, family, LORA, steps=6)
     short = run(job, "short")
-    monkeypatch.setattr(attention, "SHORT", 0)
+    monkeypatch.setattr(buckets, "SHORT", 0)
     long = run(job, "long")
     assert long.losses == pytest.approx(short.losses, rel=2e-3)
     assert long.grad_norms == pytest.approx(short.grad_norms, rel=2e-2)

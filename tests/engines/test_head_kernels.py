@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engines.native import fused_ops, reference
+from engines.native.buckets import longest_asked_for
 from engines.native.ops import HeadNorms, Heads
 from engines.native.packed import Packed, bounds
 from engines.native.weights import Weight
@@ -27,7 +28,7 @@ def packed(lengths: Sequence[int], half: int) -> Packed:
     nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE)
     begins, ends = (torch.from_numpy(each).to(DEVICE) for each in bounds(lengths))
-    return Packed(nothing, angles.cos(), angles.sin(), tuple(lengths), starts, begins, ends, max(lengths), nothing, nothing)
+    return Packed(nothing, angles.cos(), angles.sin(), tuple(lengths), starts, begins, ends, longest_asked_for(lengths), nothing, nothing)
 
 
 def heads_of(qkv: Tensor, heads: int, kv_heads: int, head_dim: int) -> list[Tensor]:

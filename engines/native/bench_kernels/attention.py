@@ -7,6 +7,7 @@ Legend: T tokens of documents of S tokens, C query heads, G key-value heads, D h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -109,15 +110,20 @@ def _short_backward(s: Setting) -> Row:
 def _usual(s: Setting, heads: Heads, packed: Packed) -> tuple[Tensor, tuple[Tensor, ...]]:
     """FlashAttention 2, which there is on a GPU in 16 bits; else the reference operations."""
     if heads.queries.dtype == torch.bfloat16 and heads.queries.is_cuda:
-        return dispatch.flash(heads, packed)
+        return dispatch.flash(heads, _with_longest(packed))
     return reference.attention(heads, packed, bare(s.shape.query_size, s)).input.wide.view(heads.queries.shape), ()
 
 
 def _usual_backward(dy: Tensor, heads: Heads, usual: tuple[Tensor, tuple[Tensor, ...]], packed: Packed) -> Heads:
     output, statistics = usual
     if statistics:
-        return dispatch.flash_backward(dy, heads, output, statistics, packed)
+        return dispatch.flash_backward(dy, heads, output, statistics, _with_longest(packed))
     return reference.attention_backward(dy, heads, Attended(Input(output.flatten(1), None), ()), packed)
+
+
+def _with_longest(packed: Packed) -> Packed:
+    """What FlashAttention 2 is told at its best, where our own kernels ask for nothing."""
+    return replace(packed, longest=max(packed.lengths))
 
 
 def _size(s: Setting, lengths: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engines.native.bench import random_weights
+from engines.native.buckets import longest_asked_for
 from engines.native.loader import Placement
 from engines.native.ops import HeadNorms, Heads
 from engines.native.packed import Angles, Packed, bounds
@@ -104,7 +105,7 @@ class Setting:
         begins, ends = (torch.from_numpy(each).to(self.device) for each in bounds(lengths))
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
         turned = angles.cosine[positions], angles.sine[positions]
-        return Packed(nothing, *turned, tuple(lengths), starts, begins, ends, max(lengths), nothing, nothing)
+        return Packed(nothing, *turned, tuple(lengths), starts, begins, ends, longest_asked_for(lengths), nothing, nothing)
 
     def heads(self) -> Heads:
         """Queries, keys and values as views of one projected buffer, as in a step."""
