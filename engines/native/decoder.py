@@ -16,6 +16,7 @@ from engines.native.layer import LayerPass, Stream
 from engines.native.ops import Ops
 from engines.native.packed import Packed
 from engines.native.plan import Plan
+from engines.native.read_rows import ReadRows
 from engines.native.shape import LlamaShape
 from engines.native.store import Section
 from engines.native.weights import DecoderWeights
@@ -48,16 +49,16 @@ class Decoder:
         passes: list[LayerPass] = []
         self.host.begin()
         weights.shared.forget()  # the optimizer has stepped, or another decoder's step was captured
-        for layer, plan in zip(weights.layers, self.plans, strict=True):
-            passes.append(LayerPass(ops, self.shape, layer, packed, stream, plan, self.host))
+        read = ReadRows.supervised(packed)
+        for index, (layer, plan) in enumerate(zip(weights.layers, self.plans, strict=True), start=1):
+            rows = read if index == len(weights.layers) else None
+            passes.append(LayerPass(ops, self.shape, layer, packed, stream, plan, self.host, rows))
             del stream  # the pass lets go of it once its first norm has read it
             stream = passes[-1].forward()
         self.host.settle()
 
         # Only rows that predict a supervised token reach the loss: the rest of the sequence needs no norm and no logits.
-        last_LH = stream.x[packed.rows]
-        if stream.delta is not None:
-            last_LH += stream.delta[packed.rows]
+        last_LH = self._last(stream, packed, read)
         del stream
         normed_LH = ops.plain_norm(last_LH, weights.norm, epsilon)
         losses, d_normed_LH = ops.cross_entropy(normed_LH, weights.head, packed.targets, scale, self.loss_chunk)
@@ -68,10 +69,8 @@ class Decoder:
         ready("head")
 
         rooms = [layer.down.padded_rank for layer in weights.layers]
-        d_x_TW: Tensor | None = last_LH.new_zeros(len(packed.tokens), self.shape.hidden_size + rooms[-1])
         del last_LH
-        assert d_x_TW is not None
-        d_x_TW[:, : self.shape.hidden_size].index_copy_(0, packed.rows, d_last_LH)
+        d_x_TW: Tensor | None = self._gradient_of_last(d_last_LH, packed, read, rooms[-1])
         del d_last_LH
         while passes and d_x_TW is not None:
             # Popped, so that a layer's tensors are freed as soon as it is done; the lowest needs no dx unless it is trained.
@@ -86,3 +85,22 @@ class Decoder:
             weights.embedding.add_rows(packed.tokens, d_x_TW)
             ready("embedding")
         return losses
+
+    def _last(self, stream: Stream, packed: Packed, read: ReadRows) -> Tensor:
+        """The top layer's output at the supervised rows [L, H]."""
+        x, delta = stream.x, stream.delta
+        if read.chosen is not None:
+            return x if delta is None else x + delta  # the layer may hold x
+        last_LH = x[packed.rows]
+        return last_LH if delta is None else last_LH.add_(delta[packed.rows])
+
+    def _gradient_of_last(self, d_last_LH: Tensor, packed: Packed, read: ReadRows, room: int) -> Tensor:
+        """By the top layer's output, with ``room`` beside it: at the rows that are read, [R, H + room]."""
+        hidden = self.shape.hidden_size
+        if read.chosen is not None:
+            d_x_RW = d_last_LH.new_empty(len(read), hidden + room)
+            d_x_RW[:, :hidden] = d_last_LH
+            return d_x_RW
+        d_x_TW = d_last_LH.new_zeros(len(packed.tokens), hidden + room)
+        d_x_TW[:, :hidden].index_copy_(0, packed.rows, d_last_LH)
+        return d_x_TW

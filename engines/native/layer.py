@@ -1,7 +1,7 @@
 """One decoder layer, forward and explicit backward: each tensor is made on first use, and a plan says which are kept.
 
-Legend: T tokens, H hidden, D head dimension, C query heads, G key-value heads, N output and K input columns of a linear group,
-P its padded ranks, W = N + P.
+Legend: T tokens, R of them that go through the MLP (all, but in the top layer), H hidden, D head dimension, C query heads, G key-value
+heads, N output and K input columns of a linear group, P its padded ranks, W = N + P.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from engines.native.host import Arriving, Host, Stored
 from engines.native.ops import Attended, HeadNorms, Heads, Input, NormSource, Ops
 from engines.native.packed import Packed
 from engines.native.plan import Name, Plan
+from engines.native.read_rows import ReadRows, rows_of, some
 from engines.native.shape import LlamaShape
 from engines.native.weights import LayerWeights
 
@@ -37,10 +38,14 @@ class LayerPass:
 
     A tensor that the plan dropped is computed again by the same operation on the same inputs, and one that it offloaded comes back
     bit by bit, so gradients do not depend on that; pieces change the order of sums. What backward never reads (the down
-    projection) is never recomputed.
+    projection) is never recomputed. Where the output is read at some ``rows`` only, all that comes behind attention is
+    computed for these.
     """
 
-    def __init__(self, ops: Ops, shape: LlamaShape, weights: LayerWeights, packed: Packed, stream: Stream, plan: Plan, host: Host) -> None:
+    def __init__(
+        self, ops: Ops, shape: LlamaShape, weights: LayerWeights, packed: Packed, stream: Stream, plan: Plan, host: Host,
+        rows: ReadRows | None = None,
+    ) -> None:  # fmt: skip
         """Nothing is computed yet; the sum of ``stream`` is the layer's input."""
         self._ops = ops
         self._shape = shape
@@ -49,13 +54,14 @@ class LayerPass:
         self._stream: Stream | None = stream
         self._plan = plan
         self._host = host
+        self._read = ReadRows(len(packed.tokens)) if rows is None else rows
         self._made: dict[str, Any] = {}
         self._early: list[Stored] = []
         self._late: list[Stored] = []
         self._arriving: list[Arriving] = []
 
     def forward(self) -> Stream:
-        """The layer's output; afterwards only what the plan keeps is held here."""
+        """The layer's output, [R, H] twice; afterwards only what the plan keeps is held here."""
         ops, weights = self._ops, self._weights
         mlp_input = self._mlp_input()
         middle = self._middle()
@@ -65,7 +71,7 @@ class LayerPass:
         whole = "gate_up" in self._plan.held
         deltas, lows = [], []
         for rows in self._pieces(1 if whole else self._plan.pieces):
-            gate_up_TN = self._gate_up(_rows_of(mlp_input, rows))
+            gate_up_TN = self._gate_up(rows_of(mlp_input, rows))
             if whole:
                 self._made["gate_up"] = gate_up_TN
             h = ops.swiglu(gate_up_TN, weights.down)
@@ -85,7 +91,7 @@ class LayerPass:
     def mlp_backward(self, dy_TW: Tensor) -> Tensor:
         """Add the gradients of the MLP's trained weights; returns that of the sum in the middle.
 
-        ``dy_TW``: [T, H + P], P the padded rank of this layer's down projection; the result is the same of its output projection.
+        ``dy_TW``: [R, H + P], P the padded rank of this layer's down projection; the result is the same of its output projection.
         """
         ops, weights = self._ops, self._weights
         self.prefetch()
@@ -98,7 +104,7 @@ class LayerPass:
         middle, inverse = self._middle(), self._mlp_inverse()
         gradients = []
         for rows in self._pieces(self._plan.pieces):
-            made_TN = self._gate_up(_rows_of(mlp_input, rows)) if mlp_input is not None else gate_up_TN[rows]
+            made_TN = self._gate_up(rows_of(mlp_input, rows)) if mlp_input is not None else gate_up_TN[rows]
             if rows.stop == len(dy_TW):
                 mlp_input = gate_up_TN = None  # the last piece, perhaps the only one, needs them no more
             source = NormSource(middle[rows], inverse[rows], weights.mlp_norm)
@@ -110,9 +116,9 @@ class LayerPass:
 
     def _mlp_rows_backward(self, dy_TW: Tensor, gate_up_TN: Tensor, source: NormSource, rows: slice) -> Tensor:
         ops, weights, hidden = self._ops, self._weights, self._shape.hidden_size
-        low_down = _rows(self._made["low_down"], rows) if "low_down" in self._made else ops.swiglu(gate_up_TN, weights.down).low
+        low_down = some(self._made["low_down"], rows) if "low_down" in self._made else ops.swiglu(gate_up_TN, weights.down).low
         ops.up_gradients(dy_TW, low_down, weights.down)
-        d_h_TK, low_gate_up = ops.input_gradient(dy_TW, weights.down), _rows(self._low_gate_up(), rows)
+        d_h_TK, low_gate_up = ops.input_gradient(dy_TW, weights.down), some(self._low_gate_up(), rows)
         d_gate_up_TW = ops.swiglu_backward(d_h_TK, gate_up_TN, dy_TW, low_gate_up, weights.down, weights.gate_up)
         del d_h_TK, gate_up_TN  # the gradient may lie where gate and up were
         ops.fill(d_gate_up_TW, weights.gate_up)
@@ -136,7 +142,7 @@ class LayerPass:
             return None
         d_normed_TH = ops.input_gradient(d_qkv_TW, weights.qkv)
         del d_qkv_TW
-        d_middle_TH = d_middle_TW[:, : self._shape.hidden_size]
+        d_middle_TH = self._read.spread(d_middle_TW[:, : self._shape.hidden_size])
         return ops.norm_backward(d_normed_TH, x_TH, inverse, weights.input_norm, d_middle_TH, room)
 
     def _heads_backward(self, d_middle_TW: Tensor) -> Tensor:
@@ -144,10 +150,11 @@ class LayerPass:
         ops, weights, packed = self._ops, self._weights, self._packed
         heads, attended = self._heads(), self._attended()
         ops.fill(d_middle_TW, weights.output)
-        x_TK = attended.input.wide[:, : weights.output.num_inputs]
-        ops.weight_gradients(d_middle_TW, x_TK, weights.output)
-        ops.up_gradients(d_middle_TW, attended.input.low, weights.output)
-        d_attended_TK = ops.input_gradient(d_middle_TW, weights.output)
+        projected_from = self._read.of_input(attended.input)
+        ops.weight_gradients(d_middle_TW, projected_from.wide[:, : weights.output.num_inputs], weights.output)
+        ops.up_gradients(d_middle_TW, projected_from.low, weights.output)
+        del projected_from
+        d_attended_TK = self._read.spread(ops.input_gradient(d_middle_TW, weights.output))
         d_heads = ops.attention_backward(d_attended_TK.view_as(heads.queries), heads, attended, packed)
         del d_attended_TK
         norms = self._head_norms()
@@ -197,8 +204,8 @@ class LayerPass:
     def _mlp_input(self) -> Input:
         """As ``_attention_input``, with the sum of the stream and the attention's output."""
         kept, weights = self._made.get("middle"), self._weights
-        delta = self._ops.linear(self._attended().input, weights.output, 0) if kept is None else None
-        x = self._input() if kept is None else kept
+        delta = self._ops.linear(self._read.of_input(self._attended().input), weights.output, 0) if kept is None else None
+        x = self._read.of(self._input()) if kept is None else kept
         made = self._ops.norm(x, delta, weights.mlp_norm, self._shape.norm_epsilon, weights.gate_up)
         self._made.update(middle=made.x, low_gate_up=made.input.low, mlp_inverse=made.inverse)
         return made.input
@@ -267,18 +274,10 @@ class LayerPass:
         self._arriving = []
 
     def _pieces(self, count: int) -> list[slice]:
-        """All rows in ``count`` parts, fewer where there are fewer rows."""
-        total = len(self._packed.tokens)
+        """All rows of the MLP in ``count`` parts, fewer where there are fewer rows."""
+        total = len(self._read)
         size = -(-total // count)
         return [slice(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
-    return None if x is None else x[rows]
-
-
-def _rows_of(input: Input, rows: slice) -> Input:
-    return Input(input.wide[rows], _rows(input.low, rows), _rows(input.scales, rows))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -142,9 +142,10 @@ def sizes_of(batches: Iterable[Batch], of_all: Extent) -> list[Sizes]:
 
 
 def _excerpt(decoder: Decoder) -> Decoder:
-    """Two layers, and one of each plan: what they launch for a number of tokens, all do."""
+    """Two layers, one of each plan, and the top one, which may compute fewer rows: what they launch for a number of tokens, all do."""
     kinds = {plan: index for index, plan in reversed(list(enumerate(decoder.plans)))}
-    chosen = sorted({0, min(1, len(decoder.plans) - 1), *kinds.values()})
+    top = len(decoder.plans) - 1
+    chosen = sorted({0, min(1, top), *kinds.values(), top})
     layers = tuple(decoder.weights.layers[index] for index in chosen)
     return replace(decoder, weights=replace(decoder.weights, layers=layers), plans=tuple(decoder.plans[index] for index in chosen))
 

@@ -211,7 +211,7 @@ def rehearse(job: Job, table: Ops, options: dict[str, Any], plan: Plan, counted:
 def main(folder: Path, only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     one_tree_at_a_time()
     driver.set_active(NoGpu())  # type: ignore[arg-type]
-    fp8_ops._product = lambda codes, scales, rows, count: torch.zeros(len(codes), count, dtype=torch.bfloat16)  # type: ignore[assignment]
+    fp8_ops._product = lambda codes, scales, rows, count: codes.new_zeros(len(codes), count, dtype=torch.bfloat16)  # type: ignore[assignment]
     loader.moved = lambda weight, place: moved(weight, torch.clone)  # out of the file, whose parts lie at odd addresses
     counted = Compilations()
     for name in only or list(CASES):
