@@ -203,9 +203,10 @@ def _cost(sizes: Sizes) -> int:
 
 def _fits(own: Sizes, lengths: Sequence[int], sizes: Sizes) -> bool:
     """Whether documents of these ``lengths``, which make a row of sizes ``own``, can be filled up to ``sizes``."""
-    if own.num_tokens > sizes.num_tokens or own.num_rows > sizes.num_rows:
+    for_short = sizes.longest is None
+    if own.num_tokens > sizes.num_tokens or own.num_rows > sizes.num_rows or (for_short and own.longest is not None):
         return False
-    if own.longest is not None if sizes.longest is None else max(lengths) > sizes.longest:
+    if sizes.longest is not None and max(lengths) > sizes.longest:
         return False
     return len(lengths) + len(_fillers(sizes.num_tokens - sum(lengths))) <= sizes.num_documents
 
