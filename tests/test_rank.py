@@ -10,7 +10,6 @@ import pytest
 
 from harness.current import current, latest
 from harness.engine import Machine
-from harness.labels import labels
 from harness.rank import Entry, Group, Variant, compare_variants, rank
 from harness.record import Record
 from harness.spec import EngineSpec
@@ -283,23 +282,6 @@ def test_held_out_loss_is_the_median_of_the_scored_repeats() -> None:
     scored = [entry(records.record(repeat=i), held_out_loss=loss) for i, loss in enumerate((2.0, 2.2, 2.1))]
     assert group(scored).variants[0].held_out_loss == 2.1
     assert group([Entry(records.record(), "p", None, SAME)]).variants[0].held_out_loss is None
-
-
-@pytest.mark.parametrize(
-    ("specs", "expected"),
-    [
-        ([engine("hf"), engine("fused")], ("hf", "fused")),
-        ([engine("a", micro_batch=1), engine("a", micro_batch=8)], ("a micro_batch=1", "a micro_batch=8")),
-        ([engine("a", micro_batch=1), engine("b", micro_batch=8)], ("a", "b")),
-        ([engine("a", processes=1), engine("a", processes=2)], ("a processes=1", "a processes=2")),
-        ([engine("a"), engine("a", environment={"X": "1"})], ("a environment.X=unset", "a environment.X=1")),
-        ([engine("a", plan={"x": 1, "y": 2}), engine("a", plan={"x": 1, "y": 3})], ("a plan.y=2", "a plan.y=3")),
-        ([engine("a", on=True), engine("a", on=None)], ("a on=true", "a")),
-        ([engine("a", mode="fast"), engine("a", mode="safe")], ("a mode=fast", "a mode=safe")),
-    ],
-)
-def test_labels_say_what_differs_within_an_engine(specs: list[EngineSpec], expected: tuple[str, ...]) -> None:
-    assert labels(specs) == expected
 
 
 def test_variants_are_told_apart_by_every_part_of_the_engine() -> None:

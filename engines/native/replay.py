@@ -8,7 +8,7 @@ sort is launched by hand, so that libraries load their kernels; all others, of w
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -140,13 +140,13 @@ class _ByCuda:
 def recording(graph: torch.cuda.CUDAGraph, pool: Any, mode: str) -> Iterator[None]:
     """What is launched inside goes into ``graph``. What breaks it off is what is raised, not that the graph could then not be ended."""
     graph.capture_begin(pool, mode)
+    is_whole = False
     try:
         yield
-    except BaseException:
-        with suppress(RuntimeError):  # "capturing stream has unjoined work", where a copy went beside it
+        is_whole = True
+    finally:
+        with nullcontext() if is_whole else suppress(RuntimeError):  # "capturing stream has unjoined work", of a copy that went beside it
             graph.capture_end()
-        raise
-    graph.capture_end()
 
 
 @cache
