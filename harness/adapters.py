@@ -17,6 +17,23 @@ def adapter_folder(root: Path, adapter_sha256: str) -> Path:
     return root / "adapters" / adapter_sha256[:16]
 
 
+def keep_for_good(root: Path, adapter_sha256: str) -> None:
+    """Somebody asked for these weights (``keep=adapters``): no sweep that ends in the same ones deletes them any more."""
+    mark = _mark(root, adapter_sha256)
+    with writing(mark):
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def is_kept_for_good(root: Path, adapter_sha256: str) -> bool:
+    """Whether ``keep_for_good`` was said of these weights since they were made."""
+    return _mark(root, adapter_sha256).exists()
+
+
+def _mark(root: Path, adapter_sha256: str) -> Path:
+    return root / "kept" / adapter_sha256[:16]
+
+
 def drop_adapter(root: Path, adapter_sha256: str) -> None:
     """Delete these weights; killed halfway, nothing is left that looks like weights."""
     folder, away = adapter_folder(root, adapter_sha256), root / "work" / "dropped"
@@ -48,6 +65,7 @@ def keep_adapter(work: Path, root: Path, record: Record) -> None:
     if record.status in TRAINED and sha is not None:
         target = adapter_folder(root, sha)
         if (work / "adapter").exists() and not target.exists():
+            _mark(root, sha).unlink(missing_ok=True)  # of weights that somebody has deleted
             with writing(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (work / "adapter").rename(target)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.adapters import adapter_folder, drop_adapter
+from harness.adapters import adapter_folder, drop_adapter, is_kept_for_good
 from harness.comparable import Run, by_workload, measured, runs
 from harness.data.tokens import TokenFile
 from harness.errors import HarnessError, StoreError
@@ -115,9 +115,9 @@ def needed_later(results: Results) -> set[str]:
 
 
 def drop(trained: Trained, but: set[str]) -> None:
-    """Delete the weights of these records except those in ``but``."""
+    """Delete the weights of these records except those in ``but`` and those that somebody asked for."""
     for sha in trained.kept:
-        if sha not in but:
+        if sha not in but and not is_kept_for_good(trained.root, sha):
             drop_adapter(trained.root, sha)
 
 

@@ -25,7 +25,7 @@ SCORES = "scores"  # <root>/scores/<base>-<tokens>/<adapter or base>.json
 UPDATES = "updates"  # <root>/updates/<start>/<weights>-<weights>.json
 FLOORS = "limits"  # <root>/limits/<machine>/<workload>.json
 # Folders of a root that hold no records of its own; ``checks`` holds those of checks, a root for each tree.
-INTERNAL = ("work", "adapters", "checks", SCORES, UPDATES, FLOORS, TUNED)
+INTERNAL = ("work", "adapters", "kept", "checks", SCORES, UPDATES, FLOORS, TUNED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from harness import nodes, preparing, report
-from harness.adapters import adapter_folder
+from harness.adapters import adapter_folder, keep_for_good
 from harness.config import Request, Settings
 from harness.errors import HarnessError, StoreError
 from harness.launch import recovered, run_cell, unsupported
@@ -267,6 +267,7 @@ def _left(sweep: Sweep, records: Sequence[Record]) -> set[tuple[str, str]]:
         return set()
     left = {(record.machine.key, record.cell.key): (record, sha) for record in records if (sha := kept(sweep.root, record))}
     for record, sha in left.values():
+        keep_for_good(sweep.root, sha)
         what = "weights" if record.cell.workload.method.name == "full" else "adapter"
         steps, folder = record.cell.workload.train.num_steps, adapter_folder(sweep.root, sha)
         place = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
