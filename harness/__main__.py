@@ -30,9 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.help:
         print(_help())
         return 0
-    if options.config_dir:
-        options.overrides.insert(0, f"hydra.searchpath=[file://{options.config_dir.resolve()}]")
     try:
+        if options.config_dir:
+            from harness.compose import searchpath
+
+            options.overrides.insert(0, searchpath(options.config_dir))
         return _show(options) if options.cfg else _run(options)
     except HarnessError as error:
         print(f"error: {error}" if "\n" not in str(error) else f"error:\n{error}", file=sys.stderr)

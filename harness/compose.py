@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from harness.errors import ConfigError, nearest
 from harness.machine import has_cuda
@@ -30,7 +30,17 @@ def compose_one(overrides: Sequence[str]) -> DictConfig:
     Here and below, ``hydra.searchpath=[file:///FOLDER]`` adds a folder of one's own groups and options.
     """
     with _hydra():
-        return _without_hydra(_compose(_with_machine(overrides)))
+        given = _with_machine(overrides)
+        if several := [_line(override) for override in _parse(given) if override.is_sweep_override()]:
+            raise ConfigError(f"{', '.join(several)}: several values, and one is asked for")
+        return _without_hydra(_compose(given))
+
+
+def searchpath(folder: Path) -> str:
+    """The override that adds a folder of one's own groups and options. Raises ConfigError where it is not there."""
+    if not folder.is_dir():
+        raise ConfigError(f"--config-dir {folder}: there is no such folder")
+    return f"hydra.searchpath=[file://{folder.resolve()}]"
 
 
 def compose_all(overrides: Sequence[str], *, multirun: bool) -> list[tuple[tuple[str, ...], DictConfig]]:
@@ -43,6 +53,8 @@ def compose_all(overrides: Sequence[str], *, multirun: bool) -> list[tuple[tuple
         parsed = _parse(_with_machine(overrides))
         fixed = [_line(override) for override in parsed if not override.is_sweep_override()]
         sweeps = [override for override in parsed if override.is_sweep_override()]
+        if empty := [_line(override) for override in sweeps if not _values(override)]:
+            raise ConfigError("\n".join(f"{line}: these are no values" for line in empty))
         # With the first value of every sweep: a fixed override may be valid only under a choice that is swept.
         root = _compose([*fixed, *(_values(override)[0] for override in sweeps)])
         multirun = multirun or str(root.hydra.mode) == "RunMode.MULTIRUN"
@@ -146,7 +158,7 @@ def _diagnose(overrides: Sequence[str]) -> list[str]:
 def _is_unknown(override: Override, config: DictConfig) -> bool:
     try:
         return OmegaConf.select(config, override.key_or_group, default=config, throw_on_missing=True) is config
-    except MissingMandatoryValue:  # a key that waits for its value, as data.path of data=jsonl
+    except (MissingMandatoryValue, InterpolationToMissingValueError):  # it waits for a value, as data.path of data=jsonl, or for another's
         return False
 
 
@@ -194,10 +206,19 @@ def plain(config: DictConfig) -> dict[str, Any]:
     try:
         container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        missing = sorted(OmegaConf.missing_keys(config))
+        missing = sorted(_missing(OmegaConf.to_container(config, resolve=False)))
         raise ConfigError("\n".join(f"{key}: required, but not given; add {key}=…" for key in missing) or str(error)) from error
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def _missing(node: Any, key: str = "") -> Iterator[str]:
+    """Keys that wait for a value. (Those of others that refer to it are not named: omegaconf's own search stops at such a one.)"""
+    if isinstance(node, dict):
+        for name, below in node.items():
+            yield from _missing(below, f"{key}.{name}" if key else str(name))
+    elif node == "???":
+        yield key
 
 
 @contextmanager

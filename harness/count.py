@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.compose import searchpath
 from harness.config import Request, requests
 from harness.errors import ConfigError, HarnessError
 from harness.gates import Counted, Counts
@@ -26,9 +27,9 @@ NUM_STEPS = 3  # the first compiles and allocates; the other two are alike, unle
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the counted run to FILE. Returns 0, 2 for a mistake, 5 when the cell did not end ok (FILE has the reason)."""
     options = _parser().parse_intermixed_args(arguments)
-    if options.config_dir:
-        options.overrides.insert(0, f"hydra.searchpath=[file://{options.config_dir.resolve()}]")
     try:
+        if options.config_dir:
+            options.overrides.insert(0, searchpath(options.config_dir))
         settings, found = requests(options.overrides, multirun=False)
         counted = _count(found[0], Path(settings.cache).expanduser().resolve())
         write_at_once(options.out.resolve(), (counted.model_dump_json(indent=1) + "\n").encode())

@@ -48,6 +48,8 @@ def _answer(words: Sequence[str]) -> list[str]:
     overrides = []
     for word in words:
         key, _, value = word.partition("=")
+        if key == "engine" or key.startswith("engine.knobs."):
+            raise ConfigError(f"{word}: fit chooses engines and their knobs itself; engines=hf,fused names engines")
         if key in own:
             own[key] = value
         else:

@@ -269,7 +269,7 @@ def loads_score(text: str, source: str) -> Score:
     try:
         return parse(Score, json.loads(text))
     except (ValueError, ConfigError) as error:
-        raise RecordError(f"{source}: not a valid score; delete it and run the sweep again: {error}") from error
+        raise RecordError(f"{source}: not a valid score; delete it, and have the sweep make it again with rerun=all: {error}") from error
 
 
 def _from_1(raw: dict[str, Any]) -> dict[str, Any]:

@@ -180,15 +180,15 @@ class Train(Spec):
 
     steps: Positive
     samples_per_step: Positive
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     schedule: Literal["constant", "linear", "cosine"]
     warmup_steps: Annotated[int, Field(ge=0)]
-    weight_decay: Annotated[float, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     beta1: Fraction
     beta2: Fraction
-    epsilon: Annotated[float, Field(gt=0)]
-    max_grad_norm: Annotated[float, Field(gt=0)] | None
-    seed: int
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     stop_after: Positive | None = None
 
     @property

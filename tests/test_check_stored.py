@@ -118,6 +118,17 @@ def test_records_of_another_machine_are_refused(tmp_path: Path, capsys: pytest.C
     assert records.GPU.key in said
 
 
+def test_records_that_cannot_be_compared_with_this_machine_are_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.check.command.Bench", pytest.fail)
+    where = f"runs={tmp_path / 'runs'}", f"cache={tmp_path / 'cache'}"
+    code, said = check(capsys, "--records", tmp_path / "absent", *where)
+    assert (code, "there is no such folder" in said) == (2, True)
+    code, said = check(capsys, "--records", stored(tmp_path / "base", side_of(0)), *where)
+    assert (code, "records of another machine" in said, "this one is" in said) == (2, True, True)
+
+
 def test_records_without_a_cell_in_common_are_nothing_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = stored(tmp_path / "base", side_of(0)), stored(tmp_path / "new", side_of(1, work=records.workload(seed=7)))
     code, said = check(capsys, *records_of(*folders))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.compose import CONF, compose_all, compose_one, plain
+from harness.compose import CONF, compose_all, compose_one, plain, searchpath
 from harness.config import Request, Settings, requests
 from harness.errors import ConfigError
 
@@ -112,6 +112,9 @@ def test_own_options_from_a_folder(cache: Path) -> None:
         (["data=jsonl"], ["data.path: required, but not given; add data.path="]),
         (["data=jsonl", "data.path=absent.jsonl"], ["there is no file 'absent.jsonl'"]),
         (["repeat=1,2"], ["repeat=1,2: several values make a sweep; add -m"]),
+        (["repeat=range(0)"], ["repeat=range(0): these are no values"]),
+        (["model=local"], ["model.weights: required, but not given; add model.weights="]),
+        (["train.seed=99999999999999999999", "train.learning_rate=inf"], ["train.seed: got 9999", "train.learning_rate: got Infinity"]),
         (["nonsense"], ["nonsense: not an override"]),
         (["model.weights=meta-llama/Llama"], ["model.weights", "hub:"]),
         (["plan=maybe"], ["plan: got \"maybe\""]),
@@ -123,6 +126,17 @@ def test_mistakes_are_named_with_the_nearest_right_thing(overrides: list[str], s
         ask(cache, *overrides)
     for line in says:
         assert line in str(caught.value)
+
+
+def test_where_one_value_is_asked_for_several_are_refused() -> None:
+    with pytest.raises(ConfigError, match="engine=hf,fused: several values, and one is asked for"):
+        compose_one(["engine=hf,fused"])
+
+
+def test_a_folder_of_own_options_has_to_be_there(tmp_path: Path) -> None:
+    assert searchpath(tmp_path) == f"hydra.searchpath=[file://{tmp_path}]"
+    with pytest.raises(ConfigError, match=r"--config-dir .*absent: there is no such folder"):
+        searchpath(tmp_path / "absent")
 
 
 def test_mistakes_of_a_sweep_are_each_reported_once(cache: Path) -> None:

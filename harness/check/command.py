@@ -15,11 +15,13 @@ from harness.check.outcome import CellOutcome, Exit, Outcome
 from harness.check.settings import CheckSettings, read_settings
 from harness.check.show import markdown, text
 from harness.check.simulate import pairs_needed
-from harness.check.stored import named, stored_cells
+from harness.check.stored import expect_records_of, named, stored_cells
 from harness.check.trees import Sharing, base_tree, this_tree
+from harness.compose import searchpath
 from harness.config import Request, Settings, requests
 from harness.endings import TREE
 from harness.errors import ConfigError, nearest
+from harness.plan import plan as planned
 from harness.store import write_at_once, writing
 from harness.turns import turn
 
@@ -86,6 +88,8 @@ def _judge_stored(asked: Asked, settings: CheckSettings) -> Outcome:
 def _measure(asked: Asked, settings: CheckSettings) -> Outcome:
     where, found = _requests(asked, settings)
     runs = Path(where.runs).expanduser().resolve()
+    if asked.records is not None:
+        expect_records_of({one.machine.key for one in planned(found, [], "all")}, asked.records)
     plan = Plan(
         cells=tuple(zip(named([(one.cell.engine, one.cell.workload) for one in found]), _overrides(asked, settings, found), strict=True)),
         pairs=0 if asked.gates else asked.pairs or settings.pairs or _enough_pairs(settings, found),
@@ -134,7 +138,7 @@ def _against_records(asked: Asked, settings: CheckSettings, plan: Plan, held: in
 def _requests(asked: Asked, settings: CheckSettings) -> tuple[Settings, list[Request]]:
     """The cells of the work, as this tree understands it."""
     given = _work(asked, settings)
-    path = [f"hydra.searchpath=[file://{asked.config_dir}]"] if asked.config_dir else []
+    path = [searchpath(asked.config_dir)] if asked.config_dir else []
     where, found = requests([*path, *given], multirun=True)
     distinct = list({one.cell.key: one for one in found}.values())
     return where, distinct

@@ -27,12 +27,7 @@ def stored_cells(base: Path, candidate: Path) -> tuple[tuple[Measured, ...], tup
     evidence is none), ConfigError when the two are not of one machine.
     """
     theirs, mine = _grouped(base), _grouped(candidate)
-    machines = [sorted({key[0] for key in side}) for side in (theirs, mine)]
-    if not set(machines[0]) & set(machines[1]):
-        raise ConfigError(
-            f"records of another machine: {base} has {', '.join(machines[0])}; {candidate} has {', '.join(machines[1])}; "
-            "times can be compared on one machine only"
-        )
+    _expect_one_machine(base, theirs, f"{candidate} has", {key[0] for key in mine})
     pairs = _matched(theirs, mine)
     counted = [_counted(folder) for folder in (base, candidate)]
     cells = []
@@ -43,6 +38,20 @@ def stored_cells(base: Path, candidate: Path) -> tuple[tuple[Measured, ...], tup
             Measured(name, *sides, paired=paired, counted=(both[0], both[1]) if both[0] is not None and both[1] is not None else None)
         )
     return tuple(cells), (*_alone("base", theirs, [one for one, _ in pairs]), *_alone("candidate", mine, [one for _, one in pairs]))
+
+
+def expect_records_of(machines: set[str], base: Path) -> None:
+    """Raises what ``stored_cells`` would, as far as it can be told before anything is measured on these ``machines``."""
+    _expect_one_machine(base, _grouped(base), "this one is", machines)
+
+
+def _expect_one_machine(base: Path, stored: Iterable[Key], other: str, machines: set[str]) -> None:
+    theirs = {key[0] for key in stored}
+    if not theirs & machines:
+        raise ConfigError(
+            f"records of another machine: {base} has {', '.join(sorted(theirs))}; {other} {', '.join(sorted(machines))}; "
+            "times can be compared on one machine only"
+        )
 
 
 def cell_names(records: Sequence[Record]) -> tuple[str, ...]:

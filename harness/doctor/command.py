@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from harness.compose import CONF, compose_one, plain
+from harness.compose import CONF, compose_one, plain, searchpath
 from harness.doctor.caches import Entry, entries, purge, select, storage_findings
 from harness.doctor.finding import Finding
 from harness.doctor.hardware import gpu_findings, machine_findings
@@ -24,10 +24,10 @@ OK, DEMO_CANNOT_RUN, USAGE = 0, 1, 2
 def run(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when the demo can run here (or the cache was shown or purged), 1 when it cannot, 2 when the command is wrong."""
     options = _parser().parse_intermixed_args(arguments)
-    if options.config_dir:
-        options.overrides.insert(0, f"hydra.searchpath=[file://{options.config_dir.resolve()}]")
     console = Console(soft_wrap=False)
     try:
+        if options.config_dir:
+            options.overrides.insert(0, searchpath(options.config_dir))
         runs, cache = _folders(options.overrides)
         if options.cache or options.purge:
             return _cache(options, runs, cache, console)

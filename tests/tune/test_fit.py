@@ -108,6 +108,8 @@ def test_a_part_of_a_gpus_name_is_enough_where_it_is_one(capsys: pytest.CaptureF
             "gpu=nvidia: that may be NVIDIA H100 80GB HBM3 or NVIDIA H200; say more of the name",
         ),
         (["gib=many"], "expected sizes of cards in GiB"),
+        (["engine=hf"], "engine=hf: fit chooses engines and their knobs itself"),
+        (["engine.knobs.micro_batch=4"], "engine.knobs.micro_batch=4: fit chooses"),
         (["gib=16,0"], "gib=16,0: expected sizes of cards in GiB"),
         (["engines=nobody"], "there is no engine 'nobody'"),
         (["engines=fussed"], "did you mean 'fused'?"),
