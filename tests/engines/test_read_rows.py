@@ -15,7 +15,7 @@ from engines.native.packed import Angles
 from engines.native.plan import KEEP_ALL, KEEP_INPUT, Plan
 from engines.native.read_rows import ReadRows
 from harness.data.tokens import IGNORE, Sample, pack
-from tests.engines.test_fused import DEVICE, SUBSET, decoder, gradients, packed
+from tests.engines.test_fused import DEVICE, SUBSET, decoder, expect_gradients_of, gradients, packed
 from tests.engines.tiny import FAMILIES, FULL, LONGEST, LORA, QLORA, decoded, make_job, plain_loss, plain_model
 
 
@@ -41,12 +41,7 @@ def test_every_gradient_is_that_of_autograd(tmp_path: Path, family: str, method:
     assert ReadRows.supervised(row).chosen is not None
     losses = native.accumulate(row, torch.tensor(1.0 / num_labels))
     assert float(losses.sum()) / num_labels == pytest.approx(float(loss.detach()), rel=2e-6)
-    expected = {name.replace(".default", ""): value.grad for name, value in model.named_parameters() if value.requires_grad}
-    found = gradients(native)
-    assert set(found) == set(expected)
-    for name, right in expected.items():
-        assert right is not None
-        assert torch.linalg.vector_norm(found[name] - right) < 1e-5 * torch.linalg.vector_norm(right), name
+    expect_gradients_of(model, native)
 
 
 PLANS = {
