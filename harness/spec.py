@@ -188,7 +188,7 @@ class Train(Spec):
     beta2: Fraction
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
     stop_after: Positive | None = None
 
     @property

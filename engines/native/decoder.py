@@ -50,6 +50,7 @@ class Decoder:
         self.host.begin()
         weights.shared.forget()  # the optimizer has stepped, or another decoder's step was captured
         read = ReadRows.supervised(packed)
+        supervised = read.then(packed.rows)
         for index, (layer, plan) in enumerate(zip(weights.layers, self.plans, strict=True), start=1):
             rows = read if index == len(weights.layers) else None
             passes.append(LayerPass(ops, self.shape, layer, packed, stream, plan, self.host, rows))
@@ -58,7 +59,9 @@ class Decoder:
         self.host.settle()
 
         # Only rows that predict a supervised token reach the loss: the rest of the sequence needs no norm and no logits.
-        last_LH = self._last(stream, packed, read)
+        last_LH = supervised.of(stream.x)
+        if stream.delta is not None:
+            last_LH = last_LH + supervised.of(stream.delta)  # apart: the layer may hold what it is made from
         del stream
         normed_LH = ops.plain_norm(last_LH, weights.norm, epsilon)
         losses, d_normed_LH = ops.cross_entropy(normed_LH, weights.head, packed.targets, scale, self.loss_chunk)
@@ -70,7 +73,7 @@ class Decoder:
 
         rooms = [layer.down.padded_rank for layer in weights.layers]
         del last_LH
-        d_x_TW: Tensor | None = self._gradient_of_last(d_last_LH, packed, read, rooms[-1])
+        d_x_TW: Tensor | None = supervised.spread(d_last_LH, rooms[-1])
         del d_last_LH
         while passes and d_x_TW is not None:
             # Popped, so that a layer's tensors are freed as soon as it is done; the lowest needs no dx unless it is trained.
@@ -85,22 +88,3 @@ class Decoder:
             weights.embedding.add_rows(packed.tokens, d_x_TW)
             ready("embedding")
         return losses
-
-    def _last(self, stream: Stream, packed: Packed, read: ReadRows) -> Tensor:
-        """The top layer's output at the supervised rows [L, H]."""
-        x, delta = stream.x, stream.delta
-        if read.chosen is not None:
-            return x if delta is None else x + delta  # the layer may hold x
-        last_LH = x[packed.rows]
-        return last_LH if delta is None else last_LH.add_(delta[packed.rows])
-
-    def _gradient_of_last(self, d_last_LH: Tensor, packed: Packed, read: ReadRows, room: int) -> Tensor:
-        """By the top layer's output, with ``room`` beside it: at the rows that are read, [R, H + room]."""
-        hidden = self.shape.hidden_size
-        if read.chosen is not None:
-            d_x_RW = d_last_LH.new_empty(len(read), hidden + room)
-            d_x_RW[:, :hidden] = d_last_LH
-            return d_x_RW
-        d_x_TW = d_last_LH.new_zeros(len(packed.tokens), hidden + room)
-        d_x_TW[:, :hidden].index_copy_(0, packed.rows, d_last_LH)
-        return d_x_TW

@@ -28,6 +28,10 @@ class ReadRows:
         few = len(packed.rows) <= _WORTH * len(packed.tokens)
         return cls(len(packed.tokens), packed.rows if few else None)
 
+    def then(self, rows: Tensor) -> ReadRows:
+        """The same choice of ``rows``, once this one has been made: what it chose is what is read."""
+        return ReadRows(self.num_tokens, rows) if self.chosen is None else ReadRows(len(self))
+
     def __len__(self) -> int:
         """R."""
         return self.num_tokens if self.chosen is None else len(self.chosen)
@@ -40,11 +44,20 @@ class ReadRows:
         """The same of what a linear group reads."""
         return input if self.chosen is None else rows_of(input, self.chosen)
 
-    def spread(self, dy_RH: Tensor) -> Tensor:
-        """[T, H]: a gradient by all rows, zero where nothing is read. A row that is there twice must have the gradient zero."""
-        if self.chosen is None:
+    def spread(self, dy_RH: Tensor, room: int = 0) -> Tensor:
+        """[T, H + ``room``]: a gradient by all rows, zero where nothing is read, the room to be filled; itself where all are read and there
+        is none. A row that is there twice must have the gradient zero.
+        """
+        columns = dy_RH.shape[1]
+        if self.chosen is not None:
+            spread_TW = dy_RH.new_zeros(self.num_tokens, columns + room)
+            spread_TW[:, :columns].index_copy_(0, self.chosen, dy_RH)
+            return spread_TW
+        if not room:
             return dy_RH
-        return dy_RH.new_zeros(self.num_tokens, dy_RH.shape[1]).index_copy_(0, self.chosen, dy_RH)
+        wider_TW = dy_RH.new_empty(self.num_tokens, columns + room)
+        wider_TW[:, :columns] = dy_RH
+        return wider_TW
 
 
 def rows_of(input: Input, rows: slice | Tensor) -> Input:

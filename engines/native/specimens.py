@@ -127,13 +127,13 @@ def specimens() -> tuple[Specimen, ...]:
         Specimen(
             "decode_nf4", nf4._decode_nf4,
             {"words": "i", "absmax": "b", "nested": "f", "code": "f", "levels": "f", "out": "h"},
-            {"PARTS": nf4.CUT.parts, "WORDS": 32 * nf4.CUT.warps, "BLOCK": 64, "NESTED": 256, "KEPT": tl.bfloat16}, nf4.CUT.warps,
+            {"PARTS": nf4.CUT.parts, "WORDS": nf4.CUT.words, "BLOCK": 64, "NESTED": 256, "KEPT": tl.bfloat16}, nf4.CUT.warps,
             ("offset",), odd=("num_words",), contracts=False,
         ),
         Specimen(
             "decode_nf4_by_values", nf4._decode_nf4_by_values,
             {"packed": "b", "absmax": "b", "nested": "f", "code": "f", "levels": "f", "out": "h"},
-            {"VALUES": 1024, "BLOCK": 64, "NESTED": 256, "KEPT": tl.bfloat16}, 4, ("offset",), odd=("count", "K", "stride"),
+            {"VALUES": nf4._AT_ONCE, "BLOCK": 64, "NESTED": 256, "KEPT": tl.bfloat16}, 4, ("offset",), odd=("count", "K", "stride"),
             contracts=False,
         ),
         Specimen(
@@ -208,7 +208,7 @@ def candidates() -> tuple[Specimen, ...]:
 
     def cut(each: nf4.Cut) -> Specimen:
         one = known["decode_nf4"]
-        constants = {**one.constants, "PARTS": each.parts, "WORDS": 32 * each.warps}
+        constants = {**one.constants, "PARTS": each.parts, "WORDS": each.words}
         return replace(one, name=f"decode_nf4/{each.parts}p{each.warps}w", constants=constants, num_warps=each.warps)
 
     def attending(name: str, cut: attention.Cut) -> Specimen:

@@ -23,7 +23,7 @@ from engines.native.buckets import (
     own_sizes,
     rounded_up,
     shared_sizes,
-)  # fmt: skip
+)
 from engines.native.packed import Angles
 from engines.native.plan import KEEP_ALL
 from harness.data.tokens import IGNORE, Batch, pack

@@ -10,11 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from engines.native.bench import model_shape
 from engines.native.buckets import shared_sizes
+from engines.native.footprint import Load, MemoryModel, Ranks
+from engines.native.host import Host
 from engines.native.packed import Angles
 from engines.native.plan import KEEP_ALL, KEEP_INPUT, Plan
 from engines.native.read_rows import ReadRows
 from harness.data.tokens import IGNORE, Sample, pack
+from tests.engines import test_planner
+from tests.engines.allocations import meta_decoder, transient_bytes
 from tests.engines.test_fused import DEVICE, SUBSET, decoder, expect_gradients_of, gradients, packed
 from tests.engines.tiny import FAMILIES, FULL, LONGEST, LORA, QLORA, decoded, make_job, plain_loss, plain_model
 
@@ -84,7 +89,7 @@ def test_rows_that_fill_up_have_no_gradient(tmp_path: Path) -> None:
         torch.testing.assert_close(more[key], right, rtol=1e-5, atol=1e-7)
 
 
-def test_the_mlp_of_the_top_layer_alone_sees_fewer_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mlp_of_the_top_layer_alone_sees_fewer_rows(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     native = decoder(job, KEEP_ALL)
     samples = job.tokens.step(job.workload.train, 0)
@@ -102,6 +107,15 @@ def test_the_mlp_of_the_top_layer_alone_sees_fewer_rows(tmp_path: Path, monkeypa
     assert set(seen) == {len(row.tokens)}, "choosing nearly all rows would copy for nothing"
 
 
+@pytest.mark.parametrize("plan", test_planner.PLANS.values(), ids=test_planner.PLANS)
+def test_the_memory_model_foretells_hardly_more_than_is_taken(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
+    """It takes the top layer for a whole one (decision 0028); here half of the tokens are supervised, in 16 layers."""
+    monkeypatch.setattr(Host, "_copy", lambda *_, **__: None)
+    shape, load, padded = model_shape("llama3_1b", None), Load(8192, 2048, 4096, 2048), test_planner.PADDED
+    model = MemoryModel(shape, Ranks(padded, padded, padded, padded), load, 0, 2)
+    assert 0.99 <= model.peak([plan] * 16) / transient_bytes(meta_decoder(shape), load, [plan] * 16) <= 1.025
+
+
 def test_spreading_is_the_transpose_of_choosing() -> None:
     rows = ReadRows(5, torch.tensor([1, 3]))
     x, dy = torch.randn(5, 2), torch.randn(2, 2)
@@ -109,3 +123,8 @@ def test_spreading_is_the_transpose_of_choosing() -> None:
     assert float((rows.of(x) * dy).sum()) == pytest.approx(float((x * rows.spread(dy)).sum()), rel=1e-5)
     everything = ReadRows(5)
     assert (len(everything), everything.of(x) is x, everything.spread(x) is x) == (5, True, True)
+    for chosen in (rows, everything):
+        assert chosen.spread(chosen.of(x), 3)[:, :2].equal(chosen.spread(chosen.of(x)))
+        assert chosen.spread(chosen.of(x), 3).shape == (5, 5)
+    assert rows.then(torch.tensor([1, 3])).chosen is None, "they have been chosen"
+    assert everything.then(torch.tensor([1, 3])).of(x).equal(x[[1, 3]])

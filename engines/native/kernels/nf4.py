@@ -29,6 +29,11 @@ class Cut:
     parts: int
     warps: int
 
+    @property
+    def words(self) -> int:
+        """Of four bytes each, one for each thread."""
+        return 32 * self.warps
+
 
 CUT = Cut(parts=4, warps=4)  # not timed yet; what came before it was at half a copy's speed (docs/log.md)
 CUTS = tuple(Cut(*sizes) for sizes in itertools.product((1, 2, 4, 8), (1, 2, 4)))  # what --tune chooses among
@@ -90,8 +95,8 @@ def decode_nf4(weight: Quantised, out: Tensor, cut: Cut | None = None) -> None:
         )
         return
     cut = cut or tiles.chosen("decode_nf4", out.device, count, CUT)
-    words, at_once = packed.view(torch.int32), 32 * cut.warps
-    _decode_nf4[(triton.cdiv(len(words), at_once * cut.parts),)](
-        words, *scales, len(words), columns, out.stride(0), PARTS=cut.parts, WORDS=at_once, **kinds, num_warps=cut.warps,
+    words = packed.view(torch.int32)
+    _decode_nf4[(triton.cdiv(len(words), cut.words * cut.parts),)](
+        words, *scales, len(words), columns, out.stride(0), PARTS=cut.parts, WORDS=cut.words, **kinds, num_warps=cut.warps,
         enable_fp_fusion=False,
     )  # fmt: skip
