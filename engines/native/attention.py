@@ -7,9 +7,11 @@ all, 32 and 8 heads of 64, FlashAttention 2 takes 0.27 and 0.71 ms, five and sev
 backward pass does not attend, but copies and adds up (2026-11-28). cuDNN's ragged interface, as torch 2.11 calls it, cannot be captured.
 
 torch caches cuDNN's plans by the strides of q, k and v, but not by those of the output and its gradient, and a plan used with other
-strides reads elsewhere: one process must keep to one layout, and does, because it trains one job (seen 2026-11-24 in a test that
-trained with o_proj adapted and then without). The backward passes of cuDNN and FlashAttention 2 add up dq in no fixed order: two runs of
-the same step agree to rounding, not to the bit; everything else does, our own kernels too.
+strides reads elsewhere (NaN in a process that trained with o_proj adapted and then without, 2026-11-24; an illegal address in one that
+then trained all weights, 2026-11-28): what comes in other strides than the first is copied into those.
+
+The backward passes of cuDNN and FlashAttention 2 add up dq in no fixed order: two runs of the same step agree to rounding, not to the
+bit; everything else does, our own kernels too.
 
 Legend: T tokens of B documents of S tokens, C query heads, G key-value heads, D head dimension.
 """
@@ -31,6 +33,8 @@ from engines.native.wide_input import room_for, widened, with_low
 Statistics = tuple[Tensor, ...]  # of a forward pass, kept for backward
 
 _ATEN = torch.ops.aten
+# Elements from row to row of dy and of the output with which this process first went backward, by what torch finds a plan of cuDNN by.
+_PLANNED: dict[tuple[object, ...], tuple[int, int]] = {}
 
 
 def by_own_kernels(heads: Heads, packed: Packed) -> bool:
@@ -89,7 +93,8 @@ def _cudnn(heads: Heads, packed: Packed) -> tuple[Tensor, Statistics]:
 
 def _cudnn_backward(dy_TCD: Tensor, heads: Heads, output_TCD: Tensor, statistics: Statistics, packed: Packed) -> Heads:
     q, k, v = _by_document(heads, packed)
-    dy, y = _split(dy_TCD, packed), _split(output_TCD, packed)
+    planned = _PLANNED.setdefault((q.shape, k.shape, q.stride(), k.stride(), v.stride()), (dy_TCD.stride(0), output_TCD.stride(0)))
+    dy, y = (_split(in_rows_of(x_TCD, width), packed) for x_TCD, width in zip((dy_TCD, output_TCD), planned, strict=True))
     (log_sum, seed, offset), longest = statistics, q.shape[2]
     gradients: tuple[Any, ...] = _ATEN._scaled_dot_product_cudnn_attention_backward(
         dy, q, k, v, y, log_sum, seed, offset, None, None, None, longest, longest, 0.0, True
@@ -97,9 +102,20 @@ def _cudnn_backward(dy_TCD: Tensor, heads: Heads, output_TCD: Tensor, statistics
     return Heads(*(gradient.transpose(1, 2).flatten(0, 1) for gradient in gradients))
 
 
+def in_rows_of(x_TCD: Tensor, width: int) -> Tensor:
+    """``x_TCD`` with ``width`` elements, C D or more, from the begin of a row to that of the next; itself where it has them."""
+    if x_TCD.stride(0) == width:
+        return x_TCD
+    num_tokens, num_heads, head_dim = x_TCD.shape
+    return _heads_of(x_TCD.new_empty(num_tokens, width), num_heads, head_dim).copy_(x_TCD)
+
+
 def _output(wide_TW: Tensor, heads: Heads) -> Tensor:
     """[T, C, D], a view of the left part of what the group behind attention reads."""
-    _, num_heads, head_dim = heads.queries.shape
+    return _heads_of(wide_TW, *heads.queries.shape[1:])
+
+
+def _heads_of(wide_TW: Tensor, num_heads: int, head_dim: int) -> Tensor:
     return wide_TW[:, : num_heads * head_dim].view(-1, num_heads, head_dim)
 
 

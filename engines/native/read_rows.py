@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from engines.native.ops import Input
@@ -45,19 +46,15 @@ class ReadRows:
         return input if self.chosen is None else rows_of(input, self.chosen)
 
     def spread(self, dy_RH: Tensor, room: int = 0) -> Tensor:
-        """[T, H + ``room``]: a gradient by all rows, zero where nothing is read, the room to be filled; itself where all are read and there
-        is none. A row that is there twice must have the gradient zero.
+        """[T, H + ``room``]: a gradient by all rows, zero where nothing is read and in the room; itself where all are read and there is
+        none. A row that is there twice must have the gradient zero.
         """
+        if self.chosen is None:
+            return F.pad(dy_RH, (0, room)) if room else dy_RH
         columns = dy_RH.shape[1]
-        if self.chosen is not None:
-            spread_TW = dy_RH.new_zeros(self.num_tokens, columns + room)
-            spread_TW[:, :columns].index_copy_(0, self.chosen, dy_RH)
-            return spread_TW
-        if not room:
-            return dy_RH
-        wider_TW = dy_RH.new_empty(self.num_tokens, columns + room)
-        wider_TW[:, :columns] = dy_RH
-        return wider_TW
+        spread_TW = dy_RH.new_zeros(self.num_tokens, columns + room)
+        spread_TW[:, :columns].index_copy_(0, self.chosen, dy_RH)
+        return spread_TW
 
 
 def rows_of(input: Input, rows: slice | Tensor) -> Input:

@@ -67,10 +67,10 @@ def linear(input: Input, linear: Linear, room: int) -> Tensor:
 
 
 def fill(dy_TW: Tensor, linear: Linear) -> None:
-    """s dy B into the columns from N on."""
+    """s dy B into the columns from N on, zeros behind it."""
     if linear.lora is None:
         return
-    d_low_TP = dy_TW[:, linear.num_outputs :]
+    d_low_TP = dy_TW[:, linear.num_outputs :].zero_()
     for block in linear.lora.blocks:
         torch.mm(dy_TW[:, block.output], block.up.value, out=d_low_TP[:, block.rank])
     d_low_TP.mul_(linear.lora.scale)

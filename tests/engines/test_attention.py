@@ -177,3 +177,10 @@ def test_attention_and_its_gradients_as_the_layer_asks_for_them(dtype: torch.dty
     usual, usual_gradients = by_reference(given, dy, row)
     judge([attended.input.wide], [usual], [right], row)
     judge(of(found), of(usual_gradients), of(right_gradients), row)
+
+
+@pytest.mark.parametrize("width", [12, 16, 20])
+def test_rows_as_far_apart_as_a_plan_of_cudnn_wants(width: int) -> None:
+    x = random(5, 12, dtype=torch.float32, room=4).view(5, 3, 4)
+    found = dispatch.in_rows_of(x, width)
+    assert (found.stride(), found.equal(x), found is x) == ((width, 4, 1), True, width == 16)

@@ -26,8 +26,7 @@ KNOBS: dict[str, Any] = {
     "compile_ahead": True,
 }  # fmt: skip
 EXACT = {"compute_dtype": "float32", "operations": "reference", "replay": False}
-# With o_proj, so that attention's output has the same strides in all these runs: see engines.native.attention on cuDNN's plans.
-SUBSET = {**LORA, "targets": ("v_proj", "down_proj", "o_proj")}
+SUBSET = {**LORA, "targets": ("v_proj", "down_proj")}
 
 
 def run(job: Job, name: str, **knobs: Any) -> RecordingProbe:
@@ -46,13 +45,12 @@ def distance(found: RecordingProbe, truth: RecordingProbe) -> float:
 def test_uneven_documents_of_every_family(tmp_path: Path, family: str, method: dict[str, Any]) -> None:
     """No further from float32 than twice the reference operations in bfloat16 are.
 
-    Where all weights are trained attention's output has other strides than with adapters, which this process has trained before: no row of
-    one document then, so that cuDNN's plans are not used again (engines.native.attention).
+    Attention's output has other strides with adapters on o_proj, without, and where all weights are trained: one process with all of them
+    shows that cuDNN's plans are not used for others than their own (engines.native.attention).
     """
     job = make_job(tmp_path, family, method, steps=6)
-    rows = {"micro_batch": 5 if method is FULL else 4}
-    truth, plain = run(job, "truth", **EXACT, **rows), run(job, "plain", operations="reference", replay=False, **rows)
-    fused = run(job, "fused", **rows)
+    truth, plain = run(job, "truth", **EXACT), run(job, "plain", operations="reference", replay=False)
+    fused = run(job, "fused")
     assert distance(fused, truth) <= 2 * distance(plain, truth) + 1e-3
     assert fused.grad_norms == pytest.approx(truth.grad_norms, rel=5e-2)
     assert min(norm for norm in truth.grad_norms if norm is not None) > 0.1, "hardly anything is learnt: the comparison is too weak"
