@@ -74,7 +74,13 @@ def _is_whole(record: Record) -> bool:
 
 
 def _distinct(requests: Sequence[Request]) -> list[Request]:
-    return list({(request.machine.device, request.cell.key): request for request in requests}.values())
+    """Each cell once a machine, of which an emulated cap makes another."""
+    return list({(*_place(request), request.cell.key): request for request in requests}.values())
+
+
+def _place(request: Request) -> tuple[object, ...]:
+    machine = request.machine
+    return machine.device, machine.memory_cap_gib, machine.nodes.count
 
 
 def _interleaved(requests: Sequence[Request]) -> list[Request]:

@@ -39,6 +39,13 @@ def test_the_same_cell_twice_is_one_cell() -> None:
     assert len(plan([request, request], [], "stale")) == 1
 
 
+def test_a_cell_under_two_caps_is_two_cells() -> None:
+    request = workloads.request(workloads.workload())
+    machines = (request.machine.model_copy(update={"memory_cap_gib": cap}) for cap in (8, 16))
+    capped = [request.model_copy(update={"machine": machine}) for machine in machines]
+    assert [cell.request.machine.memory_cap_gib for cell in plan([*capped, request], [], "stale")] == [8, 16, None]
+
+
 def test_a_recorded_cell_is_done_unless_asked_again(prepared: Made, tmp_path: Path) -> None:
     request, record = recorded(prepared, tmp_path)
     for rerun, action in (("missing", "done"), ("stale", "done"), ("all", "run")):
