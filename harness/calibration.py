@@ -14,18 +14,18 @@ NUM_VARIANTS = 3  # fewer say nothing about how far harmless variants stray
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Per test, the allowance in floors, and from how many harmless variants it is known."""
+    """Per test, the allowance in floors, and from how many harmless variants that round differently it is known."""
 
     allowed: Mapping[str, float]
     known: Mapping[str, int]
 
 
-def calibrate(reference: Run, variants: Sequence[Run], truth: Run | None = None) -> Calibration:
+def calibrate(reference: Run, variants: Sequence[Run], at_first: Sequence[Run] = ()) -> Calibration:
     """Per test, in floors: at least 1, and twice the largest deviation among the variants, once there are enough of them.
 
-    ``truth``: the fp32 run that a rounded reference stands beside. Before any update both are the same function, so what lies between
-    their first losses is rounding, and another engine's rounding may be as large: for that test alone the truth is a variant too
-    (docs/decisions/0023). Later losses of a rounded reference trail the truth's by more than rounding (docs/log.md).
+    ``at_first``: runs of the reference engine that round where ``reference`` is exact, or the other way round. Before any update both are
+    the same function, so what lies between their first losses is rounding, and another engine's rounding may be as large: for that test
+    alone they are variants too (docs/decisions/0023, 0029). Later losses of bf16 ``hf`` trail the truth's by more than rounding.
     """
     seen: dict[str, list[float]] = {name: [] for name in TESTS}
     for variant in variants:
@@ -34,9 +34,10 @@ def calibrate(reference: Run, variants: Sequence[Run], truth: Run | None = None)
             raise ValueError(f"not a variant of the reference: {problems[0]}")
         for test in deviations(variant, reference)[0]:
             seen[test.name].append(test.excess)
-    if truth is not None:
-        steps, theirs = measured(reference).steps, measured(truth).steps
-        seen[FIRST_LOSS].append(abs(theirs.losses[0] - steps.losses[0]) / loss_floor(steps.tokens_loss[0]))
-    known = {name: len(excesses) for name, excesses in seen.items()}
-    widened = {name: SPREAD * max(excesses) for name, excesses in seen.items() if known[name] >= NUM_VARIANTS}
+    steps = measured(reference).steps
+    for other in at_first:
+        seen[FIRST_LOSS].append(abs(measured(other).steps.losses[0] - steps.losses[0]) / loss_floor(steps.tokens_loss[0]))
+    widened = {name: SPREAD * max(excesses) for name, excesses in seen.items() if len(excesses) >= NUM_VARIANTS}
+    # Forward passes that differ in their splits only may agree to the bit: they show one rounding, however many they are.
+    known = {name: len(set(excesses)) if name == FIRST_LOSS else len(excesses) for name, excesses in seen.items()}
     return Calibration({name: max(1.0, widened.get(name, 1.0)) for name in TESTS}, known)

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.anchors import anchor_at
 from harness.comparable import Run, runs
 from harness.config import requests
 from harness.errors import ConfigError, HarnessError, StoreError
 from harness.launch import run_door
-from harness.parity import anchor_at, judge_against, judge_weights
+from harness.parity import judge_against, judge_weights
 from harness.places import PairItem, ScoreItem, ScoreRequest
 from harness.preparing import prepared
 from harness.record import Score, loads_score

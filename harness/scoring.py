@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.adapters import adapter_folder, drop_adapter, is_kept_for_good
+from harness.anchors import anchors, is_yardstick
 from harness.comparable import Run, by_workload, measured, runs
 from harness.data.tokens import TokenFile
 from harness.errors import HarnessError, StoreError
 from harness.launch import run_door
-from harness.parity import anchors, is_yardstick
 from harness.places import PairItem, Prepared, ScoreItem, ScoreRequest
 from harness.record import Record, loads_score
 from harness.spec import Workload

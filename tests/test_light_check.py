@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from harness.anchors import Anchor, anchors
 from harness.comparable import Run, runs
 from harness.deviations import loss_floor
-from harness.parity import LIGHT_FLOORS, Anchor, anchors, judge, verdict
+from harness.parity import LIGHT_FLOORS, judge, verdict
 from harness.store import load
 from tests import records
 

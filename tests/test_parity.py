@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from harness.anchors import Anchor, anchors
 from harness.deviations import TESTS
-from harness.parity import Anchor, Run, Verdict, anchors, judge, verdict
+from harness.parity import Run, Verdict, judge, verdict
 from harness.record import Score
 from harness.updates import UpdatePair, pair_key
 from tests import records

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 import engines.fused
 import engines.hf
 from harness import prepare, score
+from harness.anchors import Anchor
 from harness.comparable import Run, measured
 from harness.data.tokens import TokenFile
 from harness.deviations import TESTS
 from harness.engine import Job
-from harness.parity import Anchor, judge_against
+from harness.parity import judge_against
 from harness.places import PairItem, Prepared, ScoreItem, ScoreRequest, Sources
 from harness.record import Artifacts, Measurement, Record, Startup, Steps, loads_score
 from harness.spec import Cell, EngineSpec, Workload, parse

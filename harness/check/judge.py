@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from harness.anchors import anchor_at
 from harness.check.facts import gates, missing
 from harness.check.outcome import CellOutcome, Timing
 from harness.check.rule import Judged, Sample, judge
@@ -13,7 +14,7 @@ from harness.check.settings import CheckSettings, Tolerances
 from harness.comparable import Run
 from harness.derived import derive
 from harness.gates import Counted
-from harness.parity import anchor_at, judge_against
+from harness.parity import judge_against
 from harness.record import Record
 from harness.stats import EFFECT
 from harness.steady import steady

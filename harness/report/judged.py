@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from harness.anchors import Anchor, anchors
 from harness.comparable import Run, by_workload, runs
 from harness.current import current as current_records
 from harness.machine import arithmetic
-from harness.parity import Anchor, anchors, verdict
+from harness.parity import verdict
 from harness.rank import Entry, Group, rank
 from harness.store import Results
 from harness.verdict import Verdict

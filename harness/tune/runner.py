@@ -14,6 +14,7 @@ from typing import get_args
 from rich.console import Console
 
 from harness.adapters import adapter_folder, drop_adapter
+from harness.anchors import REFERENCE_ENGINE, REFERENCE_KNOBS
 from harness.best import RESULTS
 from harness.config import Settings, request
 from harness.data.tokens import TokenFile
@@ -21,7 +22,6 @@ from harness.endings import TREE
 from harness.engine import Machine
 from harness.errors import ConfigError
 from harness.machine import detect
-from harness.parity import REFERENCE_ENGINE, REFERENCE_KNOBS
 from harness.places import Prepared
 from harness.plan import Planned, plan
 from harness.progress import sweep_progress

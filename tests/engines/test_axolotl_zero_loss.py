@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import engines.hf
+from harness.anchors import Anchor
 from harness.comparable import Run
-from harness.parity import Anchor, judge_against, verdict
+from harness.parity import judge_against, verdict
 from harness.spec import parse
 from tests import records
 from tests.engines.peers import knobs, peer
