@@ -14,7 +14,7 @@ from harness.rank import Entry, Group, rank
 from harness.store import Results
 from harness.verdict import Verdict
 
-_Code = tuple[str, str, str]  # what computes the same bits: of the machine, the engine's key, its fingerprint
+_Code = tuple[str, str, str, str]  # what computes alike: what of the machine decides bits, the engine's key, its fingerprint, the method
 _Found = dict[tuple[str, str], Verdict]  # by a workload's label and the card's name
 
 
@@ -36,8 +36,8 @@ def judged(results: Results) -> tuple[Group, ...]:
 
 
 def _with_elsewhere(judged_runs: Sequence[Run], verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """To what cannot be judged (random weights), add what the same engine and knobs were found to be where every test was made, on this
-    card or on another that computes the same.
+    """To what cannot be judged (random weights), add what the same engine and knobs were found to be, training by the same method, where
+    every test was made, on this card or on another that computes the same.
 
     An engine that trains another function there does not win here.
     """
@@ -74,4 +74,5 @@ def _beside(one: Verdict, found: _Found, card: str) -> Verdict:
 
 
 def _code(run: Run) -> _Code:
-    return arithmetic(run.record.machine), run.record.cell.engine.key, run.record.provenance.engine_fingerprint
+    cell = run.record.cell
+    return arithmetic(run.record.machine), cell.engine.key, run.record.provenance.engine_fingerprint, cell.workload.method.name

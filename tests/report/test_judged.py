@@ -6,7 +6,7 @@ from typing import Any
 
 from harness.rank import Variant
 from harness.report.judged import judged
-from harness.spec import Workload
+from harness.spec import QLora, Workload
 from harness.store import Stored
 from tests import records
 
@@ -44,6 +44,13 @@ def test_a_row_on_random_weights_carries_the_verdict_of_the_workload_that_can_be
     (vouched,) = fused(*SPEED_ROWS, *on_parity())
     assert vouched.verdict is not None
     assert (vouched.verdict.label, vouched.verdict.look, vouched.can_win) == (f"same elsewhere (fp32 on {REAL.label})", "same", True)
+
+
+def test_a_verdict_on_another_method_says_nothing() -> None:
+    packed = REAL.model_copy(update={"method": QLora.model_validate({**REAL.method.model_dump(), "name": "qlora"})})
+    for there in (on_parity(packed), on_parity(packed, update_norm=2.0)):
+        (row,) = fused(*SPEED_ROWS, *there)
+        assert (row.verdict and row.verdict.label, row.can_win) == ("not comparable", True)
 
 
 def test_seeds_of_one_workload_are_named_together() -> None:
