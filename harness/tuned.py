@@ -49,6 +49,11 @@ class Predicted(Spec):
     peak_bytes: float
     why: str
 
+    @property
+    def engine(self) -> str:
+        """The first word of the title."""
+        return self.title.partition(" ")[0]
+
 
 class Tuned(Spec):
     """The best that was found for a planned run. ``engine``, ``processes`` and ``knobs``: what ``engine=best`` runs; ``parity``: of its

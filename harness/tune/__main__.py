@@ -82,10 +82,10 @@ def _run(asked: Asked) -> int:
 
     from harness.config import Settings
     from harness.preparing import counting
+    from harness.tune.asked import View
     from harness.tune.entrants import entrants
     from harness.tune.runner import Looked, Runner
     from harness.tune.scale import capacity_bytes
-    from harness.tune.search import View
     from harness.tune.show import nothing, state, summary
     from harness.tuned import save
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from harness.tune.search import Ask, Result, Told
+from harness.tune.asked import Ask, Result, Told
 from harness.tune.space import Candidate, Space
 
 Measure = Callable[[Ask], Result]

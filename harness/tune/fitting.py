@@ -12,6 +12,7 @@ from harness.engine import Machine, load
 from harness.record import Record
 from harness.spec import EngineSpec, Workload, parse
 from harness.stats import tokens_per_second
+from harness.tune.asked import Result
 from harness.tune.cost_model import CostModel, Timed
 from harness.tune.experience import NOISE, SPREAD
 from harness.tune.gaussian import Prediction
@@ -19,7 +20,6 @@ from harness.tune.lessons import CONTEXT_GIB, Known, learnt, sized, work_of
 from harness.tune.memory_model import SURE, MemoryModel, Peak
 from harness.tune.observed import result_of
 from harness.tune.scale import dense_facts, with_footprint
-from harness.tune.search import Result
 from harness.tune.space import MEASURED, Candidate, Facts, Scale, Space, enumerate_space
 
 SIZES_GIB = (8, 12, 16, 24, 48, 80)

@@ -20,9 +20,9 @@ from harness.errors import ConfigError
 from harness.record import Record
 from harness.searched import Searched
 from harness.spec import Spec, Workload, parse
+from harness.tune.asked import Ask, Result
 from harness.tune.observed import result_of
 from harness.tune.scale import capacity_bytes, dense_facts, scale_of, with_footprint
-from harness.tune.search import Ask, Result
 from harness.tune.space import Candidate, Facts, Scale, Space, enumerate_space
 
 

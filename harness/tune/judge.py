@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from harness.tune.asked import Ask, Result, Told
 from harness.tune.gaussian import Prediction
 from harness.tune.memory_model import SURE, Peak
-from harness.tune.search import Ask, Result, Search, Told
+from harness.tune.search import Search
 from harness.tune.space import Candidate, Space
 
 

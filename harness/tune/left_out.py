@@ -14,12 +14,13 @@ from pathlib import Path
 from harness.compose import CONF
 from harness.config import Config, single
 from harness.record import Record
+from harness.tune.asked import Result
 from harness.tune.experience import NOTHING, Experience
 from harness.tune.lessons import Searching, experience, learnt, sized, usable, work_of
 from harness.tune.observed import result_of
 from harness.tune.pack import records_of
 from harness.tune.scale import capacity_bytes
-from harness.tune.search import Result, Rules, Search
+from harness.tune.search import Rules, Search
 from harness.tune.space import Candidate, Space
 
 PLANNED_STEPS = 500

@@ -15,10 +15,10 @@ from harness.record import Record
 from harness.searched import Searched
 from harness.spec import Lora, Workload
 from harness.store import Stored
+from harness.tune.asked import Result
 from harness.tune.experience import Experience, Lesson
 from harness.tune.observed import result_of
 from harness.tune.scale import dense_facts, scale_of, with_footprint
-from harness.tune.search import Result
 from harness.tune.space import MEASURED, Candidate, Scale, Space
 from harness.tuned import name_of
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from harness.record import Measurement, Record, cause
-from harness.tune.search import Outcome, Result
+from harness.tune.asked import Outcome, Result
 
 _OUTCOMES: dict[str, Outcome] = {"ok": "ok", "unsteady": "ok", "oom": "oom", "oom_host": "oom"}
 

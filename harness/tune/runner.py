@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console
 
@@ -25,23 +24,24 @@ from harness.machine import detect
 from harness.places import Prepared
 from harness.plan import Planned, plan
 from harness.progress import sweep_progress
-from harness.record import Record, Status
+from harness.record import Record
 from harness.report.judged import judged
 from harness.store import Results, commit_of, load
 from harness.sweep import Sweep, prepare_workload, run_one
+from harness.tune.asked import Ask, Forecast, Result, Told, View
 from harness.tune.budget import Budget, stopped_after, would_stop_again
 from harness.tune.entrants import Entrants, Layouts, candidates, config_of_model
 from harness.tune.experience import NOTHING, Experience
 from harness.tune.lessons import Searching, but_looks_of, experience
 from harness.tune.observed import result_of
 from harness.tune.scale import capacity_bytes, scale_of
-from harness.tune.search import Ask, Forecast, Result, Rules, Search, Told, View
+from harness.tune.search import Rules, Search
 from harness.tune.space import Candidate
-from harness.tuned import Predicted, Trial, Tuned, path_of
+from harness.tune.untried import kind_of, predicted
+from harness.tuned import Trial, Tuned, path_of
 from harness.verdict import Verdict
 
 RUNGS = (8, 24)
-_SHOWN = 20  # of what was not measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,7 @@ class Runner:
             tuned_utc=datetime.now(UTC).isoformat(timespec="seconds"),
             commit=commit_of(TREE)[0],
             trials=tuple(self._trial(one, result, view) for one, (_, result) in zip(self.looked, told, strict=True)),
-            predicted=_predicted(view, {ask.candidate for ask, _ in told}, self._policy.rules.margin),
+            predicted=predicted(view, {ask.candidate for ask, _ in told}, self._policy.rules.margin),
         )
 
     def _trial(self, one: Looked, result: Result, view: View) -> Trial:
@@ -251,32 +251,6 @@ class Runner:
             predicted_bytes=one.forecast.memory.middle,
             cell=one.record.cell.key,
         )
-
-
-def kind_of(reason: str) -> str:
-    """The kind of a reason for ruling out, without its figures."""
-    if reason.startswith("may not fit"):
-        return "may not fit"
-    if reason.startswith("needs at least as much"):
-        return "needs as much as one that ran out"
-    status = reason.partition(":")[0]
-    return status if status in get_args(Status) else "trains something else"
-
-
-def _predicted(view: View, tried: set[object], margin: float) -> tuple[Predicted, ...]:
-    worth = (view.incumbent_seconds or 0.0) * (1 - margin)
-    late, beaten = "the time was over", f"cannot beat the best by {margin:.0%}, not even at best"
-    others = sorted((item for item in view.forecasts.items() if item[0] not in tried), key=lambda item: item[1].total_seconds)
-    return tuple(
-        Predicted(
-            title=one.title,
-            total_seconds=forecast.total_seconds,
-            least_seconds=forecast.bound_seconds,
-            peak_bytes=forecast.memory.middle,
-            why=view.ruled_out.get(one, late if forecast.bound_seconds < worth else beaten),
-        )
-        for one, forecast in others[:_SHOWN]
-    )
 
 
 def _together(one: Results, other: Results) -> Results:

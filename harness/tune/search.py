@@ -11,8 +11,8 @@ import math
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
+from harness.tune.asked import Ask, Forecast, Result, Told, View
 from harness.tune.cost_model import CostModel, Timed
 from harness.tune.experience import NOTHING, Experience
 from harness.tune.gaussian import Prediction
@@ -20,33 +20,6 @@ from harness.tune.memory_model import LIKELY, SURE, MemoryModel, Peak
 from harness.tune.space import Candidate, Scale, Space
 
 _CONTRADICTED = 3.0  # deviations
-
-Outcome = Literal["ok", "oom", "failed", "unfit"]
-"""``failed``: it crashed, hung or is unsupported after all; ``unfit``: it trained something else than the reference."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """Measure ``candidate`` for ``steps``; ``round`` tells repeats of it apart."""
-
-    candidate: Candidate
-    steps: int
-    round: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """What came out. ``step_seconds``: of a mean step of the planned run; ``startup_seconds``: all that a run takes besides its steps.
-
-    ``peak_bytes``: what has to fit, null where nobody counts it; ``cost_seconds``: what measuring took, whatever came out.
-    """
-
-    outcome: Outcome
-    cost_seconds: float
-    step_seconds: float | None = None
-    startup_seconds: float | None = None
-    peak_bytes: float | None = None
-    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,37 +37,6 @@ class Rules:
     hope_deviations: float = 1.0
     most_runs: int | None = None
     most_contenders: int = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """What is expected of a candidate now: its total, that total's optimistic bound and what one may hope for, and the memory it takes."""
-
-    total_seconds: float
-    bound_seconds: float
-    hope_seconds: float
-    step: Prediction
-    startup_seconds: float
-    memory: Prediction
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """Where a search stands. ``ruled_out``: why, of every candidate that is not to be tried; ``bound``: the best that is still possible;
-    ``contradicted``: engines of which looks took something else than experience foretold, so that it does not count.
-    """
-
-    incumbent: Candidate | None
-    incumbent_seconds: float | None
-    forecasts: Mapping[Candidate, Forecast]
-    ruled_out: Mapping[Candidate, str]
-    bound: float | None
-    next: Ask | None
-    stopped: str | None
-    contradicted: tuple[str, ...] = ()
-
-
-Told = tuple[Ask, Result]
 
 
 @dataclass(frozen=True)
@@ -172,6 +114,8 @@ class Search:
         is asked about by a smaller micro-batch of the same: two points of one line say where it ends.
         """
         hopeful = {one: forecast for one, forecast in open_ones.items() if forecast.bound_seconds < worth}
+        if tried and (unknown := self._of_unknown_engines(hopeful, tried)):
+            hopeful = unknown
         best = min(hopeful, key=lambda one: (hopeful[one].hope_seconds, one.title), default=None)
         least = worth if best is None else min(worth, hopeful[best].hope_seconds)
         for one, forecast in sorted(forecasts.items(), key=lambda item: (item[1].hope_seconds, item[0].title)):
@@ -180,6 +124,13 @@ class Search:
             if self._may_fit(one, forecast) and (probe := self._calibrating(one, forecasts, open_ones, tried)) is not None:
                 return probe
         return best
+
+    def _of_unknown_engines(self, hopeful: Mapping[Candidate, Forecast], tried: Collection[Candidate]) -> dict[Candidate, Forecast]:
+        """Those of engines that nobody has measured: one look each comes before a second look at another. What is known of that one pulls
+        its other settings ahead of what is only assumed of these.
+        """
+        known = {one.engine for one in tried} | {lesson.candidate.engine for lesson in self.experience.lessons}
+        return {one: forecast for one, forecast in hopeful.items() if one.engine not in known}
 
     def _may_fit(self, one: Candidate, forecast: Forecast) -> bool:
         """Whether it is only not sure that ``one`` fits."""

@@ -6,10 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
+from harness.tune.asked import View
 from harness.tune.experience import NOTHING, Experience
 from harness.tune.memory_model import SURE
-from harness.tune.runner import Looked, Runner, kind_of
-from harness.tune.search import View
+from harness.tune.runner import Looked, Runner
+from harness.tune.untried import kind_of
 from harness.tuned import Tuned
 
 _GIB = 2**30
@@ -78,4 +79,8 @@ def summary(tuned: Tuned) -> list[str]:
     for trial in tuned.trials:
         took = f"{trial.total_seconds:,.0f} s" if trial.total_seconds is not None else trial.status
         lines.append(f"  {took:>12}  (predicted {trial.predicted_seconds:,.0f} s)  {trial.title}, {trial.steps} steps")
+    measured = {trial.engine for trial in tuned.trials}
+    best_of = {one.engine: one for one in reversed(tuned.predicted) if one.engine not in measured}
+    for engine, one in sorted(best_of.items()):
+        lines.append(f"  {engine} was never measured; its best, {one.total_seconds:,.0f} s by prediction ({one.title}): {one.why}")
     return [*lines, *(f"  left out: {reason}" for reason in tuned.left_out)]

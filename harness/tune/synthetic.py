@@ -13,7 +13,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from harness.tune.search import Ask, Result
+from harness.tune.asked import Ask, Result
 from harness.tune.space import KINDS, Candidate, Scale, Space
 
 _PACE = 1.2e-5  # seconds a position

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harness.tune.asked import Told
 from harness.tune.grid import searched
-from harness.tune.search import Rules, Search, Told, search
+from harness.tune.search import Rules, Search, search
 from harness.tune.space import Facts, Scale, Space, enumerate_space
 from harness.tune.synthetic import SyntheticMachine
 

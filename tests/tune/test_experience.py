@@ -17,12 +17,13 @@ from harness.engine import Machine
 from harness.record import Record
 from harness.store import Stored, load
 from harness.tune.__main__ import asked
+from harness.tune.asked import Ask, Result, Told
 from harness.tune.entrants import Entrants, Layouts, candidates, entrants
 from harness.tune.experience import Experience, Lesson
 from harness.tune.lessons import Searching, but_looks_of, experience
 from harness.tune.observed import result_of
 from harness.tune.scale import capacity_bytes, scale_of
-from harness.tune.search import Ask, Result, Rules, Search, Told, search
+from harness.tune.search import Rules, Search, search
 from harness.tune.show import state
 from harness.tune.space import Candidate, Facts, Space
 from tests.tune.spaces import SCALE, machine, space

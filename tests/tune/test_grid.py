@@ -13,11 +13,11 @@ from harness.engine import Machine
 from harness.errors import ConfigError
 from harness.record import Memory, Record
 from harness.store import save
+from harness.tune.asked import Ask
 from harness.tune.baselines import has_optuna
 from harness.tune.grid import Grid, grids
 from harness.tune.observed import result_of
 from harness.tune.replay import main
-from harness.tune.search import Ask
 from tests import records
 from tests.tune.spaces import GIB, machine
 

@@ -9,11 +9,11 @@ import pytest
 from harness.config import Request
 from harness.errors import ConfigError
 from harness.record import Record
+from harness.tune.asked import Ask
 from harness.tune.grid import Grid, grids
 from harness.tune.pack import main as pack
 from harness.tune.pack import read, records_of, write
 from harness.tune.remeasure import again, best_of, main
-from harness.tune.search import Ask
 
 PLACE = sorted((Path(__file__).resolve().parents[2] / "results" / "grids").glob("*.jsonl.gz"))[0]
 

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.tune.asked import Ask, Result
 from harness.tune.judge import judged
 from harness.tune.memory_model import LIKELY
-from harness.tune.search import Ask, Result, Rules, Search, search
+from harness.tune.search import Rules, Search, search
+from harness.tune.untried import predicted
 from tests.tune.spaces import SCALE, machine, space, tuned
 
 WHOLE = space()
@@ -52,6 +54,22 @@ def test_whatever_the_machine(seed: int, gib: int, most_runs: int) -> None:
     view = policy.view(told)
     if view.incumbent is not None:
         assert on.total_seconds(view.incumbent, 1000) is not None, "what is chosen runs"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_engine_that_nobody_has_measured_is_looked_at_before_others_are_looked_at_again(seed: int) -> None:
+    """But for calibrating looks. Of these machines two were found out about all engines in the last look of eight, one never."""
+    _, told = tuned(machine(WHOLE, seed), planned_steps=200)
+    assert {ask.candidate.engine for ask, _ in told[:5]} == {"hf", "fused", "unsloth"}
+
+
+def test_of_what_was_not_measured_every_engine_is_shown() -> None:
+    on = machine(WHOLE, 0)
+    policy, told = tuned(on, most_runs=1)
+    shown = predicted(policy.view(told), {ask.candidate for ask, _ in told}, 0.01)
+    assert {one.engine for one in shown} == {"hf", "fused", "unsloth"}
+    assert [one.total_seconds for one in shown] == sorted(one.total_seconds for one in shown)
+    assert len(shown) < len(WHOLE.candidates)
 
 
 def test_without_a_limit_it_ends_by_its_bound_and_says_so() -> None:

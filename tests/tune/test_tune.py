@@ -13,7 +13,7 @@ from harness.config import requests
 from harness.machine import detect
 from harness.store import load
 from harness.tune import __main__ as tune
-from harness.tune.runner import kind_of
+from harness.tune.untried import kind_of
 from harness.tuned import path_of, read, save
 from tests.report.test_tuning import found
 
