@@ -92,7 +92,7 @@ def blocked(candidate: Run, reference: Run) -> tuple[list[str], Light]:
 def missing(candidate: Run, reference: Run) -> list[str]:
     """What the tests need and do not have: what cannot be computed is not comparable, never assumed."""
     scores = {
-        "this run (random data has none)": candidate.score,
+        f"this run ({_why_unscored(candidate)})": candidate.score,
         "the reference": reference.score,
         "the base weights": reference.base_score,
     }
@@ -107,6 +107,13 @@ def missing(candidate: Run, reference: Run) -> list[str]:
     }
     absent = [problem for problem, value in values.items() if value is None]
     return absent + (["scored by another evaluator"] if a.evaluator != b.evaluator else [])
+
+
+def _why_unscored(run: Run) -> str:
+    data = run.record.data
+    if data is not None and data.samples_held_out == 0:
+        return "its data has no held-out rows"
+    return "its weights are not scored yet, or gone unscored: run the sweep again, or with rerun=all"
 
 
 def not_finite(run: Run) -> list[str]:
