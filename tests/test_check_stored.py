@@ -155,6 +155,14 @@ def test_counts_beside_the_records_are_compared(both: tuple[Path, Path], tmp_pat
     assert (code, "truncated or edited" in said) == (2, True)
 
 
+def test_a_run_that_was_stopped_early_is_a_cell_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = stored(tmp_path / "both", [*side_of(0), *side_of(0, work=records.workload(stop_after=5))])
+    (root / "counts").mkdir()
+    (root / "counts" / "0.json").write_text(counted().model_dump_json())
+    code, said = check(capsys, *records_of(root, root))
+    assert (code, said.count("\nsame "), said.count("as before: memory, setup-memory")) == (0, 2, 2), said
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

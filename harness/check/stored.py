@@ -10,7 +10,7 @@ from harness.check.judge import Measured
 from harness.comparable import Run, runs
 from harness.current import latest
 from harness.errors import ConfigError, RecordError, StoreError
-from harness.gates import Counted, loads_counted
+from harness.gates import Counted, counted_part, loads_counted
 from harness.labels import labels
 from harness.record import Record
 from harness.spec import EngineSpec, Workload, content_key
@@ -33,10 +33,8 @@ def stored_cells(base: Path, candidate: Path) -> tuple[tuple[Measured, ...], tup
     cells = []
     for name, (first, second) in zip(cell_names([mine[second][0].record for _, second in pairs]), pairs, strict=True):
         sides, paired = _side_by_side(theirs[first], mine[second])
-        both = counted[0].get(first), counted[1].get(second)
-        cells.append(
-            Measured(name, *sides, paired=paired, counted=(both[0], both[1]) if both[0] is not None and both[1] is not None else None)
-        )
+        one, other = (folder.get(_key_when_counted(side[0].record)) for folder, side in zip(counted, sides, strict=True))
+        cells.append(Measured(name, *sides, paired=paired, counted=(one, other) if one is not None and other is not None else None))
     return tuple(cells), (*_alone("base", theirs, [one for one, _ in pairs]), *_alone("candidate", mine, [one for _, one in pairs]))
 
 
@@ -96,10 +94,12 @@ def _check_place(record: Record, path: str) -> None:
 
 
 def _key(record: Record) -> Key:
-    """Of the whole work, also for a counted run, which is ended after its first steps."""
-    workload = record.cell.workload
-    whole = workload.model_copy(update={"train": workload.train.model_copy(update={"stop_after": None})})
-    return record.machine.key, content_key(whole), content_key(record.cell.engine)
+    return record.machine.key, content_key(record.cell.workload), content_key(record.cell.engine)
+
+
+def _key_when_counted(record: Record) -> Key:
+    """Of the counted run that belongs to a timed one."""
+    return record.machine.key, content_key(counted_part(record.cell.workload)), content_key(record.cell.engine)
 
 
 def _counted(root: Path) -> dict[Key, Counted]:
