@@ -9,7 +9,7 @@ from harness.rank import Group, Variant
 from harness.report.advice import advice, compare_rates, nothing, rate_ratio, signed, words
 from harness.report.columns import memory_bytes, memory_name
 from harness.report.families import Family, Member, families
-from harness.report.glance import identifier, shape
+from harness.report.glance import data_name, identifier, shape, steps
 from harness.report.numbers import gib, number, plain_rate, rate
 from harness.report.sentence import Sentences
 
@@ -63,9 +63,9 @@ def _table(family: Family, outdated: Mapping[str, str]) -> Table:
     work = group.workload
     return Table(
         id=f"methods-{identifier(group)}",
-        title=f"{work.model.name} · {work.data.name} · {shape(group)}",
+        title=f"{work.model.name} · {data_name(work.data)} · {shape(group)}",
         machine=group.machine.key,
-        facts=f"{work.train.steps:,} steps, seed {work.train.seed}",
+        facts=f"{steps(work.train)}, seed {work.train.seed}",
         sentences=advice(family),
         reference=family.reference.name,
         memory_name=memory_name(group),

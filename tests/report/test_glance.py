@@ -125,6 +125,27 @@ def test_a_workload_says_its_shape() -> None:
     assert single.facts.startswith("1 sample a step of ")
 
 
+@pytest.mark.parametrize(("stop_after", "says"), [(None, "60 steps"), (8, "8 of 60 steps"), (60, "60 steps")])
+def test_a_run_that_was_stopped_early_does_not_pass_for_the_whole_one(stop_after: int | None, says: str) -> None:
+    found = results(repeats(engine("hf"), [100.0], work=workload(steps=60, stop_after=stop_after)))
+    assert f", {says}, seed 0" in line(found).facts
+    assert f", {says}, seed 0, on " in table(found)
+    assert f", {says}, seed 0" in markdown(found)
+
+
+def test_two_files_under_one_name_are_told_apart() -> None:
+    def of(path: object, sha256: str | None = None) -> Line:
+        data = {"name": "jsonl", "source": "jsonl", "path": path, "sequence_length": 512, "sha256": sha256}
+        return line(results(repeats(engine("hf"), [100.0], work=workload(data=data))))
+
+    assert " · jsonl a.jsonl · 16" in of("a.jsonl").title
+    assert " · jsonl b.jsonl and 1 more · 16" in of(["b.jsonl", "c.jsonl"]).title
+    assert f" · jsonl {40 * 'x'}… · 16" in of(f"{99 * 'x'}.jsonl").title
+    assert of("a.jsonl", 64 * "1").facts.endswith(", data sha-256 11111111"), "two of one name"
+    named = workload(data={"name": "gsm8k", "source": "jsonl", "path": "package:some/gsm8k.jsonl", "sequence_length": 512})
+    assert " · gsm8k · 16" in line(results(repeats(engine("hf"), [100.0], work=named))).title
+
+
 def test_the_machine_that_was_measured_last_comes_first_and_sections_follow_the_table() -> None:
     def at(found: list[Stored], day: str) -> list[Stored]:
         return [replace(one, record=_of(one.record, f"2026-11-{day}T10:00:00.000+00:00", "a")) for one in found]
