@@ -11,7 +11,7 @@ from harness.rank import Group, Variant, compare_variants
 from harness.report.columns import memory_bytes
 from harness.report.families import Distance, Family, Member, best_by_memory
 from harness.report.numbers import gib, number, percent, plain_rate, rate, times
-from harness.report.sentence import Sentences
+from harness.report.sentence import Sentences, went_on
 from harness.stats import CONFIDENCE, SAME, Comparison
 
 SITTINGS = 0.03  # drift of conf/check.yaml: rates of two sittings that differ by less cannot be told apart
@@ -41,6 +41,8 @@ def nothing(group: Group) -> str:
     """Why a method has no rate."""
     if any(one.runs for one in group.variants):
         return "nothing that can win"
+    if went_on(group):
+        return "no rate: what ran to its end had gone on from a checkpoint"
     kinds = dict.fromkeys(entry.record.status for one in group.variants for entry in one.failures)
     return f"nothing ran to the end ({', '.join(kinds)})"
 

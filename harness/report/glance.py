@@ -12,6 +12,7 @@ from harness.rank import Group, Variant, Verdict, compare_variants
 from harness.record import Provenance
 from harness.report.columns import memory_bytes
 from harness.report.numbers import gib, plain_rate, times
+from harness.report.sentence import went_on
 from harness.spec import Data, Train
 from harness.stats import Comparison
 from harness.tuned import name_of
@@ -178,6 +179,8 @@ def _light(verdict: Verdict | None) -> str:
 
 
 def _nobody(group: Group) -> str:
+    if went_on(group):
+        return "no rate: went on from a checkpoint"
     return "nothing that can win" if any(variant.runs for variant in group.variants) else "nothing ran to the end"
 
 

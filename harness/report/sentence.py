@@ -70,6 +70,12 @@ def _shared(outcome: Outcome) -> str:
     return f"No verdict yet: {first.label} measured {rate(first.tokens_per_second)}, {by}, once."
 
 
+def went_on(group: Group) -> bool:
+    """Whether something ran to its end and nothing has a rate: what goes on from a checkpoint is not timed."""
+    failures = (entry.record.status for variant in group.variants for entry in variant.failures)
+    return not any(variant.runs for variant in group.variants) and "ok" in failures
+
+
 def sentence_since(outdated: str) -> str:
     """A sentence that says where the same was measured again (``glance.Line.outdated``); nothing where it was not."""
     return f"{outdated[0].upper()}{outdated[1:]}." if outdated else ""
@@ -77,7 +83,7 @@ def sentence_since(outdated: str) -> str:
 
 def _no_winner(group: Group) -> Sentences:
     ran = [variant for variant in group.variants if variant.runs]
-    if not ran and any(entry.record.status == "ok" for variant in group.variants for entry in variant.failures):
+    if went_on(group):
         return Sentences("No rate was measured: what ran to its end had gone on from a checkpoint.", ())
     if not ran:
         count = len(group.variants)

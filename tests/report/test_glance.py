@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from harness.record import Record
+from harness.report.advice import nothing
 from harness.report.glance import Line, glance
 from harness.report.judged import judged
 from harness.report.page import html, markdown
@@ -58,6 +59,15 @@ def test_alone_on_another_host_and_nothing_at_all() -> None:
     assert (apart.lead, apart.sure) == ("", "no repeat on the same host")
     failed = line(results([stored(record(engine("hf"), status="oom", reason="out of memory"))]))
     assert (failed.first, failed.rate, failed.parity) == ("nothing ran to the end", "", "")
+
+
+def test_what_went_on_from_a_checkpoint_ran_to_its_end() -> None:
+    whole = record(engine("hf"))
+    assert whole.measurement is not None
+    resumed = stored(whole.model_copy(update={"measurement": whole.measurement.model_copy(update={"resumed_at": (5,)})}))
+    found = results([resumed, stored(record(engine("fused"), status="oom", reason="out of memory"))])
+    assert line(found).first == "no rate: went on from a checkpoint"
+    assert nothing(judged(found)[0]).startswith("no rate: what ran to its end")
 
 
 @pytest.mark.parametrize("write", [html, markdown])
