@@ -13,6 +13,7 @@ from harness.record import Provenance
 from harness.report.columns import memory_bytes
 from harness.report.numbers import gib, plain_rate, times
 from harness.report.sentence import went_on
+from harness.report.sure import ratio, reach, says_nothing
 from harness.spec import Data, Train
 from harness.stats import Comparison
 from harness.tuned import name_of
@@ -199,7 +200,7 @@ def _lead(first: Variant | None, rival: Variant | None, group: Group) -> tuple[s
     compared = compare_variants(first, rival)
     if compared.interval is None:
         return "", "no repeat on the same host"
-    return times(compared.interval.ratio), _sure(compared)
+    return times(ratio(first, rival, compared)), _sure(compared)
 
 
 def _sure(compared: Comparison) -> str:
@@ -207,5 +208,7 @@ def _sure(compared: Comparison) -> str:
     assert interval is not None
     if interval.n == 1:
         return "one pair of runs: no verdict"
+    if says_nothing(compared):
+        return reach(compared)
     told = {"faster": "", "same": "the same; ", "slower": "slower; "}.get(compared.answer, "too close to call; ")
-    return f"{told}{interval.low:.3f} to {interval.high:.3f}, {interval.n} pairs"
+    return f"{told}{reach(compared)}"

@@ -12,6 +12,7 @@ from harness.report.families import Family, Member, families
 from harness.report.glance import data_name, identifier, shape, steps
 from harness.report.numbers import gib, number, plain_rate, rate
 from harness.report.sentence import Sentences
+from harness.report.sure import reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +100,7 @@ def _against(member: Member, reference: Member) -> tuple[str, str]:
     compared = compare_rates(member, reference)
     if compared is None:
         return ("1", "") if member is reference else ("", "")
-    ratio, interval = f"{rate_ratio(member, reference):.3f}", compared.interval
-    if interval is None:
-        return ratio, "no repeat on the same host"
-    return ratio, "one pair" if interval.n == 1 else f"{interval.low:.3f} to {interval.high:.3f}, {interval.n} pairs"
+    return f"{rate_ratio(member, reference):.3f}", reach(compared)
 
 
 def _distance_note(member: Member) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from harness.rank import Group, Outcome, Variant, compare_variants
 from harness.report.numbers import percent, rate, times
+from harness.report.sure import ratio, reach, says_nothing
 from harness.stats import CONFIDENCE, SAME, Comparison
 
 MOST_NAMES = 3  # more than this in one sentence nobody reads; the table has them all
@@ -106,7 +107,9 @@ def _how_sure(outcome: Outcome) -> list[str]:
         names = _listed([one.label for one in outcome.first])
         more = "run at least 3, better 8 (-m 'repeat=range(8)')"
         return [f"One paired repeat says nothing about chance, so {names} share the first place: {more}."]
-    measured = f"{first} measured {times(interval.ratio)} the rate of {second}"
+    measured = f"{first} measured {times(ratio(outcome.first[0], outcome.next, outcome.lead))} the rate of {second}"
+    if says_nothing(outcome.lead):
+        return [f"{measured} by their medians, from {reach(outcome.lead)}."]
     if outcome.lead.answer == "same":
         return [f"{measured}: the same within ±{percent(SAME)}. {_interval(outcome.lead)}."]
     return [f"{measured}, too close to call. {_interval(outcome.lead)}; more repeats narrow it."]
@@ -115,8 +118,8 @@ def _how_sure(outcome: Outcome) -> list[str]:
 def _interval(comparison: Comparison, of: str = "the runner-up's rate") -> str:
     interval = comparison.interval
     assert interval is not None
-    reach = f"{interval.low:.3f} to {interval.high:.3f} times"
-    return f"{percent(CONFIDENCE)} confidence interval: {reach} {of}, from {interval.n} paired repeats"
+    ends = f"{interval.low:.3f} to {interval.high:.3f} times"
+    return f"{percent(CONFIDENCE)} confidence interval: {ends} {of}, from {interval.n} paired repeats"
 
 
 def _parity(first: tuple[Variant, ...]) -> list[str]:

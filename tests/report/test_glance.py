@@ -61,6 +61,26 @@ def test_alone_on_another_host_and_nothing_at_all() -> None:
     assert (failed.first, failed.rate, failed.parity) == ("nothing ran to the end", "", "")
 
 
+def test_two_repeats_that_say_nothing_neither_contradict_the_ranking_nor_show_an_endless_interval() -> None:
+    """The geometric mean of these pairs has hf first, the medians have fused first."""
+    found = results([*repeats(engine("hf"), [14000.0, 15924.0]), *repeats(engine("fused"), [20180.0, 10000.0])])
+    one, printed = line(found), table(found)
+    says = "two paired repeats that differ too much to say anything: run at least 3"
+    assert (one.first, one.lead, one.sure) == ("fused", "1.009 times", says)
+    assert f"fused measured 1.009 times the rate of hf by their medians, from {says}." in printed
+    for page in (printed, html(found), markdown(found)):
+        assert "confidence interval:" not in page
+        assert " 0.000 to " not in page
+    assert f"0.992 ({says})" in markdown(found)
+    three = judged(results([*repeats(engine("hf"), [100.0, 50.0, 55.0]), *repeats(engine("fused"), [40.0, 120.0, 70.0])]))
+    assert glance(three)[0].lines[0].sure.endswith("3 pairs"), "three are said with their interval, however wide"
+
+
+def test_two_repeats_that_agree_are_believed() -> None:
+    one = line(results([*repeats(engine("hf"), [100.0, 101.0]), *repeats(engine("fused"), [200.0, 202.0])]))
+    assert (one.lead, one.sure) == ("2.00 times", "2.000 to 2.000, 2 pairs")
+
+
 def test_what_went_on_from_a_checkpoint_ran_to_its_end() -> None:
     whole = record(engine("hf"))
     assert whole.measurement is not None
