@@ -12,16 +12,15 @@ from pathlib import Path
 from harness.compose import searchpath
 from harness.config import Request, requests
 from harness.errors import ConfigError, HarnessError
-from harness.gates import Counted, Counts
+from harness.gates import Counted, Counts, counted_part
 from harness.launch import run_cell, unsupported
 from harness.plan import plan
 from harness.preparing import prepared
 from harness.record import Record
-from harness.spec import Workload, parse
+from harness.spec import parse
 from harness.store import write_at_once
 
 OK, USAGE, NOT_COUNTED = 0, 2, 5
-NUM_STEPS = 3  # the first compiles and allocates; the other two are alike, unless something grows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(asked: Request, cache: Path) -> Counted:
-    request = asked.model_copy(update={"cell": asked.cell.model_copy(update={"workload": _shortened(asked)})})
+    request = asked.model_copy(update={"cell": asked.cell.model_copy(update={"workload": counted_part(asked.cell.workload)})})
     planned = plan([request], [], "all")[0]
     if planned.action == "unsupported":
         return Counted(record=unsupported(request, planned.machine, str(planned.reason)), counts=None)
@@ -61,12 +60,6 @@ def _count(asked: Request, cache: Path) -> Counted:
         counts = Path(work) / "counts.json"
         record = run_cell(request, planned.machine, place, Path(work), lambda event: None, counts=counts)
         return Counted(record=record, counts=_read(counts, record))
-
-
-def _shortened(request: Request) -> Workload:
-    workload = request.cell.workload
-    train = workload.train.model_copy(update={"stop_after": min(NUM_STEPS, workload.train.num_steps)})
-    return workload.model_copy(update={"train": train})
 
 
 def _read(counts: Path, record: Record) -> Counts | None:

@@ -15,11 +15,12 @@ from harness.data.tokens import StepTokens
 from harness.engine import Chosen, Probe
 from harness.errors import ConfigError, RecordError
 from harness.record import Record, loads
-from harness.spec import Spec, parse
+from harness.spec import Spec, Workload, parse
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+NUM_STEPS = 3  # that are counted: the first compiles and allocates; the other two are alike, unless something grows
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cuGraphLaunch")  # and their Ex and ExC forms
 _COPIES = ("Memcpy", "Memset")
 
@@ -48,6 +49,12 @@ class Counted(Spec):
     schema_version: Literal[1] = 1
     record: Record
     counts: Counts | None
+
+
+def counted_part(workload: Workload) -> Workload:
+    """What a counted run makes of ``workload``: its first steps, on the schedule of all of them."""
+    train = workload.train.model_copy(update={"stop_after": min(NUM_STEPS, workload.train.num_steps)})
+    return workload.model_copy(update={"train": train})
 
 
 def loads_counted(text: str, source: str) -> Counted:

@@ -84,7 +84,7 @@ def record(
     if status == "ok" or ran is not None:
         measurement = Measurement(
             startup=Startup(process_seconds=0.2, setup_seconds=4.5),
-            steps=ran or steps(rate, cell.workload.train.steps, **changed),
+            steps=ran or steps(rate, cell.workload.train.num_steps, **changed),
             memory=_memory(memory_gib, machine),
             artifacts=Artifacts(**{**made(cell), **(artifacts or {})}),
         )

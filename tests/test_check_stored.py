@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.check.__main__ import main
+from harness.gates import Counted
 from tests import records
 from tests.checks import MIB, counted, side_of, stored
 
@@ -153,6 +154,53 @@ def test_counts_beside_the_records_are_compared(both: tuple[Path, Path], tmp_pat
     (better / "counts" / "0.json").write_text(counted().model_dump_json()[:-30])
     code, said = check(capsys, *records_of(both[0], better))
     assert (code, "truncated or edited" in said) == (2, True)
+
+
+def with_counts(root: Path, *of: Counted) -> Path:
+    (root / "counts").mkdir(parents=True)
+    for index, one in enumerate(of):
+        (root / "counts" / f"{index}.json").write_text(one.model_dump_json())
+    return root
+
+
+def test_counts_alone_are_judged_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What ``--gates`` leaves."""
+    base, same = with_counts(tmp_path / "base", counted()), with_counts(tmp_path / "same", counted())
+    code, said = check(capsys, *records_of(base, same))
+    assert (code, "as before: memory, setup-memory" in said, "only in" in said) == (0, True, False), said
+    code, said = check(capsys, *records_of(base, with_counts(tmp_path / "more", counted(peak=150 * MIB))))
+    assert (code, "peak memory of a step: 104,857,600 → 157,286,400 bytes" in said) == (3, True), said
+    other = counted()
+    cell = other.record.cell.model_copy(update={"workload": records.workload(stop_after=3, seed=7)})
+    apart = other.model_copy(update={"record": other.record.model_copy(update={"cell": cell})})
+    code, said = check(capsys, *records_of(base, with_counts(tmp_path / "apart", apart)))
+    assert (code, said.count("only in the ")) == (6, 2), said
+
+
+def test_counts_of_a_side_without_times_are_compared_with_those_beside_times(
+    both: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = check(capsys, *records_of(with_counts(tmp_path / "counts", counted()), with_counts(both[1], counted())))
+    assert (code, said.count("\nsame "), said.count("only in the candidate")) == (0, 1, 1), said
+
+
+def test_counts_alone_are_no_times_to_measure_against(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.check.command.Bench", pytest.fail)
+    where = f"runs={tmp_path / 'runs'}", f"cache={tmp_path / 'cache'}"
+    code, said = check(capsys, "--records", with_counts(tmp_path / "base", counted()), *where)
+    assert (code, "counts alone, no timed record" in said) == (2, True), said
+
+
+def test_places_may_be_said_where_nothing_is_measured(both: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(capsys, *records_of(both[0], both[0]), "runs=elsewhere", "cache=elsewhere")[0] == 0
+
+
+def test_a_run_that_was_stopped_early_is_a_cell_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = stored(tmp_path / "both", [*side_of(0), *side_of(0, work=records.workload(stop_after=5))])
+    code, said = check(capsys, *records_of(with_counts(root, counted()), root))
+    assert (code, said.count("\nsame "), said.count("as before: memory, setup-memory")) == (0, 2, 2), said
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ EXAMPLES = """
   python -m harness.check --self-test                          error rates of the rule, simulated
 
 Exit code 0: fine, 1: internal, 2: the command is wrong, 3: a regression, 4: an open question (with --strict), 5: cells failed,
-6: nothing was measured, 7: not the same work. docs/check.md has the rule."""
+6: nothing was measured, 7: not the same work, 130: stopped. docs/check.md has the rule."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

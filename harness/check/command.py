@@ -71,8 +71,8 @@ def _refuse(asked: Asked) -> None:
         problems.append("--gates counts both trees here; with --records counts are compared where both sides have them")
     if asked.candidate and not asked.records:
         problems.append("--candidate is compared with --records, the folder of the base's records; give that too, or leave it out")
-    if asked.candidate and (asked.overrides or asked.pairs):
-        problems.append("--candidate: records are there, nothing is measured; leave out the overrides and --pairs")
+    if asked.candidate and (_says_what(asked) or asked.pairs):
+        problems.append("--candidate: records are there, nothing is measured; leave out --pairs and all overrides but runs= and cache=")
     problems += [f"{line}: a check chooses the repeats; use --pairs" for line in asked.overrides if line.startswith("repeat=")]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -146,8 +146,11 @@ def _requests(asked: Asked, settings: CheckSettings) -> tuple[Settings, list[Req
 
 def _work(asked: Asked, settings: CheckSettings) -> tuple[str, ...]:
     """What was given, and in front of it the configured work where nothing but places was given."""
-    says_what = any(line.partition("=")[0] not in PLACES for line in asked.overrides)
-    return asked.overrides if says_what else (*settings.workload, *asked.overrides)
+    return asked.overrides if _says_what(asked) else (*settings.workload, *asked.overrides)
+
+
+def _says_what(asked: Asked) -> bool:
+    return any(line.partition("=")[0] not in PLACES for line in asked.overrides)
 
 
 def _enough_pairs(settings: CheckSettings, found: Sequence[Request]) -> int:

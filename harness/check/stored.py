@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ from harness.check.judge import Measured
 from harness.comparable import Run, runs
 from harness.current import latest
 from harness.errors import ConfigError, RecordError, StoreError
-from harness.gates import Counted, loads_counted
+from harness.gates import Counted, counted_part, loads_counted
 from harness.labels import labels
 from harness.record import Record
 from harness.spec import EngineSpec, Workload, content_key
@@ -20,29 +21,59 @@ Key = tuple[str, str, str]  # machine, work, engine and knobs
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """What a folder holds: timed runs, and counted ones, by cell."""
+
+    timed: dict[Key, list[Run]]
+    counted: dict[Key, Counted]
+
+    def count_of(self, timed: Key) -> Counted | None:
+        """The counted run of a timed cell."""
+        return self.counted.get(_key_when_counted(self.timed[timed][0].record))
+
+    def counted_alone(self, timed: Iterable[Key]) -> dict[Key, Counted]:
+        """Counted runs that belong to none of these ``timed`` cells."""
+        known = {_key_when_counted(self.timed[key][0].record) for key in timed}
+        return {key: one for key, one in self.counted.items() if key not in known}
+
+
 def stored_cells(base: Path, candidate: Path) -> tuple[tuple[Measured, ...], tuple[str, ...]]:
-    """Every cell that both folders hold, and a note for every other.
+    """Every cell that both folders have timed or counted, and a note for every other.
 
     Raises StoreError for a folder that is not there or holds none, RecordError for any file that cannot be trusted (half of the
     evidence is none), ConfigError when the two are not of one machine.
     """
-    theirs, mine = _grouped(base), _grouped(candidate)
-    _expect_one_machine(base, theirs, f"{candidate} has", {key[0] for key in mine})
-    pairs = _matched(theirs, mine)
-    counted = [_counted(folder) for folder in (base, candidate)]
-    cells = []
-    for name, (first, second) in zip(cell_names([mine[second][0].record for _, second in pairs]), pairs, strict=True):
-        sides, paired = _side_by_side(theirs[first], mine[second])
-        both = counted[0].get(first), counted[1].get(second)
-        cells.append(
-            Measured(name, *sides, paired=paired, counted=(both[0], both[1]) if both[0] is not None and both[1] is not None else None)
-        )
-    return tuple(cells), (*_alone("base", theirs, [one for one, _ in pairs]), *_alone("candidate", mine, [one for _, one in pairs]))
+    theirs, mine = _read(base), _read(candidate)
+    _expect_one_machine(base, [*theirs.timed, *theirs.counted], f"{candidate} has", {key[0] for key in (*mine.timed, *mine.counted)})
+    pairs = _matched(theirs.timed, mine.timed)
+    counts = _matched(theirs.counted_alone(one for one, _ in pairs), mine.counted_alone(one for _, one in pairs))
+    records = [mine.timed[key][0].record for _, key in pairs] + [mine.counted[key].record for _, key in counts]
+    names = cell_names(records)
+    cells = [_timed_cell(name, theirs, mine, *pair) for name, pair in zip(names, pairs, strict=False)]
+    for name, (first, second) in zip(names[len(pairs) :], counts, strict=True):
+        cells.append(Measured(name, counted=(theirs.counted[first], mine.counted[second])))
+    notes = [
+        *_alone("base", theirs, [one for one, _ in pairs], [one for one, _ in counts]),
+        *_alone("candidate", mine, [one for _, one in pairs], [one for _, one in counts]),
+    ]
+    return tuple(cells), tuple(notes)
 
 
 def expect_records_of(machines: set[str], base: Path) -> None:
-    """Raises what ``stored_cells`` would, as far as it can be told before anything is measured on these ``machines``."""
-    _expect_one_machine(base, _grouped(base), "this one is", machines)
+    """Raises what ``stored_cells`` would, as far as it can be told before anything is measured on these ``machines``; StoreError
+    where there are counts alone, too: they are no times to measure against.
+    """
+    found = _read(base)
+    if not found.timed:
+        raise StoreError(f"{base}: counts alone, no timed record; compare them with other counts (--candidate), or name timed records")
+    _expect_one_machine(base, found.timed, "this one is", machines)
+
+
+def _timed_cell(name: str, theirs: _Side, mine: _Side, first: Key, second: Key) -> Measured:
+    sides, paired = _side_by_side(theirs.timed[first], mine.timed[second])
+    one, other = theirs.count_of(first), mine.count_of(second)
+    return Measured(name, *sides, paired=paired, counted=(one, other) if one is not None and other is not None else None)
 
 
 def _expect_one_machine(base: Path, stored: Iterable[Key], other: str, machines: set[str]) -> None:
@@ -68,14 +99,15 @@ def named(cells: Sequence[tuple[EngineSpec, Workload]]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _grouped(root: Path) -> dict[Key, list[Run]]:
-    """The newest record of every repeat, by cell."""
+def _read(root: Path) -> _Side:
+    """The newest record of every repeat, and the counts beside them."""
     if not root.is_dir():
         raise StoreError(f"{root}: there is no such folder; name one that a sweep or a check wrote to")
     results = load(root)
     if results.problems:
         raise RecordError("\n".join(results.problems))
-    if not results.stored:
+    counted = _counted(root)
+    if not results.stored and not counted:
         raise StoreError(f"{root}: no record here; name the folder that holds the machines' folders, for example runs")
     for stored in results.stored:
         _check_place(stored.record, stored.path)
@@ -84,7 +116,7 @@ def _grouped(root: Path) -> dict[Key, list[Run]]:
     for run in runs(results):
         if id(run.record) in newest:
             groups.setdefault(_key(run.record), []).append(run)
-    return groups
+    return _Side(groups, counted)
 
 
 def _check_place(record: Record, path: str) -> None:
@@ -96,10 +128,12 @@ def _check_place(record: Record, path: str) -> None:
 
 
 def _key(record: Record) -> Key:
-    """Of the whole work, also for a counted run, which is ended after its first steps."""
-    workload = record.cell.workload
-    whole = workload.model_copy(update={"train": workload.train.model_copy(update={"stop_after": None})})
-    return record.machine.key, content_key(whole), content_key(record.cell.engine)
+    return record.machine.key, content_key(record.cell.workload), content_key(record.cell.engine)
+
+
+def _key_when_counted(record: Record) -> Key:
+    """Of the counted run that belongs to a timed one."""
+    return record.machine.key, content_key(counted_part(record.cell.workload)), content_key(record.cell.engine)
 
 
 def _counted(root: Path) -> dict[Key, Counted]:
@@ -128,7 +162,8 @@ def _side_by_side(base: Sequence[Run], candidate: Sequence[Run]) -> tuple[tuple[
     return sides, mixed and len(base) == len(candidate)
 
 
-def _alone(side: str, groups: Mapping[Key, Sequence[Run]], matched: Iterable[Key]) -> list[str]:
-    known = set(matched)
-    left = [found[0].record for key, found in groups.items() if key not in known]
+def _alone(side: str, found: _Side, timed: Sequence[Key], counted: Sequence[Key]) -> list[str]:
+    """Timed cells that were not compared, and counted ones that belong to no timed cell; ``timed``, ``counted``: those that were."""
+    left = [runs[0].record for key, runs in found.timed.items() if key not in timed]
+    left += [one.record for key, one in found.counted_alone(found.timed).items() if key not in counted]
     return [f"only in the {side}: {name} on {record.machine.key}" for name, record in zip(cell_names(left), left, strict=True)]

@@ -11,7 +11,8 @@ from harness.rank import Group, Variant, compare_variants
 from harness.report.columns import memory_bytes
 from harness.report.families import Distance, Family, Member, best_by_memory
 from harness.report.numbers import gib, number, percent, plain_rate, rate, times
-from harness.report.sentence import Sentences
+from harness.report.sentence import Sentences, went_on
+from harness.report.sure import ratio, reach, says_nothing
 from harness.stats import CONFIDENCE, SAME, Comparison
 
 SITTINGS = 0.03  # drift of conf/check.yaml: rates of two sittings that differ by less cannot be told apart
@@ -41,6 +42,8 @@ def nothing(group: Group) -> str:
     """Why a method has no rate."""
     if any(one.runs for one in group.variants):
         return "nothing that can win"
+    if went_on(group):
+        return "no rate: what ran to its end had gone on from a checkpoint"
     kinds = dict.fromkeys(entry.record.status for one in group.variants for entry in one.failures)
     return f"nothing ran to the end ({', '.join(kinds)})"
 
@@ -53,13 +56,10 @@ def compare_rates(member: Member, reference: Member) -> Comparison | None:
 
 
 def rate_ratio(member: Member, reference: Member) -> float:
-    """The rate as a multiple of the reference's: of paired repeats where there are any, else of the medians. Both need a rate."""
-    compared = compare_rates(member, reference)
-    if compared and compared.interval:
-        return compared.interval.ratio
+    """The rate as a multiple of the reference's: of paired repeats where they say something, else of the medians. Both need a rate."""
     assert member.first is not None
     assert reference.first is not None
-    return (member.first.tokens_per_second or 0.0) / (reference.first.tokens_per_second or math.inf)
+    return ratio(member.first, reference.first, compare_variants(member.first, reference.first))
 
 
 def signed(value: float) -> str:
@@ -88,8 +88,8 @@ def _stretch(found: Sequence[_Held], before: Sequence[_Held] | None) -> str:
     said = [rate(low.tokens_per_second), *([] if low is high else [f"up to {plain_rate(high.tokens_per_second)} in {gib(most)}"])]
     if before:
         slower = before[-1][1]
-        ratio = (high.tokens_per_second or 0.0) / (slower.tokens_per_second or math.inf)
-        said += filter(None, [_doubt(ratio, compare_variants(high, slower))])
+        factor = (high.tokens_per_second or 0.0) / (slower.tokens_per_second or math.inf)
+        said += filter(None, [_doubt(factor, compare_variants(high, slower))])
     return f"{member.name} from {gib(size)} GiB ({', '.join(said)})"
 
 
@@ -99,25 +99,25 @@ def _rate(variant: Variant | None) -> float | None:
 
 def _cost(member: Member, reference: Member) -> str:
     """``qlora needs 7.80 GiB for 0.83 times lora's rate (…)``."""
-    ratio, compared = rate_ratio(member, reference), compare_rates(member, reference)
+    factor, compared = rate_ratio(member, reference), compare_rates(member, reference)
     size, other = (gib(memory_bytes(one.first, one.group)) if one.first else "" for one in (member, reference))
     needs = f"{member.name} at its fastest needs {size} GiB ({reference.name} {other}) and" if size and other else member.name
-    return f"{needs} has {times(ratio)} {reference.name}'s rate{_how_sure(ratio, compared)}."
+    return f"{needs} has {times(factor)} {reference.name}'s rate{_how_sure(factor, compared)}."
 
 
-def _how_sure(ratio: float, compared: Comparison | None) -> str:
-    interval, reach = compared.interval if compared else None, ""
-    if interval and interval.n > 1:
-        reach = f" ({percent(CONFIDENCE)} interval {interval.low:.3f} to {interval.high:.3f}, {interval.n} pairs)"
-    doubt = _doubt(ratio, compared)
-    return f"{reach}, {doubt}" if doubt else reach
+def _how_sure(factor: float, compared: Comparison | None) -> str:
+    said = ""
+    if compared and compared.interval and compared.interval.n > 1:
+        said = f" ({'' if says_nothing(compared) else f'{percent(CONFIDENCE)} interval '}{reach(compared)})"
+    doubt = _doubt(factor, compared)
+    return f"{said}, {doubt}" if doubt else said
 
 
-def _doubt(ratio: float, compared: Comparison | None) -> str:
+def _doubt(factor: float, compared: Comparison | None) -> str:
     """Why two rates are not to be told apart: chance, or, of runs that are not paired, two sittings; nothing where they are."""
     if compared and compared.interval and compared.interval.n > 1:
         return {"same": f"the same within ±{percent(SAME)}", "inconclusive": "too close to call"}.get(compared.answer, "")
-    return "too close to call" if abs(math.log(ratio)) <= math.log1p(SITTINGS) else ""
+    return "too close to call" if abs(math.log(factor)) <= math.log1p(SITTINGS) else ""
 
 
 def _learning(family: Family, others: Sequence[Member]) -> list[str]:

@@ -12,8 +12,13 @@ from harness.rank import Group, Variant, Verdict, compare_variants
 from harness.record import Provenance
 from harness.report.columns import memory_bytes
 from harness.report.numbers import gib, plain_rate, times
+from harness.report.sentence import went_on
+from harness.report.sure import ratio, reach, says_nothing
+from harness.spec import Data, Train
 from harness.stats import Comparison
 from harness.tuned import name_of
+
+MOST_LETTERS = 40  # of a file's name in a title
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,22 @@ def identifier(group: Group) -> str:
 def title(group: Group) -> str:
     """``llama3_8b · lora · dense · 4 × 2,048``: samples a step by their greatest length in tokens."""
     work = group.workload
-    return f"{work.model.name} · {work.method.name} · {work.data.name} · {shape(group)}"
+    return f"{work.model.name} · {work.method.name} · {data_name(work.data)} · {shape(group)}"
+
+
+def data_name(data: Data) -> str:
+    """``gsm8k``, and ``jsonl train.jsonl`` where the name of its files says something else than its own."""
+    names = [re.split(r"[/\\:]", entry.path)[-1] for entry in data.files]
+    if all(name.partition(".")[0] == data.name for name in names):
+        return data.name
+    shown = [name if len(name) <= MOST_LETTERS else f"{name[:MOST_LETTERS]}…" for name in names]
+    return f"{data.name} {shown[0]}{'' if len(shown) == 1 else f' and {len(shown) - 1} more'}"
+
+
+def steps(train: Train) -> str:
+    """``60 steps``, ``8 of 60 steps`` of a run that is ended before the schedule is."""
+    whole = _counted(train.steps, "step")
+    return whole if train.num_steps == train.steps else f"{train.num_steps:,} of {whole}"
 
 
 def shape(group: Group) -> str:
@@ -75,8 +95,9 @@ def facts(group: Group) -> tuple[str, ...]:
     length = f"{'' if work.data.source == 'dense' else 'at most '}{work.data.sequence_length:,} tokens"
     return (
         f"{_counted(work.train.samples_per_step, 'sample')} a step of {length}",
-        _counted(work.train.steps, "step"),
+        steps(work.train),
         f"seed {work.train.seed}",
+        *([f"data sha-256 {work.data.sha256[:8]}"] if work.data.sha256 and data_name(work.data) != work.data.name else []),
     )
 
 
@@ -98,7 +119,7 @@ def _outdated(group: Group, alike: Sequence[Group]) -> str:
     if not later:
         return ""
     last = max(later, key=_day)
-    return f"since then engines have changed: see {_day(last)}, {last.workload.train.steps} steps"
+    return f"since then engines have changed: see {_day(last)}, {steps(last.workload.train)}"
 
 
 def _newest(group: Group) -> dict[str, Provenance]:
@@ -159,6 +180,8 @@ def _light(verdict: Verdict | None) -> str:
 
 
 def _nobody(group: Group) -> str:
+    if went_on(group):
+        return "no rate: went on from a checkpoint"
     return "nothing that can win" if any(variant.runs for variant in group.variants) else "nothing ran to the end"
 
 
@@ -177,7 +200,7 @@ def _lead(first: Variant | None, rival: Variant | None, group: Group) -> tuple[s
     compared = compare_variants(first, rival)
     if compared.interval is None:
         return "", "no repeat on the same host"
-    return times(compared.interval.ratio), _sure(compared)
+    return times(ratio(first, rival, compared)), _sure(compared)
 
 
 def _sure(compared: Comparison) -> str:
@@ -185,5 +208,7 @@ def _sure(compared: Comparison) -> str:
     assert interval is not None
     if interval.n == 1:
         return "one pair of runs: no verdict"
+    if says_nothing(compared):
+        return reach(compared)
     told = {"faster": "", "same": "the same; ", "slower": "slower; "}.get(compared.answer, "too close to call; ")
-    return f"{told}{interval.low:.3f} to {interval.high:.3f}, {interval.n} pairs"
+    return f"{told}{reach(compared)}"

@@ -9,9 +9,10 @@ from harness.rank import Group, Variant
 from harness.report.advice import advice, compare_rates, nothing, rate_ratio, signed, words
 from harness.report.columns import memory_bytes, memory_name
 from harness.report.families import Family, Member, families
-from harness.report.glance import identifier, shape
+from harness.report.glance import data_name, identifier, shape, steps
 from harness.report.numbers import gib, number, plain_rate, rate
 from harness.report.sentence import Sentences
+from harness.report.sure import reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,9 @@ def _table(family: Family, outdated: Mapping[str, str]) -> Table:
     work = group.workload
     return Table(
         id=f"methods-{identifier(group)}",
-        title=f"{work.model.name} · {work.data.name} · {shape(group)}",
+        title=f"{work.model.name} · {data_name(work.data)} · {shape(group)}",
         machine=group.machine.key,
-        facts=f"{work.train.steps:,} steps, seed {work.train.seed}",
+        facts=f"{steps(work.train)}, seed {work.train.seed}",
         sentences=advice(family),
         reference=family.reference.name,
         memory_name=memory_name(group),
@@ -99,10 +100,7 @@ def _against(member: Member, reference: Member) -> tuple[str, str]:
     compared = compare_rates(member, reference)
     if compared is None:
         return ("1", "") if member is reference else ("", "")
-    ratio, interval = f"{rate_ratio(member, reference):.3f}", compared.interval
-    if interval is None:
-        return ratio, "no repeat on the same host"
-    return ratio, "one pair" if interval.n == 1 else f"{interval.low:.3f} to {interval.high:.3f}, {interval.n} pairs"
+    return f"{rate_ratio(member, reference):.3f}", reach(compared)
 
 
 def _distance_note(member: Member) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from harness.rank import Group, Outcome, Variant, compare_variants
 from harness.report.numbers import percent, rate, times
+from harness.report.sure import ratio, reach, says_nothing
 from harness.stats import CONFIDENCE, SAME, Comparison
 
 MOST_NAMES = 3  # more than this in one sentence nobody reads; the table has them all
@@ -70,6 +71,12 @@ def _shared(outcome: Outcome) -> str:
     return f"No verdict yet: {first.label} measured {rate(first.tokens_per_second)}, {by}, once."
 
 
+def went_on(group: Group) -> bool:
+    """Whether something ran to its end and nothing has a rate: what goes on from a checkpoint is not timed."""
+    failures = (entry.record.status for variant in group.variants for entry in variant.failures)
+    return not any(variant.runs for variant in group.variants) and "ok" in failures
+
+
 def sentence_since(outdated: str) -> str:
     """A sentence that says where the same was measured again (``glance.Line.outdated``); nothing where it was not."""
     return f"{outdated[0].upper()}{outdated[1:]}." if outdated else ""
@@ -77,7 +84,7 @@ def sentence_since(outdated: str) -> str:
 
 def _no_winner(group: Group) -> Sentences:
     ran = [variant for variant in group.variants if variant.runs]
-    if not ran and any(entry.record.status == "ok" for variant in group.variants for entry in variant.failures):
+    if went_on(group):
         return Sentences("No rate was measured: what ran to its end had gone on from a checkpoint.", ())
     if not ran:
         count = len(group.variants)
@@ -100,7 +107,9 @@ def _how_sure(outcome: Outcome) -> list[str]:
         names = _listed([one.label for one in outcome.first])
         more = "run at least 3, better 8 (-m 'repeat=range(8)')"
         return [f"One paired repeat says nothing about chance, so {names} share the first place: {more}."]
-    measured = f"{first} measured {times(interval.ratio)} the rate of {second}"
+    measured = f"{first} measured {times(ratio(outcome.first[0], outcome.next, outcome.lead))} the rate of {second}"
+    if says_nothing(outcome.lead):
+        return [f"{measured} by their medians, from {reach(outcome.lead)}."]
     if outcome.lead.answer == "same":
         return [f"{measured}: the same within ±{percent(SAME)}. {_interval(outcome.lead)}."]
     return [f"{measured}, too close to call. {_interval(outcome.lead)}; more repeats narrow it."]
@@ -109,8 +118,8 @@ def _how_sure(outcome: Outcome) -> list[str]:
 def _interval(comparison: Comparison, of: str = "the runner-up's rate") -> str:
     interval = comparison.interval
     assert interval is not None
-    reach = f"{interval.low:.3f} to {interval.high:.3f} times"
-    return f"{percent(CONFIDENCE)} confidence interval: {reach} {of}, from {interval.n} paired repeats"
+    ends = f"{interval.low:.3f} to {interval.high:.3f} times"
+    return f"{percent(CONFIDENCE)} confidence interval: {ends} {of}, from {interval.n} paired repeats"
 
 
 def _parity(first: tuple[Variant, ...]) -> list[str]:

@@ -9,7 +9,7 @@ from harness.floor import Floors
 from harness.rank import Group, Variant
 from harness.report import processes
 from harness.report.columns import memory_bytes, memory_name, place
-from harness.report.glance import glance, identifier
+from harness.report.glance import data_name, glance, identifier, steps
 from harness.report.judged import judged
 from harness.report.measured import limit, measured, plain
 from harness.report.numbers import finite, gib, plain_rate
@@ -38,8 +38,8 @@ def rows(results: Results) -> list[dict[str, Any]]:
 
 def _group(group: Group, groups: Sequence[Group], floors: Floors, outdated: str) -> str:
     work = group.workload
-    shape = f"{work.train.samples_per_step} × {work.data.sequence_length:,}, {work.train.steps} steps, seed {work.train.seed}"
-    title = f"{work.model.name}, {work.method.name}, {work.data.name}, {shape}, on {group.machine.key}"
+    shape = f"{work.train.samples_per_step} × {work.data.sequence_length:,}, {steps(work.train)}, seed {work.train.seed}"
+    title = f"{work.model.name}, {work.method.name}, {data_name(work.data)}, {shape}, on {group.machine.key}"
     head: tuple[str, ...] = ("rank", "variant", "tokens/s", "repeats", memory_name(group), "parity")
     ran = [variant for variant in group.variants if variant.runs]
     body = [_cells(variant, group) for variant in ran]
@@ -48,7 +48,7 @@ def _group(group: Group, groups: Sequence[Group], floors: Floors, outdated: str)
         head, body = (*head[:3], "of limit", *head[3:]), [(*cells[:3], one, *cells[3:]) for cells, one in zip(body, limits, strict=True)]
     ranking = _columns([head, *body]) if ran else []
     said = " ".join(filter(None, (sentences(group).text, sentence_since(outdated))))
-    lines = [title, *ranking, *map(_kept_in, processes.lines(group, groups)), *_failures(group), _one_line(said)]
+    lines = [_one_line(title), *ranking, *map(_kept_in, processes.lines(group, groups)), *_failures(group), _one_line(said)]
     return "\n".join(lines)
 
 

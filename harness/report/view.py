@@ -18,6 +18,7 @@ from harness.report.measured import Details, details
 from harness.report.numbers import gib, number, plain_rate
 from harness.report.reproduce import Options, command, newer_knobs
 from harness.report.sentence import Sentences, sentence_since, sentences
+from harness.report.sure import ratio, reach
 from harness.stats import median
 
 if TYPE_CHECKING:
@@ -154,12 +155,8 @@ def _against_first(variant: Variant, group: Group) -> tuple[str, str]:
     first = group.variants[0]
     if variant is first:
         return "1", ""
-    interval = compare_variants(variant, first).interval
-    if interval is None:
-        return "", "no repeat on the same host"
-    if interval.n == 1:
-        return f"{interval.ratio:.3f}", "one pair"
-    return f"{interval.ratio:.3f}", f"{interval.low:.3f} to {interval.high:.3f}, {interval.n} pairs"
+    compared = compare_variants(variant, first)
+    return f"{ratio(variant, first, compared):.3f}" if compared.interval else "", reach(compared)
 
 
 def _startup_seconds(variant: Variant) -> float | None:

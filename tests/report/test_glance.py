@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from harness.record import Record
+from harness.report.advice import nothing
 from harness.report.glance import Line, glance
 from harness.report.judged import judged
 from harness.report.page import html, markdown
@@ -58,6 +59,35 @@ def test_alone_on_another_host_and_nothing_at_all() -> None:
     assert (apart.lead, apart.sure) == ("", "no repeat on the same host")
     failed = line(results([stored(record(engine("hf"), status="oom", reason="out of memory"))]))
     assert (failed.first, failed.rate, failed.parity) == ("nothing ran to the end", "", "")
+
+
+def test_two_repeats_that_say_nothing_neither_contradict_the_ranking_nor_show_an_endless_interval() -> None:
+    """The geometric mean of these pairs has hf first, the medians have fused first."""
+    found = results([*repeats(engine("hf"), [14000.0, 15924.0]), *repeats(engine("fused"), [20180.0, 10000.0])])
+    one, printed = line(found), table(found)
+    says = "two paired repeats that differ too much to say anything: run at least 3"
+    assert (one.first, one.lead, one.sure) == ("fused", "1.009 times", says)
+    assert f"fused measured 1.009 times the rate of hf by their medians, from {says}." in printed
+    for page in (printed, html(found), markdown(found)):
+        assert "confidence interval:" not in page
+        assert " 0.000 to " not in page
+    assert f"0.992 ({says})" in markdown(found)
+    three = judged(results([*repeats(engine("hf"), [100.0, 50.0, 55.0]), *repeats(engine("fused"), [40.0, 120.0, 70.0])]))
+    assert glance(three)[0].lines[0].sure.endswith("3 pairs"), "three are said with their interval, however wide"
+
+
+def test_two_repeats_that_agree_are_believed() -> None:
+    one = line(results([*repeats(engine("hf"), [100.0, 101.0]), *repeats(engine("fused"), [200.0, 202.0])]))
+    assert (one.lead, one.sure) == ("2.00 times", "2.000 to 2.000, 2 pairs")
+
+
+def test_what_went_on_from_a_checkpoint_ran_to_its_end() -> None:
+    whole = record(engine("hf"))
+    assert whole.measurement is not None
+    resumed = stored(whole.model_copy(update={"measurement": whole.measurement.model_copy(update={"resumed_at": (5,)})}))
+    found = results([resumed, stored(record(engine("fused"), status="oom", reason="out of memory"))])
+    assert line(found).first == "no rate: went on from a checkpoint"
+    assert nothing(judged(found)[0]).startswith("no rate: what ran to its end")
 
 
 @pytest.mark.parametrize("write", [html, markdown])
@@ -123,6 +153,27 @@ def test_a_workload_says_its_shape() -> None:
     assert one.facts.startswith(f"{work.train.samples_per_step} samples a step of ")
     single = line(results(repeats(engine("hf"), [100.0], work=workload(samples_per_step=1))))
     assert single.facts.startswith("1 sample a step of ")
+
+
+@pytest.mark.parametrize(("stop_after", "says"), [(None, "60 steps"), (8, "8 of 60 steps"), (60, "60 steps")])
+def test_a_run_that_was_stopped_early_does_not_pass_for_the_whole_one(stop_after: int | None, says: str) -> None:
+    found = results(repeats(engine("hf"), [100.0], work=workload(steps=60, stop_after=stop_after)))
+    assert f", {says}, seed 0" in line(found).facts
+    assert f", {says}, seed 0, on " in table(found)
+    assert f", {says}, seed 0" in markdown(found)
+
+
+def test_two_files_under_one_name_are_told_apart() -> None:
+    def of(path: object, sha256: str | None = None) -> Line:
+        data = {"name": "jsonl", "source": "jsonl", "path": path, "sequence_length": 512, "sha256": sha256}
+        return line(results(repeats(engine("hf"), [100.0], work=workload(data=data))))
+
+    assert " · jsonl a.jsonl · 16" in of("a.jsonl").title
+    assert " · jsonl b.jsonl and 1 more · 16" in of(["b.jsonl", "c.jsonl"]).title
+    assert f" · jsonl {40 * 'x'}… · 16" in of(f"{99 * 'x'}.jsonl").title
+    assert of("a.jsonl", 64 * "1").facts.endswith(", data sha-256 11111111"), "two of one name"
+    named = workload(data={"name": "gsm8k", "source": "jsonl", "path": "package:some/gsm8k.jsonl", "sequence_length": 512})
+    assert " · gsm8k · 16" in line(results(repeats(engine("hf"), [100.0], work=named))).title
 
 
 def test_the_machine_that_was_measured_last_comes_first_and_sections_follow_the_table() -> None:
