@@ -70,6 +70,7 @@ def test_merged_weights_are_base_and_adapter(tmp_path: Path, family: str, capsys
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(load_file(base / "model.safetensors"))
     said = capsys.readouterr().out
     assert "summed (float32): largest difference" in said
+    assert "nothing is known of the base that it was trained on" in said
     assert "done: " in said
 
 
@@ -154,6 +155,37 @@ def test_the_record_beside_an_adapter_says_the_method_and_the_base(
     said = capsys.readouterr().err
     assert "was trained on another base (model.name=tiny_llama, model.weights=random, model.dtype=float32, method=qlora)" in said
     assert not (tmp_path / "other").exists()
+
+
+def beside_its_record(root: Path, made: Path, base_sha256: str, method: str) -> Path:
+    """The adapter ``made`` where a run leaves it, and the record of that run."""
+    sha = adapter_sha256(made)
+    (root / "adapters").mkdir()
+    of_run = {"adapter_sha256": sha, "base_sha256": base_sha256}
+    store.save(records.record(work=workload(method=conf("method", method)), artifacts=of_run), root)
+    return made.rename(root / "adapters" / sha[:16])
+
+
+def test_a_base_with_the_adapter_in_it_is_not_merged_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, made = make(tmp_path, *MODELS["llama"])
+    prepared = Base(base, "", "tiny", json.loads((base / "config.json").read_text()), "t" * 64)
+    adapter = beside_its_record(tmp_path, made, prepared.content_sha256(adapter_sha256(base)), "lora")
+    assert main([str(adapter), str(tmp_path / "once"), "--base", str(base)]) == 0
+    assert "nothing is known" not in capsys.readouterr().out
+    assert main([str(adapter), str(tmp_path / "twice"), "--base", str(tmp_path / "once")]) == 2
+    said = capsys.readouterr().err
+    assert f"than what was found here ({tmp_path / 'once'}); leave --base out, or" in said
+    assert f"give it as model=tiny_llama model.weights=dir:{tmp_path / 'once'}" in said
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_folder_in_nf4_is_known_as_the_base_of_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, made = make(tmp_path, *MODELS["llama"])
+    packed = prepare_nf4(Base(base, "b" * 64, "tiny", json.loads((base / "config.json").read_text()), "t" * 64), "float32", tmp_path)
+    adapter = beside_its_record(tmp_path, made, packed.sha256, "qlora")
+    assert main([str(adapter), str(tmp_path / "plain"), "--base", str(base)]) == 2
+    assert "method=qlora" in capsys.readouterr().err
+    assert main([str(adapter), str(tmp_path / "out"), "--base", str(packed.path)]) == 0
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
