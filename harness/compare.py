@@ -15,6 +15,7 @@ from harness.anchors import anchor_at
 from harness.comparable import Run, runs
 from harness.config import requests
 from harness.errors import ConfigError, HarnessError, StoreError
+from harness.exits import leave_with
 from harness.launch import run_door
 from harness.parity import judge_against, judge_weights
 from harness.places import PairItem, ScoreItem, ScoreRequest
@@ -181,4 +182,4 @@ def _finite(value: float) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main)

@@ -13,6 +13,7 @@ from pathlib import Path
 from harness.comparable import Run, measured, not_finite, runs, unusable
 from harness.deviations import HELD_OUT_FLOOR
 from harness.errors import ConfigError, HarnessError, StoreError
+from harness.exits import leave_with
 from harness.parity import POWER
 from harness.store import load
 
@@ -188,4 +189,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main)

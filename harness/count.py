@@ -12,6 +12,7 @@ from pathlib import Path
 from harness.compose import searchpath
 from harness.config import Request, requests
 from harness.errors import ConfigError, HarnessError
+from harness.exits import leave_with
 from harness.gates import Counted, Counts
 from harness.launch import run_cell, unsupported
 from harness.plan import plan
@@ -80,4 +81,4 @@ def _read(counts: Path, record: Record) -> Counts | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main)

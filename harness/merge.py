@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from harness.compose import CONF
 from harness.config import requests
 from harness.errors import ConfigError, HarnessError, StoreError, WeightsError, nearest
+from harness.exits import leave_with
 from harness.nf4 import is_nf4
 from harness.record import Record
 from harness.score import load_model, with_adapter
@@ -254,4 +255,4 @@ def _stored_dtype(base: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main)
