@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Merge, check, and only then leave the folder. Returns 0, 2 or 7."""
     options = _parser().parse_intermixed_args(arguments)
     try:
+        _expect_device(options.device)
         adapter, out = _adapter(options.adapter), _empty(options.out)
         record = _record(options.adapter)
         base, said = _base(options.base, options.overrides, str(adapter.get("base_model_name_or_path") or ""), record)
@@ -153,6 +154,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=list(CODES), help="stored type of the result (default: the base's)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where sums and logits are computed, in float32")
     return parser
+
+
+def _expect_device(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch can use no GPU here; leave it out, and the CPU computes")
 
 
 def _adapter(folder: Path) -> dict[str, Any]:

@@ -244,7 +244,8 @@ def broken(folder: Path, what: str) -> list[str]:
         return given[:2]
     if what == "base without weights":
         (base / "model.safetensors").unlink()
-    return [*given, "model=tiny_llama"] if what == "both" else given
+    more = {"both": ["model=tiny_llama"], "no GPU": ["--device", "cuda"]}
+    return [*given, *more.get(what, [])]
 
 
 MISTAKES = {
@@ -256,12 +257,14 @@ MISTAKES = {
     "unknown base": "its base is 'of_a_test', which is no model of conf/model",
     "base without weights": "--base is a Hugging Face model folder",
     "both": "leave one of them out",
+    "no GPU": "--device cuda: torch can use no GPU here",
 }
 
 
 @pytest.mark.parametrize("what", MISTAKES)
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
-def test_a_mistake_is_named(tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_named(tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(broken(tmp_path, what)) == 2
     assert MISTAKES[what] in capsys.readouterr().err
     assert what == "out exists" or not (tmp_path / "out").exists()
