@@ -113,7 +113,7 @@ def _run_at(file: Path, at: dict[Path, Run]) -> Run:
 
 def _judge_adapters(reference: Path, candidate: Path, overrides: Sequence[str]) -> Verdict:
     """Both are scored on the held-out rows of the workload that ``overrides`` describe, their updates taken from its initial adapter."""
-    settings, found = requests(overrides, multirun=False)
+    settings, found = requests(overrides, multirun=None)
     (request,) = found
     hashes = adapter_sha256(reference), adapter_sha256(candidate)
     root = Path(settings.runs).expanduser().resolve()

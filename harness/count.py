@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.config_dir:
             options.overrides.insert(0, searchpath(options.config_dir))
-        settings, found = requests(options.overrides, multirun=False)
+        settings, found = requests(options.overrides, multirun=None)
         counted = _count(found[0], Path(settings.cache).expanduser().resolve())
         write_at_once(options.out.resolve(), (counted.model_dump_json(indent=1) + "\n").encode())
     except HarnessError as error:

@@ -216,7 +216,7 @@ def _base(folder: Path | None, overrides: Sequence[str], name: str, record: Reco
     named = [] if "model" in given else [f"model={_known(name)}"]
     if record is not None and "method" not in given:
         named.append(f"method={record.cell.workload.method.name}")
-    settings, (request,) = requests([*named, *overrides], multirun=False)
+    settings, (request,) = requests([*named, *overrides], multirun=None)
     cache, workload = Path(settings.cache).expanduser(), request.cell.workload
     base = prepare_base(workload.model, request.sources, cache)
     base = prepare_nf4(base, workload.model.dtype, cache) if isinstance(workload.method, QLora) else base
