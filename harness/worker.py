@@ -21,6 +21,7 @@ from harness.events import LOST_LOG, EventLog
 from harness.flops import work
 from harness.gates import counting
 from harness.gemm import gemm_peak_flops
+from harness.machine import cap_refused
 from harness.places import WorkerJob
 from harness.probe import StepProbe
 from harness.ranks import FAILED, own_log, rank
@@ -111,8 +112,8 @@ def _cap_memory(machine: Machine) -> None:
     cap = machine.memory_cap_gib
     if cap is None:
         return
-    if machine.device == "cpu":
-        raise UnsupportedError("machine.memory_cap_gib caps the allocator of a GPU; on a CPU set it to null")
+    if refused := cap_refused(machine):
+        raise UnsupportedError(refused)
     import torch
 
     for index in range(torch.cuda.device_count()):
