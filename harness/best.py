@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,10 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 def without_best(overrides: Sequence[str]) -> tuple[bool, list[str]]:
-    """Whether ``overrides`` ask for the best engine, and the others. Raises ConfigError where they set its knobs too."""
+    """Whether ``overrides`` ask for the best engine, and the others. Raises ConfigError where they set its knobs too, or sweep over it."""
+    if several := [line for line in overrides if line.startswith("engine=") and line != BEST and "best" in re.split(r"[=,()\s]", line)]:
+        why = f"{BEST} cannot be one of several values; run it by itself: the same command with {BEST}"
+        raise ConfigError("\n".join(f"{line}: {why}" for line in several))
     if BEST not in overrides:
         return False, list(overrides)
     others = [line for line in overrides if line != BEST]

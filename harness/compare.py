@@ -15,6 +15,7 @@ from harness.anchors import anchor_at
 from harness.comparable import Run, runs
 from harness.config import requests
 from harness.errors import ConfigError, HarnessError, StoreError
+from harness.exits import leave_with
 from harness.launch import run_door
 from harness.parity import judge_against, judge_weights
 from harness.places import PairItem, ScoreItem, ScoreRequest
@@ -112,7 +113,7 @@ def _run_at(file: Path, at: dict[Path, Run]) -> Run:
 
 def _judge_adapters(reference: Path, candidate: Path, overrides: Sequence[str]) -> Verdict:
     """Both are scored on the held-out rows of the workload that ``overrides`` describe, their updates taken from its initial adapter."""
-    settings, found = requests(overrides, multirun=False)
+    settings, found = requests(overrides, multirun=None)
     (request,) = found
     hashes = adapter_sha256(reference), adapter_sha256(candidate)
     root = Path(settings.runs).expanduser().resolve()
@@ -181,4 +182,4 @@ def _finite(value: float) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main)

@@ -43,10 +43,11 @@ def searchpath(folder: Path) -> str:
     return f"hydra.searchpath=[file://{folder.resolve()}]"
 
 
-def compose_all(overrides: Sequence[str], *, multirun: bool) -> list[tuple[tuple[str, ...], DictConfig]]:
+def compose_all(overrides: Sequence[str], *, multirun: bool | None) -> list[tuple[tuple[str, ...], DictConfig]]:
     """Every point of the sweep that ``overrides`` describe: its own overrides, and its configuration.
 
-    ``multirun`` is the ``-m`` of the command line; a config with ``hydra.mode: MULTIRUN`` sets it too.
+    ``multirun`` is the ``-m`` of the command line, None of one that takes a single cell and has no ``-m``; a config with
+    ``hydra.mode: MULTIRUN`` sets it too.
     Raises ConfigError naming every override that cannot be used.
     """
     with _hydra():
@@ -57,12 +58,13 @@ def compose_all(overrides: Sequence[str], *, multirun: bool) -> list[tuple[tuple
             raise ConfigError("\n".join(f"{line}: these are no values" for line in empty))
         # With the first value of every sweep: a fixed override may be valid only under a choice that is swept.
         root = _compose([*fixed, *(_values(override)[0] for override in sweeps)])
-        multirun = multirun or str(root.hydra.mode) == "RunMode.MULTIRUN"
-        if sweeps and not multirun:
-            lines = ", ".join(_line(override) for override in sweeps)
-            raise ConfigError(f"{lines}: several values make a sweep; add -m")
-        if multirun:
+        is_sweep = bool(multirun) or str(root.hydra.mode) == "RunMode.MULTIRUN"
+        if is_sweep:
             sweeps += _from_file(root, {override.key_or_group for override in parsed})
+        several = ", ".join(_line(override) for override in sweeps if override.is_sweep_override())
+        if several and (multirun is None or not is_sweep):
+            why = "several values, and one is asked for" if multirun is None else "several values make a sweep; add -m"
+            raise ConfigError(f"{several}: {why}")
         return _points(fixed, sweeps) if sweeps else [((), _without_hydra(root))]
 
 

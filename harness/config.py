@@ -129,8 +129,10 @@ def _nobody(_line: str) -> None:
     """A ``Say`` that nobody hears."""
 
 
-def requests(overrides: Sequence[str], *, multirun: bool, count: Count = not_counted, say: Say = _nobody) -> tuple[Settings, list[Request]]:
-    """The requests of ``python -m harness OVERRIDES``; ``say`` what was found out on the way.
+def requests(
+    overrides: Sequence[str], *, multirun: bool | None, count: Count = not_counted, say: Say = _nobody
+) -> tuple[Settings, list[Request]]:
+    """The requests of ``python -m harness OVERRIDES``; ``say`` what was found out on the way. ``multirun``: see ``compose_all``.
 
     Raises ConfigError with every problem of every cell, each once.
     """

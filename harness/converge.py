@@ -13,6 +13,7 @@ from pathlib import Path
 from harness.comparable import Run, measured, not_finite, runs, unusable
 from harness.deviations import HELD_OUT_FLOOR
 from harness.errors import ConfigError, HarnessError, StoreError
+from harness.exits import leave_with
 from harness.parity import POWER
 from harness.store import load
 
@@ -69,6 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.root.is_dir():
             raise StoreError(f"{options.root}: no folder; name the one that the sweep wrote to (runs=…)")
         known = [run for run in runs(load(options.root)) if not run.record.cell.workload.is_first_step]
+        if not known:
+            raise StoreError(f"{options.root}: no records of whole runs in it; name the folder that the sweep wrote to (runs=…)")
+        for name in (options.reference, options.candidate, *options.variants):
+            _named(known, name)
         known = _of_one_workload(known, options.workload)
         found = judge(known, options.reference, options.candidate, options.variants)
     except HarnessError as error:
@@ -120,12 +125,18 @@ def _is(run: Run, name: str) -> bool:
     return spec.name == engine and all(str(spec.knobs.get(knob)) == value for knob, value in pairs)
 
 
-def _chosen(known: Sequence[Run], name: str) -> list[Run]:
-    """Those that ``name`` names, all of one set of knobs."""
-    chosen = [run for run in known if _is(run, name)]
-    if not chosen:
+def _named(known: Sequence[Run], name: str) -> list[Run]:
+    """Those that ``name`` names; raises ConfigError where there is none."""
+    named = [run for run in known if _is(run, name)]
+    if not named:
         there = _names(run for run in known if run.record.cell.engine.name == name.split(",")[0]) or _names(known)
         raise ConfigError(f"'{name}': no run of it; there are runs of {there or 'nothing'}")
+    return named
+
+
+def _chosen(known: Sequence[Run], name: str) -> list[Run]:
+    """Those that ``name`` names, all of one set of knobs."""
+    chosen = _named(known, name)
     if len({_knobs(run) for run in chosen}) > 1:
         raise ConfigError(f"'{name}' names runs of several sets of knobs, which are not averaged; say which: {_names(chosen)}")
     return chosen
@@ -188,4 +199,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main)

@@ -12,6 +12,7 @@ from pathlib import Path
 from harness.compose import searchpath
 from harness.config import Request, requests
 from harness.errors import ConfigError, HarnessError
+from harness.exits import leave_with
 from harness.gates import Counted, Counts, counted_part
 from harness.launch import run_cell, unsupported
 from harness.plan import plan
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.config_dir:
             options.overrides.insert(0, searchpath(options.config_dir))
-        settings, found = requests(options.overrides, multirun=False)
+        settings, found = requests(options.overrides, multirun=None)
         counted = _count(found[0], Path(settings.cache).expanduser().resolve())
         write_at_once(options.out.resolve(), (counted.model_dump_json(indent=1) + "\n").encode())
     except HarnessError as error:
@@ -73,4 +74,4 @@ def _read(counts: Path, record: Record) -> Counts | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main)

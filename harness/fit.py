@@ -9,6 +9,7 @@ from pathlib import Path
 from harness.compose import CONF
 from harness.config import Config, single
 from harness.errors import ConfigError, HarnessError, nearest
+from harness.exits import leave_with
 from harness.record import Record
 from harness.store import load
 from harness.tune.fitting import SIZES_GIB, Line, lines
@@ -106,4 +107,4 @@ def _text(line: Line) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main)

@@ -15,6 +15,7 @@ from harness.config import Request, Settings, requests
 from harness.data.tokens import TokenFile
 from harness.engine import Machine
 from harness.errors import HarnessError
+from harness.exits import leave_with
 from harness.floor import Attention, Floor, Product, shapes
 from harness.machine import detect
 from harness.places import Prepared
@@ -204,4 +205,4 @@ def _text(floor: Floor, request: Request) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main)

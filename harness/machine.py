@@ -62,6 +62,13 @@ def detect(device: Literal["cpu", "cuda"], *, count: int = 1, memory_cap_gib: in
         )
 
 
+def cap_refused(machine: Machine) -> str | None:
+    """Why the memory of ``machine`` cannot be capped, None where it can or need not be."""
+    if machine.device == "cpu" and machine.memory_cap_gib is not None:
+        return "machine.memory_cap_gib caps the allocator of a GPU; on a CPU set it to null"
+    return None
+
+
 def arithmetic(machine: Machine) -> str:
     """What decides which bits the same code computes: the chip and the number of its multiprocessors, not how much memory it has or how
     fast that is; how many GPUs there are; an emulated cap. A card whose chip is not known is one of its own.

@@ -7,13 +7,14 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.compose import CONF
 from harness.config import requests
 from harness.errors import ConfigError, HarnessError, StoreError, WeightsError, nearest
+from harness.exits import leave_with
 from harness.nf4 import is_nf4
 from harness.record import Record
 from harness.score import load_model, with_adapter
@@ -23,7 +24,7 @@ from harness.weights.base_model import Base, as_fp8, prepare_base
 from harness.weights.building import building
 from harness.weights.nf4_base import prepare_nf4
 from harness.weights.sources import TOKENIZER_FILES
-from harness.weights.tensors import CODES, read_tensors
+from harness.weights.tensors import CODES, adapter_sha256, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,8 @@ USAGE_TEXT = """python -m harness.merge ADAPTER OUT [--base FOLDER] [--dtype DTY
   python -m harness.merge runs/adapters/0123456789abcdef merged                   the base by the name that the adapter gives, and the
                                                                                   method of its record, where that is beside it in runs
   python -m harness.merge ADAPTER merged model=local model.weights=dir:my-model   the base by overrides (method=qlora: in NF4)
-  python -m harness.merge ADAPTER merged --base my-model                          the base as a folder, plain or in NF4
+  python -m harness.merge ADAPTER merged --base my-model                          the base as a folder, plain or in NF4; where the record
+                                                                                  of the adapter is known, it must be that of its run
 
 Exit code 0: written and checked, 7: the logits differ too much and nothing is left, 2: the command is wrong."""
 SHARD = "4GB"
@@ -77,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Merge, check, and only then leave the folder. Returns 0, 2 or 7."""
     options = _parser().parse_intermixed_args(arguments)
     try:
+        _expect_device(options.device)
         adapter, out = _adapter(options.adapter), _empty(options.out)
         record = _record(options.adapter)
         base, said = _base(options.base, options.overrides, str(adapter.get("base_model_name_or_path") or ""), record)
@@ -153,6 +156,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _expect_device(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch can use no GPU here; leave it out, and the CPU computes")
+
+
 def _adapter(folder: Path) -> dict[str, Any]:
     """What its adapter_config.json says. Raises WeightsError for what is no LoRA adapter."""
     file = folder / "adapter_config.json"
@@ -194,29 +205,44 @@ def _base(folder: Path | None, overrides: Sequence[str], name: str, record: Reco
             raise ConfigError(f"{' '.join(overrides)}: overrides find a base, --base gives one; leave one of them out")
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
             raise WeightsError(f"{folder}: no config.json with *.safetensors; --base is a Hugging Face model folder")
-        return folder, f"{folder}{', in NF4, decoded' if is_nf4(folder) else ''}"
+        said = f"{folder}{', in NF4, decoded' if is_nf4(folder) else ''}"
+        if record is None:
+            return folder, f"{said}; no record lies beside the adapter, so nothing is known of the base that it was trained on"
+        name = record.cell.workload.model.name
+        otherwise = f"leave --base out, or, if it is stored differently only, give it as model={name} model.weights=dir:{folder}"
+        _expect_trained_on(_as_it_lies(folder, said), record, otherwise)
+        return folder, said
     given = {word.partition("=")[0] for word in overrides}
     named = [] if "model" in given else [f"model={_known(name)}"]
     if record is not None and "method" not in given:
         named.append(f"method={record.cell.workload.method.name}")
-    settings, (request,) = requests([*named, *overrides], multirun=False)
+    settings, (request,) = requests([*named, *overrides], multirun=None)
     cache, workload = Path(settings.cache).expanduser(), request.cell.workload
     base = prepare_base(workload.model, request.sources, cache)
     base = prepare_nf4(base, workload.model.dtype, cache) if isinstance(workload.method, QLora) else base
     if record is not None:
-        _expect_trained_on(base, record)
+        _expect_trained_on(base, record, "give the model=… and model.… of its run, or --base FOLDER")
     return base.path, f"{workload.model.name}: {base.description}"
 
 
-def _expect_trained_on(base: Base, record: Record) -> None:
-    """Raise WeightsError where the adapter's record names another base."""
+def _as_it_lies(folder: Path, said: str) -> Base:
+    """``folder`` with the content hash that a base of these files, as they are stored, was given when it was prepared."""
+    try:
+        found = Base(folder, "", said, json.loads((folder / "config.json").read_text(encoding="utf-8")), "")
+        return replace(found, sha256=found.content_sha256(adapter_sha256(folder)))
+    except (OSError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{folder}: config.json cannot be read ({error}); restore the folder") from error
+
+
+def _expect_trained_on(base: Base, record: Record, otherwise: str) -> None:
+    """Raise WeightsError where the adapter's record names another base, and say what to do ``otherwise``."""
     workload, made = record.cell.workload, record.measurement
     found = as_fp8(base) if isinstance(workload.method, LoraFp8) else base
     if made is not None and made.artifacts.base_sha256 != found.sha256:
         raise WeightsError(
             f"the record of this adapter says that it was trained on another base (model.name={workload.model.name}, "
             f"model.weights={workload.model.weights}, model.dtype={workload.model.dtype}, method={workload.method.name}) "
-            f"than what was found here ({base.description}); give the model=… and model.… of its run, or --base FOLDER"
+            f"than what was found here ({base.description}); {otherwise}"
         )
 
 
@@ -238,4 +264,4 @@ def _stored_dtype(base: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main)

@@ -12,7 +12,7 @@ from harness.config import Request
 from harness.engine import Machine, load, requires, resumes
 from harness.fingerprint import engine_fingerprint
 from harness.interpreter import lack
-from harness.machine import detect
+from harness.machine import cap_refused, detect
 from harness.record import TRAINED, Record, Status
 from harness.spec import Cell, DType, Full, Lora, LoraFp8, Model, QLora, parse
 
@@ -110,7 +110,7 @@ def _decide(request: Request, known: _Known, rerun: Rerun) -> Planned:
     machine, absent = known.machine(request.machine.device, -(-cell.engine.processes // nodes), request.machine.memory_cap_gib)
     if nodes > 1:
         machine = machine.model_copy(update={"nodes": nodes, "count": machine.count * nodes})
-    if refused := absent or _nodes_reason(request, rerun):
+    if refused := absent or cap_refused(machine) or _nodes_reason(request, rerun):
         return Planned(request, machine, "unsupported", refused, None)
     engine = load(cell.engine)
     knobs = parse(engine.Knobs, cell.engine.knobs, at="engine.knobs")

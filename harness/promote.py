@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import HarnessError, StoreError
+from harness.exits import leave_with
 from harness.record import Record
 from harness.store import Results, Stored, load, pair_path, save_floor, save_pair, save_score, write_at_once
 
@@ -86,4 +87,4 @@ def _copy_floors(results: Results, to: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main)

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from harness.data.tokens import TokenFile
 from harness.engine import Checkpoints, Job, Machine, load
@@ -21,6 +21,7 @@ from harness.events import LOST_LOG, EventLog
 from harness.flops import work
 from harness.gates import counting
 from harness.gemm import gemm_peak_flops
+from harness.machine import cap_refused
 from harness.places import WorkerJob
 from harness.probe import StepProbe
 from harness.ranks import FAILED, own_log, rank
@@ -32,9 +33,9 @@ from harness.syntax_trees import one_tree_at_a_time
 from harness.weights import adapter_sha256
 
 
-def main(path: str) -> None:
+def main(path: str) -> int:
     """Train the cell and log how it went. Every ending of the engine becomes an event; the exit code is 0 for all of them, but for
-    a failing one of several ranks: the others must not wait for it.
+    a failing one of several ranks: the others must not wait for it. Returns it, or that of a log that cannot be written.
     """
     began = time.monotonic()
     imports = ImportClock()
@@ -54,10 +55,19 @@ def main(path: str) -> None:
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 if job.cell.engine.processes > 1:
-                    sys.exit(FAILED)
+                    return FAILED
     except OSError as error:
         print(f"{job.events}: cannot write the event log: {error}", file=sys.stderr)
-        sys.exit(LOST_LOG)
+        return LOST_LOG
+    return 0
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process now. All is said and written: tearing down the threads of a library, which may abort or hang, must not change it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # an engine may have closed or lost them
+            stream.flush()
+    os._exit(code)
 
 
 def _wall(job: WorkerJob) -> dict[str, float]:
@@ -102,8 +112,8 @@ def _cap_memory(machine: Machine) -> None:
     cap = machine.memory_cap_gib
     if cap is None:
         return
-    if machine.device == "cpu":
-        raise UnsupportedError("machine.memory_cap_gib caps the allocator of a GPU; on a CPU set it to null")
+    if refused := cap_refused(machine):
+        raise UnsupportedError(refused)
     import torch
 
     for index in range(torch.cuda.device_count()):
@@ -160,4 +170,4 @@ def _die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    _leave(main(*sys.argv[1:]))

@@ -133,6 +133,21 @@ def test_where_one_value_is_asked_for_several_are_refused() -> None:
         compose_one(["engine=hf,fused"])
 
 
+@pytest.mark.parametrize("given", ["engine=hf,fused", "+sweep=demo"])
+def test_a_command_without_sweeps_does_not_name_the_flag_that_makes_them(given: str) -> None:
+    with pytest.raises(ConfigError, match="several values, and one is asked for") as caught:
+        requests([given], multirun=None)
+    assert "-m" not in str(caught.value)
+    assert compose_all(["+sweep=demo", "engine=hf", "repeat=0"], multirun=None)
+
+
+@pytest.mark.parametrize("given", ["engine=best,hf", "engine=hf,best", "engine=choice(hf, best)"])
+def test_the_best_is_none_of_several(cache: Path, given: str) -> None:
+    with pytest.raises(ConfigError, match=r"^engine=.*: engine=best cannot be one of several values; run it by itself") as caught:
+        ask(cache, given, multirun=True)
+    assert "no such option" not in str(caught.value)
+
+
 def test_a_folder_of_own_options_has_to_be_there(tmp_path: Path) -> None:
     assert searchpath(tmp_path) == f"hydra.searchpath=[file://{tmp_path}]"
     with pytest.raises(ConfigError, match=r"--config-dir .*absent: there is no such folder"):

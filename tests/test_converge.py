@@ -105,7 +105,10 @@ def test_the_door_reads_records_and_says_what_it_found(root: Path, capsys: pytes
 
 def test_mistakes_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(records.record(INT8, work=records.workload(steps=30)), root)
+    (root / "empty").mkdir()
     for arguments, reason in (
+        ([str(root / "empty"), "hf", "hff", "hf"], "no records of whole runs in it"),
+        ([str(root), "hf", "hff", "hf"], "'hff': no run of it; there are runs of fused; hf"),
         ([str(root / "none"), *NAMES], "no folder"),
         ([str(root), *NAMES], "name one with --workload LABEL"),
         ([str(root), *NAMES, "--workload", "other"], ", and none is 'other'; name one"),

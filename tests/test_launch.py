@@ -115,6 +115,15 @@ def test_a_worker_that_has_said_how_it_ended_and_does_not_go_is_sent_home(prepar
     assert run(prepared, tmp_path, behaviour="linger", limits=IMPATIENT).status == "ok"
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_would_abort_while_python_ends_loses_no_measurement(prepared: Made, tmp_path: Path, processes: int) -> None:
+    request = workloads.request(prepared.workload, processes=processes, limits=IMPATIENT, behaviour="abort_late")
+    record = run_cell(request, workloads.MACHINE, prepared.prepared, tmp_path, lambda event: None)
+    assert (record.status, record.reason) == ("ok", None)
+    assert record.measurement is not None
+    assert len(record.measurement.steps.losses) == 4
+
+
 def test_the_kernel_that_ends_a_worker_for_memory_is_told_from_a_person(
     monkeypatch: pytest.MonkeyPatch, prepared: Made, tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def test_merged_weights_are_base_and_adapter(tmp_path: Path, family: str, capsys
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(load_file(base / "model.safetensors"))
     said = capsys.readouterr().out
     assert "summed (float32): largest difference" in said
+    assert "nothing is known of the base that it was trained on" in said
     assert "done: " in said
 
 
@@ -156,6 +157,37 @@ def test_the_record_beside_an_adapter_says_the_method_and_the_base(
     assert not (tmp_path / "other").exists()
 
 
+def beside_its_record(root: Path, made: Path, base_sha256: str, method: str) -> Path:
+    """The adapter ``made`` where a run leaves it, and the record of that run."""
+    sha = adapter_sha256(made)
+    (root / "adapters").mkdir()
+    of_run = {"adapter_sha256": sha, "base_sha256": base_sha256}
+    store.save(records.record(work=workload(method=conf("method", method)), artifacts=of_run), root)
+    return made.rename(root / "adapters" / sha[:16])
+
+
+def test_a_base_with_the_adapter_in_it_is_not_merged_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, made = make(tmp_path, *MODELS["llama"])
+    prepared = Base(base, "", "tiny", json.loads((base / "config.json").read_text()), "t" * 64)
+    adapter = beside_its_record(tmp_path, made, prepared.content_sha256(adapter_sha256(base)), "lora")
+    assert main([str(adapter), str(tmp_path / "once"), "--base", str(base)]) == 0
+    assert "nothing is known" not in capsys.readouterr().out
+    assert main([str(adapter), str(tmp_path / "twice"), "--base", str(tmp_path / "once")]) == 2
+    said = capsys.readouterr().err
+    assert f"than what was found here ({tmp_path / 'once'}); leave --base out, or" in said
+    assert f"give it as model=tiny_llama model.weights=dir:{tmp_path / 'once'}" in said
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_folder_in_nf4_is_known_as_the_base_of_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, made = make(tmp_path, *MODELS["llama"])
+    packed = prepare_nf4(Base(base, "b" * 64, "tiny", json.loads((base / "config.json").read_text()), "t" * 64), "float32", tmp_path)
+    adapter = beside_its_record(tmp_path, made, packed.sha256, "qlora")
+    assert main([str(adapter), str(tmp_path / "plain"), "--base", str(base)]) == 2
+    assert "method=qlora" in capsys.readouterr().err
+    assert main([str(adapter), str(tmp_path / "out"), "--base", str(packed.path)]) == 0
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     """safetensors raises an error of its own, which is no OSError."""
     base, adapter = make(tmp_path, *MODELS["llama"])
@@ -212,7 +244,8 @@ def broken(folder: Path, what: str) -> list[str]:
         return given[:2]
     if what == "base without weights":
         (base / "model.safetensors").unlink()
-    return [*given, "model=tiny_llama"] if what == "both" else given
+    more = {"both": ["model=tiny_llama"], "no GPU": ["--device", "cuda"]}
+    return [*given, *more.get(what, [])]
 
 
 MISTAKES = {
@@ -224,12 +257,14 @@ MISTAKES = {
     "unknown base": "its base is 'of_a_test', which is no model of conf/model",
     "base without weights": "--base is a Hugging Face model folder",
     "both": "leave one of them out",
+    "no GPU": "--device cuda: torch can use no GPU here",
 }
 
 
 @pytest.mark.parametrize("what", MISTAKES)
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
-def test_a_mistake_is_named(tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_named(tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(broken(tmp_path, what)) == 2
     assert MISTAKES[what] in capsys.readouterr().err
     assert what == "out exists" or not (tmp_path / "out").exists()

@@ -43,7 +43,10 @@ def test_a_cell_under_two_caps_is_two_cells() -> None:
     request = workloads.request(workloads.workload())
     machines = (request.machine.model_copy(update={"memory_cap_gib": cap}) for cap in (8, 16))
     capped = [request.model_copy(update={"machine": machine}) for machine in machines]
-    assert [cell.request.machine.memory_cap_gib for cell in plan([*capped, request], [], "stale")] == [8, 16, None]
+    found = plan([*capped, request], [], "stale")
+    assert [cell.request.machine.memory_cap_gib for cell in found] == [8, 16, None]
+    assert [cell.action for cell in found] == ["unsupported", "unsupported", "run"], "this is a CPU, which has no allocator to cap"
+    assert found[0].reason == "machine.memory_cap_gib caps the allocator of a GPU; on a CPU set it to null"
 
 
 def test_a_recorded_cell_is_done_unless_asked_again(prepared: Made, tmp_path: Path) -> None:

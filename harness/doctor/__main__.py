@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from harness.exits import leave_with
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """See ``harness.doctor.command.run``; 1 as well when the doctor itself cannot start."""
@@ -19,4 +21,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main)

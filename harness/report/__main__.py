@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import HarnessError, StoreError
+from harness.exits import leave_with
 from harness.report.judged import judged
 from harness.report.page import save_one, write
 from harness.report.text import rows, table
@@ -76,4 +77,4 @@ def _report(results: Results, format_: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main)

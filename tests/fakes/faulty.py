@@ -1,5 +1,6 @@
 """An engine that trains nothing and ends in every way a real one might."""
 
+import atexit
 import os
 import resource
 import signal
@@ -35,6 +36,7 @@ Behaviour = Literal[
     "unsupported",
     "nan",
     "linger",
+    "abort_late",
     "address_space",
     "escape",
     "wrong_event",
@@ -94,13 +96,20 @@ def _misbehave(behaviour: Behaviour, job: Job) -> None:
         time.sleep(3600)
     if behaviour == "apart":
         _wait_for_the_other() if os.environ["RANK"] == "0" else _stray()
-    if behaviour == "linger":
-        threading.Thread(target=time.sleep, args=(3600,)).start()
+    if behaviour in ("linger", "abort_late"):
+        _leave_badly(behaviour)
     if behaviour in ("host_oom", "address_space", "oom", "one_rank"):
         _run_out_of_memory(behaviour)
     if behaviour in ("fork", "escape"):
         _leave_a_child(behaviour, job)
     _harm_the_disk(behaviour, job)
+
+
+def _leave_badly(behaviour: Behaviour) -> None:
+    if behaviour == "linger":
+        os._exit = lambda code: time.sleep(3600)
+    else:
+        atexit.register(os.abort)
 
 
 def _wait_for_the_other() -> None:
