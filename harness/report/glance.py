@@ -123,10 +123,12 @@ def _outdated(group: Group, alike: Sequence[Group]) -> str:
 
 
 def _newest(group: Group) -> dict[str, Provenance]:
-    """Of every engine that has a rate here, where its newest record is from; of those that failed, where nothing has a rate."""
+    """Of every engine, as its users call its settings, that has a rate here, where its newest record is from; of those that failed, where
+    nothing has a rate.
+    """
     ran = [run.record for variant in group.variants for run in variant.runs]
     records = ran or [failure.record for variant in group.variants for failure in variant.failures]
-    return {one.cell.engine.name: one.provenance for one in sorted(records, key=lambda one: one.provenance.started_utc)}
+    return {one.cell.engine.title: one.provenance for one in sorted(records, key=lambda one: one.provenance.started_utc)}
 
 
 def _has_changed(before: Mapping[str, Provenance], after: Mapping[str, Provenance]) -> bool:

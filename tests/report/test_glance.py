@@ -110,8 +110,8 @@ def test_a_machine_has_its_workloads_together() -> None:
 def test_an_older_sitting_of_the_same_work_stands_last_and_names_the_newer() -> None:
     """Which of two contradicting lines counts is seen: engines change, and old records stay."""
 
-    def sitting(rates: list[float], steps: int, day: str, source: str, minute: int) -> list[Stored]:
-        made = repeats(engine("fused"), rates, work=workload(steps=steps))
+    def sitting(rates: list[float], steps: int, day: str, source: str, minute: int, variant: str | None = None) -> list[Stored]:
+        made = repeats(engine("fused").model_copy(update={"variant": variant}), rates, work=workload(steps=steps))
         return [replace(one, record=_of(one.record, f"{day}T10:{minute:02}:00.000+00:00", source)) for one in made]
 
     old, new = sitting([100.0], 12, "2026-11-23", "a", 0), sitting([200.0], 40, "2026-11-27", "b", 1)
@@ -122,6 +122,8 @@ def test_an_older_sitting_of_the_same_work_stands_last_and_names_the_newer() -> 
     ]
     (machine,) = glance(judged(results([*old, *sitting([200.0], 40, "2026-11-27", "a", 1)])))
     assert not any(one.outdated for one in machine.lines), "the same engine: longer, and as true as the other"
+    (machine,) = glance(judged(results([*old, *sitting([200.0], 40, "2026-11-27", "b", 1, variant="within-8.05")])))
+    assert not any(one.outdated for one in machine.lines), "another setting of the engine does not say what this one does today"
     page = html(results([*old, *new]))
     assert "since then engines have changed: see 2026-11-27, 40 steps" in page
     assert page.count("Since then engines have changed") == 1, "the section says it, too"
