@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from harness import resume
 from harness.adapters import has_its_adapter, keep_adapter
 from harness.config import Request
+from harness.cores import clocks, taken_by_others
 from harness.endings import Ending, classify, doubted, heard_from_afar, last_lines
 from harness.engine import Machine, declared_loss_norm
 from harness.errors import ConfigError, HarnessError, StoreError, UnsupportedError
@@ -71,12 +73,16 @@ def run_cell(
             if monitor and (holder := monitor.busy()):
                 return _record(job, "contended", f"{holder}; end it or wait for it, then run the same command again", 0.0, [])
             job = job.model_copy(update={"launched_monotonic": time.monotonic()})
+            before = clocks()
             how, events = _run_worker(request, job, work, on_event, held, monitor)
     except UnsupportedError as error:
         return _record(job, "unsupported", str(error), 0.0, [])
     wall = time.monotonic() - job.launched_monotonic
     status, reason = classify(how, events, work)
     record = _record(job, status, reason, wall, events, monitor)
+    if machine.device == "cpu":
+        taken = taken_by_others(before, clocks(), os.cpu_count() or 1)
+        record = record.model_copy(update={"notes": (*record.notes, *taken)})
     keep_adapter(work, root, record)
     resume.end(saving, record.status)
     return record

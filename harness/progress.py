@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from harness.cores import BUSY
 from harness.derived import derive
 from harness.events import Event
 from harness.plan import Planned
@@ -78,6 +79,9 @@ class SweepProgress:
         name = f"{record.cell.engine.title}, repeat {record.cell.repeat}"
         reason = f": {cause(record)}" if record.reason else ""
         self._say(f"  {record.status:<12} {name:<24} {how or _rate(record, self._steps)}, {record.provenance.wall_seconds:.1f} s{reason}")
+        for note in record.notes:
+            if how is None and note.startswith(BUSY):
+                self._say(f"  {'':<12} {note}")
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
