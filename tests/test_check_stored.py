@@ -145,6 +145,12 @@ def test_a_default_that_changed_does_not_part_the_same_engine(tmp_path: Path, ca
     assert (code, "only in" in said) == (0, False), said
 
 
+def test_two_engines_are_no_default_that_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = [one.model_copy(update={"cell": one.cell.model_copy(update={"engine": records.engine("fused")})}) for one in side_of(1)]
+    code, said = check(capsys, *records_of(stored(tmp_path / "base", side_of(0)), stored(tmp_path / "new", other)))
+    assert (code, said.count("only in")) == (6, 2), said
+
+
 def test_counts_beside_the_records_are_compared(both: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     better = stored(tmp_path / "better", side_of(1, 0.9))
     for root, one in ((both[0], counted()), (better, counted(peak=150 * MIB))):

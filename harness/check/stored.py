@@ -17,7 +17,7 @@ from harness.record import Record
 from harness.spec import EngineSpec, Workload, content_key
 from harness.store import load
 
-Key = tuple[str, str, str]  # machine, work, engine and knobs
+Key = tuple[str, str, str, str]  # machine, work, engine, engine and knobs
 T = TypeVar("T")
 
 
@@ -128,12 +128,14 @@ def _check_place(record: Record, path: str) -> None:
 
 
 def _key(record: Record) -> Key:
-    return record.machine.key, content_key(record.cell.workload), content_key(record.cell.engine)
+    engine = record.cell.engine
+    return record.machine.key, content_key(record.cell.workload), engine.name, content_key(engine)
 
 
 def _key_when_counted(record: Record) -> Key:
     """Of the counted run that belongs to a timed one."""
-    return record.machine.key, content_key(counted_part(record.cell.workload)), content_key(record.cell.engine)
+    engine = record.cell.engine
+    return record.machine.key, content_key(counted_part(record.cell.workload)), engine.name, content_key(engine)
 
 
 def _counted(root: Path) -> dict[Key, Counted]:
@@ -147,8 +149,8 @@ def _matched(theirs: Mapping[Key, T], mine: Mapping[Key, T]) -> list[tuple[Key, 
     left = [[key for key in side if all(key not in pair for pair in exact)] for side in (theirs, mine)]
     more = []
     for key in left[1]:
-        others = [other for other in left[0] if other[:2] == key[:2]]
-        if len(others) == 1 and sum(other[:2] == key[:2] for other in left[1]) == 1:
+        others = [other for other in left[0] if other[:3] == key[:3]]
+        if len(others) == 1 and sum(other[:3] == key[:3] for other in left[1]) == 1:
             more.append((others[0], key))
     return exact + more
 
