@@ -38,7 +38,7 @@ from harness.spec import parse
 from tests.engines.conformance import SAME
 from tests.engines.ranks import Ranks, started
 from tests.engines.test_fsdp import trained
-from tests.engines.test_fused import DEVICE, KNOBS, decoder, packed
+from tests.engines.test_fused import DEVICE, KNOBS, PLACE, decoder, packed
 from tests.engines.tiny import CPU, FULL, GPU, LLAMA, LONGEST, LORA, QLORA, RecordingProbe, make_job, make_workload, with_train
 from tests.fakes import agreeing
 
@@ -124,7 +124,7 @@ class Everyone:
     """All ranks of a division in one process, ``place`` and ``ops`` as each one's; ``gathers``: which parts, in the order of launches."""
 
     count: int
-    place: Placement = field(default_factory=lambda: Placement(DEVICE, torch.float32, torch.float32))
+    place: Placement = PLACE
     ops: Ops = REFERENCE
     loaded: list[list[Gathered]] = field(default_factory=list)
     gathers: list[int] = field(default_factory=list)

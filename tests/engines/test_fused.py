@@ -51,6 +51,7 @@ KNOBS: dict[str, Any] = {
     "compile_ahead": True,
 }  # fmt: skip
 DEVICE = torch.device("cpu")
+PLACE = Placement(DEVICE, torch.float32, torch.float32, rank_multiple=8)  # ranks of 4 and of 12 are padded, as on a GPU
 
 
 class TestFused(EngineConformance):
@@ -87,8 +88,7 @@ class TestFused(EngineConformance):
 def decoder(job: Job, plan: Plan) -> Decoder:
     shape = read_shape(read_config(job.base), LONGEST)
     adapter = None if job.adapter_init is None else read_adapter(job.adapter_init)
-    placement = Placement(DEVICE, torch.float32, torch.float32, rank_multiple=8)  # no group's ranks fill it: padded, as on a GPU
-    weights = load_weights(job.base, shape, placement, adapter)
+    weights = load_weights(job.base, shape, PLACE, adapter)
     return Decoder(shape=shape, weights=weights, ops=REFERENCE, plans=(plan,) * shape.num_layers, loss_chunk=5)
 
 

@@ -180,7 +180,7 @@ def test_what_stays_is_packed_and_counted(job: Job, tmp_path: Path) -> None:
     values = [hidden * shape.query_size, *2 * [hidden * shape.key_size], shape.query_size * hidden, *3 * [hidden * inner]]
     blocks = [-(-count // 64) for count in values]
     packed_bytes = sum(values) // 2 + sum(blocks) + 4 * sum(-(-count // 256) for count in blocks) + 7 * 4 * (16 + 256)
-    sizes = ((heads, hidden, 12), (hidden, shape.query_size, 4), (2 * inner, hidden, 8), (hidden, inner, 4))
+    sizes = ((heads, hidden, 16), (hidden, shape.query_size, 8), (2 * inner, hidden, 8), (hidden, inner, 8))  # ranks padded to eights
     buffers = sum(4 * (rows + rank) * (columns + rank) for rows, columns, rank in sizes)
     adapters = native.weights.arena.masters.nbytes
     rest = 4 * (2 * shape.vocab_size * hidden + (1 + 2 * len(layers)) * hidden)
