@@ -70,7 +70,9 @@ def fill(dy_TW: Tensor, linear: Linear) -> None:
     """s dy B into the columns from N on, zeros behind it."""
     if linear.lora is None:
         return
-    d_low_TP = dy_TW[:, linear.num_outputs :].zero_()
+    d_low_TP, ranks = dy_TW[:, linear.num_outputs :], len(linear.lora.down.value)
+    if d_low_TP.shape[1] > ranks:
+        d_low_TP[:, ranks:].zero_()
     for block in linear.lora.blocks:
         torch.mm(dy_TW[:, block.output], block.up.value, out=d_low_TP[:, block.rank])
     d_low_TP.mul_(linear.lora.scale)
