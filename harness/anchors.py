@@ -110,20 +110,21 @@ def is_yardstick(record: Record) -> bool:
 
 def _variants(anchor: Run, runs: Sequence[Run]) -> tuple[Run, ...]:
     """Of every other choice of knobs (attention, split, recompute) one run that can be compared with ``anchor``."""
-    found: dict[str, Run] = {}
-    for run in runs:
-        comparable = not blocked(run, anchor)[0] and not missing(run, anchor)
-        if _knobs(run) != _knobs(anchor) and comparable:
-            found.setdefault(_knobs(run), run)
-    return tuple(found.values())
+    others = (run for run in runs if _knobs(run) != _knobs(anchor))
+    return _one_of_each(run for run in others if not blocked(run, anchor)[0] and not missing(run, anchor))
 
 
 def _at_first(anchor: Run, runs: Sequence[Run]) -> tuple[Run, ...]:
     """Of every choice of knobs one run of the reference engine in the other type."""
+    others = (run for run in runs if is_yardstick(run.record) and in_fp32(run) != in_fp32(anchor))
+    return _one_of_each(run for run in others if not blocked(run, anchor)[0])
+
+
+def _one_of_each(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """The first of every choice of knobs."""
     found: dict[str, Run] = {}
     for run in runs:
-        if is_yardstick(run.record) and in_fp32(run) != in_fp32(anchor) and not blocked(run, anchor)[0]:
-            found.setdefault(_knobs(run), run)
+        found.setdefault(_knobs(run), run)
     return tuple(found.values())
 
 

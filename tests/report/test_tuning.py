@@ -8,6 +8,7 @@ from harness import tuned
 from harness.report.page import html, markdown
 from harness.report.tuning import front, tuning
 from harness.store import load
+from harness.tune.show import summary
 from harness.tuned import Predicted, Trial, Tuned
 from tests.records import GPU, record, results, stored, workload
 
@@ -32,6 +33,14 @@ def found() -> Tuned:
         trials=(trial("lean", 120.0, 5.0), trial("fast", 88.0, 9.0), trial("beaten", 130.0, 9.5), trial("large", None, None, status="oom")),
         predicted=(Predicted(title="guess", total_seconds=95.0, least_seconds=89.0, peak_bytes=7.0 * 2**30, why="may not fit"),),
     )  # fmt: skip
+
+
+def test_the_terminal_names_engines_that_were_never_measured() -> None:
+    other = Predicted(title="hf micro_batch=4", total_seconds=95.0, least_seconds=70.0, peak_bytes=7.0 * 2**30, why="the time was over")
+    more, mine = (other.model_copy(update={"title": title}) for title in ("hf micro_batch=1", "fused micro_batch=8"))
+    said = "\n".join(summary(found().model_copy(update={"predicted": (other, more, mine)})))
+    assert "hf was never measured; its best, 95 s by prediction (hf micro_batch=4): the time was over" in said
+    assert said.count("never measured") == 1
 
 
 def test_the_front_is_of_what_was_measured() -> None:
