@@ -62,6 +62,10 @@ class Verdict(Protocol):
         """Why, in a sentence."""
 
     @property
+    def of_first_step(self) -> bool:
+        """Whether a run of the first step alone was judged with it."""
+
+    @property
     def can_win(self) -> bool:
         """Whether a run with this verdict may win a ranking."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.comparable import Light
-from harness.deviations import TESTS, Deviation
+from harness.deviations import FIRST_NORM, TESTS, Deviation
 
 Kind = Literal["reference", "same", "different", "not comparable"]
 
@@ -48,6 +48,11 @@ class Verdict:
     def look(self) -> str:
         """What it is shown as: its kind in one word, with what was found elsewhere where nothing could be judged here."""
         return "same" if self.same_elsewhere else self.kind.replace(" ", "-")
+
+    @property
+    def of_first_step(self) -> bool:
+        """Whether the first update was judged too, of a run of the first step alone."""
+        return any(test.name == FIRST_NORM for test, _ in self.tests)
 
     @property
     def same_on(self) -> str:

@@ -33,6 +33,7 @@ class Verdict:
     light: Light = Light()
     look: str = "same"
     same_on: str = ""
+    of_first_step: bool = False
 
 
 SAME = Verdict("same", "same: fp32", True)

@@ -1,9 +1,11 @@
-"""One line a workload: what is fastest, by how much before the next engine, and how sure that is; the first thing that a reader sees."""
+"""One line for each kind of work: what is fastest, by how much before the next engine, and how sure that is; the first thing that a reader
+sees. Other sweeps of the same work stand below it, workloads that were made to judge last.
+"""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,18 +16,16 @@ from harness.report.columns import memory_bytes
 from harness.report.numbers import gib, plain_rate, times
 from harness.report.sentence import went_on
 from harness.report.sure import ratio, reach, says_nothing
-from harness.spec import Data, Train
+from harness.report.titles import counted, data_name, facts, identifier, steps, title
 from harness.stats import Comparison
 from harness.tuned import name_of
-
-MOST_LETTERS = 40  # of a file's name in a title
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
     """A workload on a machine. ``first``: the fastest that can win; ``beside``: who shares its place; ``next``: the best of another engine;
     ``beyond``: what else is known of its parity; ``outdated``: where its engines were measured on the same kind of work after they had
-    changed.
+    changed; ``again``: what tells it from other sweeps of that work; ``verdicts``: how many of each, where it was made to judge.
     """
 
     id: str
@@ -43,74 +43,72 @@ class Line:
     beyond: str
     day: str
     outdated: str
+    again: str
+    verdicts: str
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A kind of work: the sweep whose fastest is fastest of all, as far as engines still are what they were, and the others."""
+
+    first: Line
+    also: tuple[Line, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The lines of one machine, those that are outdated last."""
+    """What was measured on one machine: ``works`` by model, method, data and shape, and the workloads that were made to judge."""
 
     name: str
-    lines: tuple[Line, ...]
+    works: tuple[Work, ...]
+    judging: tuple[Line, ...]
+
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        """All of them, from the top."""
+        return (*(line for work in self.works for line in (work.first, *work.also)), *self.judging)
 
 
 def glance(groups: Sequence[Group]) -> tuple[Machine, ...]:
     """``groups`` (which are sorted by machine) at a glance."""
-    return tuple(Machine(name, _lines(list(found))) for name, found in groupby(groups, key=lambda group: group.machine.key))
+    return tuple(_machine(name, list(found)) for name, found in groupby(groups, key=lambda group: group.machine.key))
 
 
-def identifier(group: Group) -> str:
-    """Where the section of ``group`` is on the page."""
-    return f"{group.workload.key}-{group.machine.key}"
-
-
-def title(group: Group) -> str:
-    """``llama3_8b · lora · dense · 4 × 2,048``: samples a step by their greatest length in tokens."""
-    work = group.workload
-    return f"{work.model.name} · {work.method.name} · {data_name(work.data)} · {shape(group)}"
-
-
-def data_name(data: Data) -> str:
-    """``gsm8k``, and ``jsonl train.jsonl`` where the name of its files says something else than its own."""
-    names = [re.split(r"[/\\:]", entry.path)[-1] for entry in data.files]
-    if all(name.partition(".")[0] == data.name for name in names):
-        return data.name
-    shown = [name if len(name) <= MOST_LETTERS else f"{name[:MOST_LETTERS]}…" for name in names]
-    return f"{data.name} {shown[0]}{'' if len(shown) == 1 else f' and {len(shown) - 1} more'}"
-
-
-def steps(train: Train) -> str:
-    """``60 steps``, ``8 of 60 steps`` of a run that is ended before the schedule is."""
-    whole = _counted(train.steps, "step")
-    return whole if train.num_steps == train.steps else f"{train.num_steps:,} of {whole}"
-
-
-def shape(group: Group) -> str:
-    """``4 × 2,048``: samples a step by their greatest length."""
-    return f"{group.workload.train.samples_per_step}\u00a0×\u00a0{group.workload.data.sequence_length:,}"
-
-
-def facts(group: Group) -> tuple[str, ...]:
-    """What else a workload is, in words, and what the figures of its title are."""
-    work = group.workload
-    length = f"{'' if work.data.source == 'dense' else 'at most '}{work.data.sequence_length:,} tokens"
-    return (
-        f"{_counted(work.train.samples_per_step, 'sample')} a step of {length}",
-        steps(work.train),
-        f"seed {work.train.seed}",
-        *([f"data sha-256 {work.data.sha256[:8]}"] if work.data.sha256 and data_name(work.data) != work.data.name else []),
+def _machine(name: str, groups: Sequence[Group]) -> Machine:
+    kinds = defaultdict(list)
+    for group in sorted(groups, key=_order):
+        kinds[name_of(group.workload)].append(group)
+    timed = {kind: [group for group in alike if not _made_to_judge(group)] for kind, alike in kinds.items()}
+    return Machine(
+        name,
+        works=tuple(_work(mine, kinds[kind]) for kind, mine in timed.items() if mine),
+        judging=tuple(_line(group, _outdated(group, alike)) for alike in kinds.values() for group in alike if _made_to_judge(group)),
     )
 
 
-def _counted(count: int, name: str) -> str:
-    return f"{count:,} {name}{'' if count == 1 else 's'}"
+def _order(group: Group) -> tuple[str, str, str, int, int, int]:
+    work = group.workload
+    return work.model.name, work.method.name, data_name(work.data), work.data.sequence_length, work.train.samples_per_step, work.train.seed
 
 
-def _lines(groups: Sequence[Group]) -> tuple[Line, ...]:
-    alike = defaultdict(list)
-    for group in groups:
-        alike[name_of(group.workload)].append(group)
-    made = [_line(group, _outdated(group, alike[name_of(group.workload)])) for group in groups]
-    return tuple(sorted(made, key=lambda line: bool(line.outdated)))
+def _made_to_judge(group: Group) -> bool:
+    """Whether first steps were run alone here: that is done for verdicts, on work too short to time."""
+    return any(run.verdict.of_first_step for variant in group.variants for run in variant.runs)
+
+
+def _work(timed: Sequence[Group], alike: Sequence[Group]) -> Work:
+    """``alike``: all sweeps of this kind of work, of which ``timed`` are to be shown."""
+
+    def rate(group: Group) -> float:
+        """Of the fastest, if its engine still is what was measured; what failed is behind all, older failures last."""
+        first = _winner(group)
+        if first and not any(_has_changed({first.engine.title: _newest(group)[first.engine.title]}, _newest(other)) for other in alike):
+            return first.tokens_per_second or 0.0
+        return -1.0 if _outdated(group, alike) else 0.0
+
+    fastest_first = sorted(timed, key=rate, reverse=True)
+    first, *also = (_line(group, _outdated(group, alike)) for group in fastest_first)
+    return Work(first, tuple(sorted(also, key=lambda line: bool(line.outdated))))
 
 
 def _outdated(group: Group, alike: Sequence[Group]) -> str:
@@ -143,9 +141,8 @@ def _day(group: Group) -> str:
 
 
 def _line(group: Group, outdated: str) -> Line:
-    able = [variant for variant in group.variants if variant.runs and variant.can_win]
-    first = able[0] if able else None
-    rival = next((one for one in able if first and one.engine.name != first.engine.name), None)
+    first = _winner(group)
+    rival = next((one for one in _able(group) if first and one.engine.name != first.engine.name), None)
     lead, sure = _lead(first, rival, group)
     verdict = first.verdict if first else None
     parity, beyond = _parted(verdict.label if verdict else "")
@@ -162,10 +159,30 @@ def _line(group: Group, outdated: str) -> Line:
         memory=gib(memory_bytes(first, group)) if first else "",
         parity=parity,
         parity_kind=verdict.look if verdict else "",
-        beyond="; ".join(filter(None, (beyond, _light(verdict)))),
+        beyond="; ".join(filter(None, (_counting_workloads(beyond), _light(verdict)))),
         day=_day(group),
         outdated=outdated,
+        again=f"{steps(group.workload.train)}, seed {group.workload.train.seed}",
+        verdicts=_verdicts(group) if _made_to_judge(group) else "",
     )
+
+
+def _able(group: Group) -> list[Variant]:
+    return [variant for variant in group.variants if variant.runs and variant.can_win]
+
+
+def _winner(group: Group) -> Variant | None:
+    return next(iter(_able(group)), None)
+
+
+def _verdicts(group: Group) -> str:
+    """``5 settings: 4 same, 1 different; references: hf``; what failed is in the section."""
+    known = [(variant.label, variant.verdict.kind) for variant in group.variants if variant.runs and variant.verdict]
+    kinds = Counter(kind for _, kind in known)
+    told = [f"{kinds[kind]} {kind}" for kind in ("same", "different", "not comparable") if kinds[kind]]
+    references = [label for label, kind in known if kind == "reference"]
+    beside = f"; {counted(len(references), 'reference')}: {', '.join(references)}" if references else ""
+    return f"{counted(len(known) - len(references), 'setting')}: {', '.join(told) or 'none judged'}{beside}"
 
 
 def _parted(label: str) -> tuple[str, str]:
@@ -173,6 +190,16 @@ def _parted(label: str) -> tuple[str, str]:
     found = re.fullmatch(r"(.*?)(?: \((.*)\)|; (.*))?", label)
     assert found is not None
     return found[1], found[2] or found[3] or ""
+
+
+def _counting_workloads(beyond: str) -> str:
+    """``fp32 on 2 other workloads, NVIDIA H200``: the section has their names."""
+
+    def told(found: re.Match[str]) -> str:
+        others = found[1].count(" and -")
+        return f"on {others + 1} other workloads" if others else "on another workload"
+
+    return re.sub(r"on \S+-[0-9a-f]{8}((?: and -[0-9a-f]{8})*)", told, beyond)
 
 
 def _light(verdict: Verdict | None) -> str:

@@ -9,10 +9,10 @@ from harness.rank import Group, Variant
 from harness.report.advice import advice, compare_rates, nothing, rate_ratio, signed, words
 from harness.report.columns import memory_bytes, memory_name
 from harness.report.families import Family, Member, families
-from harness.report.glance import data_name, identifier, shape, steps
 from harness.report.numbers import gib, number, plain_rate, rate
 from harness.report.sentence import Sentences
 from harness.report.sure import reach
+from harness.report.titles import data_name, identifier, shape, steps
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,13 @@ from markupsafe import Markup, escape
 
 from harness.errors import StoreError
 from harness.rank import Group
-from harness.report.glance import glance, identifier
+from harness.report.glance import glance
 from harness.report.history import history
 from harness.report.judged import judged
 from harness.report.methods import methods, side_by_side
 from harness.report.plots import looks, plots
 from harness.report.reproduce import options
+from harness.report.titles import identifier
 from harness.report.tuning import tuning
 from harness.report.view import section
 from harness.store import Results

@@ -9,11 +9,12 @@ from harness.floor import Floors
 from harness.rank import Group, Variant
 from harness.report import processes
 from harness.report.columns import memory_bytes, memory_name, place
-from harness.report.glance import data_name, glance, identifier, steps
+from harness.report.glance import glance
 from harness.report.judged import judged
 from harness.report.measured import limit, measured, plain
 from harness.report.numbers import finite, gib, plain_rate
 from harness.report.sentence import sentence_since, sentences
+from harness.report.titles import data_name, identifier, steps
 from harness.store import Results
 
 

@@ -13,12 +13,12 @@ from harness.record import Record, traceback_of
 from harness.report import processes
 from harness.report.columns import memory_bytes, memory_name, place
 from harness.report.front import told
-from harness.report.glance import facts, identifier, title
 from harness.report.measured import Details, details
 from harness.report.numbers import gib, number, plain_rate
 from harness.report.reproduce import Options, command, newer_knobs
 from harness.report.sentence import Sentences, sentence_since, sentences
 from harness.report.sure import ratio, reach
+from harness.report.titles import facts, identifier, title
 from harness.stats import median
 
 if TYPE_CHECKING:

@@ -13,7 +13,9 @@ from harness.report.judged import judged
 from harness.report.page import html, markdown
 from harness.report.text import table
 from harness.store import Results, Stored
-from tests.records import CPU, GPU, engine, record, repeats, results, stored, workload
+from harness.updates import UpdatePair, pair_key
+from tests.records import CPU, GPU, engine, record, repeats, results, sha256, steps, stored, workload
+from tests.records import made as made_of
 
 FASTER = [*repeats(engine("hf"), [100.0, 101.0, 99.0]), *repeats(engine("fused"), [200.0, 201.0, 199.0])]
 
@@ -105,6 +107,52 @@ def test_a_machine_has_its_workloads_together() -> None:
     (machine,) = glance(judged(results([*FASTER, *second])))
     assert machine.name == CPU.key
     assert len(machine.lines) == 2
+
+
+def test_other_sweeps_of_the_same_work_stand_below_the_one_whose_fastest_is_fastest() -> None:
+    longer = repeats(engine("hf"), [110.0], work=workload(steps=60))
+    other = repeats(engine("hf"), [900.0], work=workload(samples_per_step=4))
+    (machine,) = glance(judged(results([*longer, *other, *FASTER])))
+    assert [(work.first.rate, [one.again for one in work.also]) for work in machine.works] == [
+        ("900.0", []),
+        ("200.0", ["60 steps, seed 0"]),
+    ]
+    for page in (html(results([*FASTER, *longer])), markdown(results([*FASTER, *longer]))):
+        assert page.count("also: 60 steps, seed 0") == 1
+
+
+def test_a_fastest_that_was_measured_again_since_does_not_lead() -> None:
+    def sitting(name: str, rate: float, steps: int, day: str, source: str) -> list[Stored]:
+        made = repeats(engine(name), [rate], work=workload(steps=steps))
+        return [replace(one, record=_of(one.record, f"2026-11-{day}T10:00:00.000+00:00", source)) for one in made]
+
+    slower_now = [*sitting("fused", 300.0, 8, "23", "a"), *sitting("fused", 200.0, 12, "25", "b")]
+    (machine,) = glance(judged(results(slower_now)))
+    assert (machine.works[0].first.rate, machine.works[0].also[0].rate) == ("200.0", "300.0")
+    beside = [*sitting("fused", 300.0, 8, "23", "a"), *sitting("hf", 90.0, 8, "23", "a"), *sitting("hf", 100.0, 12, "25", "b")]
+    (machine,) = glance(judged(results(beside)))
+    assert [one.rate for one in machine.lines] == ["300.0", "100.0"], "of the fastest nothing newer is known"
+
+
+def test_workloads_made_to_judge_are_no_races() -> None:
+    def tried(name: str, off: float = 0.0) -> tuple[Stored, Stored]:
+        """A run and that of its first step."""
+        whole = record(engine(name), losses=tuple(loss + off for loss in steps().losses))
+        return stored(whole), stored(record(engine(name), work=whole.cell.workload.first_step, ran=steps(num_steps=1)))
+
+    reference, *others = made = [tried("hf"), tried("fused"), tried("other", 0.5)]
+    begun = [sorted(made_of(one[1].record.cell)["adapter_sha256"] for one in (reference, other)) for other in others]
+    pairs = [UpdatePair(start_sha256=sha256("init"), trained_sha256=(one, two), norms=(1.0, 1.0), cosine=1.0) for one, two in begun]
+    elsewhere = repeats(engine("hf"), [5.0], work=workload(model="big"))
+    found = results([*(entry for both in made for entry in both), *elsewhere])
+    found = replace(found, updates={pair_key(one.start_sha256, *one.trained_sha256): one for one in pairs})
+    (machine,) = glance(judged(found))
+    assert [work.first.title.split(" ")[0] for work in machine.works] == ["big"]
+    (one,) = machine.judging
+    assert one.verdicts == "2 settings: 1 same, 1 different; 1 reference: hf"
+    for page in (html(found), markdown(found)):
+        assert page.count("2 settings: 1 same, 1 different; 1 reference: hf") == 1
+    assert not glance(judged(replace(found, updates={})))[0].judging, "a first step that was compared with nothing judges nothing"
 
 
 def test_an_older_sitting_of_the_same_work_stands_last_and_names_the_newer() -> None:

@@ -11,10 +11,10 @@ import yaml
 
 from harness.converge import LEAST_SEEDS as SEEDS_OF_CONVERGE
 from harness.report.advice import LEAST_SEEDS, SITTINGS
-from harness.report.glance import identifier
 from harness.report.judged import judged
 from harness.report.methods import Row, Table, methods
 from harness.report.page import html, markdown
+from harness.report.titles import identifier
 from harness.spec import Full, LoraFp8, QLora, Workload
 from harness.store import Stored
 from tests.records import CPU, GPU, TRAINED_LOSS, engine, record, repeats, results, stored, workload
