@@ -33,6 +33,7 @@ GOALS: dict[str, tuple[float, float | None, float | None]] = {
     "8B, 4 × 2,048 within 17.7 GiB": (1.25, 1.38, 17.2e3),
     "1B, GSM8K, 64 at once": (1.3, None, None),
 }
+HOW = ("fit", "full")  # recompute=
 SHAPE = re.compile(r"(\d)B, (?:GSM8K|(\d) × (\d,\d{3}))(?:, (\d+) steps)?")
 
 
@@ -211,7 +212,7 @@ def test_verdicts_by_4_and_16_at_once_and_64_is_16_again(data: str, seed: int) -
     assert {(one.verdict.kind, one.verdict.label) for one in ours.values()} == {("same", "same: fp32")}
     by = {size: steps(next(one for label, one in ours.items() if f"micro_batch={size} " in label)) for size in (16, 64)}
     assert by[16] == by[64], "a step has 16 samples"
-    four = {how: next(one for label, one in ours.items() if f"batch=4 operations=fused recompute={how} " in label) for how in ("fit", "full")}
+    four = {how: next(one for label, one in ours.items() if f"batch=4 operations=fused recompute={how} " in label) for how in HOW}
     assert steps(four["fit"])[0] == steps(four["full"])[0], "the page says: to the bit"
 
 
