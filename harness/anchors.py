@@ -46,12 +46,16 @@ class Anchor:
     @functools.cached_property
     def plain(self) -> Calibration:
         """From ``variants``; found once, however many runs are judged against this one."""
-        return calibrate(self.run, self.variants, () if in_fp32(self.run) else self.at_first)
+        return calibrate(self.run, self.variants) if in_fp32(self.run) else calibrate(self.run, self.variants, self.at_first, self._rounded)
 
     @functools.cached_property
     def rounded(self) -> Calibration:
         """From ``rounding``."""
-        return calibrate(self.run, self.rounding, self.at_first)
+        return calibrate(self.run, self.rounding, self.at_first, self._rounded)
+
+    @property
+    def _rounded(self) -> tuple[float, ...]:
+        return self.run.rounding.rounded if self.run.rounding else ()
 
     def calibration(self, candidate: Run) -> Calibration:
         """What ``candidate`` is allowed."""

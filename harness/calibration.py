@@ -20,12 +20,13 @@ class Calibration:
     known: Mapping[str, int]
 
 
-def calibrate(reference: Run, variants: Sequence[Run], at_first: Sequence[Run] = ()) -> Calibration:
+def calibrate(reference: Run, variants: Sequence[Run], at_first: Sequence[Run] = (), rounded: Sequence[float] = ()) -> Calibration:
     """Per test, in floors: at least 1, and twice the largest deviation among the variants, once there are enough of them.
 
     ``at_first``: runs of the reference engine that round where ``reference`` is exact, or the other way round. Before any update both are
     the same function, so what lies between their first losses is rounding, and another engine's rounding may be as large: for that test
     alone they are variants too (docs/decisions/0023, 0029). Later losses of bf16 ``hf`` trail the truth's by more than rounding.
+    ``rounded``: first losses of the same function in bf16 with its sums in other orders, variants of that test as well (0030).
     """
     seen: dict[str, list[float]] = {name: [] for name in TESTS}
     for variant in variants:
@@ -35,8 +36,8 @@ def calibrate(reference: Run, variants: Sequence[Run], at_first: Sequence[Run] =
         for test in deviations(variant, reference)[0]:
             seen[test.name].append(test.excess)
     steps = measured(reference).steps
-    for other in at_first:
-        seen[FIRST_LOSS].append(abs(measured(other).steps.losses[0] - steps.losses[0]) / loss_floor(steps.tokens_loss[0]))
+    for first in (*(measured(other).steps.losses[0] for other in at_first), *rounded):
+        seen[FIRST_LOSS].append(abs(first - steps.losses[0]) / loss_floor(steps.tokens_loss[0]))
     widened = {name: SPREAD * max(excesses) for name, excesses in seen.items() if len(excesses) >= NUM_VARIANTS}
     # Forward passes that differ in their splits only may agree to the bit: they show one rounding, however many they are.
     known = {name: len(set(excesses)) if name == FIRST_LOSS else len(excesses) for name, excesses in seen.items()}

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from harness.record import Artifacts, Measurement, Record, Score, Steps
-from harness.store import Results
+from harness.rounding import Rounding, Roundings
+from harness.store import Results, Stored
 from harness.updates import Alike, Updates, alike
 
 
@@ -15,7 +16,8 @@ from harness.updates import Alike, Updates, alike
 class Run:
     """A record with the held-out score of the weights it made and of the base it started from, where there are any.
 
-    ``first``: the record of the same work ended after its first step, where that was run; ``updates``: the pairs that were compared.
+    ``first``: the record of the same work ended after its first step, where that was run; ``updates``: the pairs that were compared;
+    ``rounding``: how far rounding moves the loss of its first step, where that was measured.
     """
 
     record: Record
@@ -23,6 +25,7 @@ class Run:
     base_score: Score | None = None
     first: Record | None = None
     updates: Updates = field(default_factory=dict)
+    rounding: Rounding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,11 @@ def runs(results: Results) -> tuple[Run, ...]:
     def first(record: Record) -> Record | None:
         return firsts.get(_origin(record, first_step=True)) if firsts and not record.cell.workload.is_first_step else None
 
-    return tuple(Run(stored.record, stored.score, stored.base_score, first(stored.record), results.updates) for stored in results.stored)
+    def run(stored: Stored) -> Run:
+        record = stored.record
+        return Run(record, stored.score, stored.base_score, first(record), results.updates, _rounding(record, results.roundings))
+
+    return tuple(map(run, results.stored))
 
 
 def by_workload(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -158,6 +165,12 @@ def _alike(candidate: Record, reference: Record, updates: Updates) -> Alike | st
         return "no weights were left"
     known = alike(updates, start, mine.adapter_sha256, theirs.adapter_sha256)
     return known or "the weights were not compared before they were deleted: run both in one sweep, or with keep=adapters"
+
+
+def _rounding(record: Record, known: Roundings) -> Rounding | None:
+    if not known or record.measurement is None or not record.measurement.steps.stream_sha256:
+        return None
+    return known.get((record.measurement.artifacts.base_sha256, record.measurement.steps.stream_sha256[0]))
 
 
 def _is_usable_first_step(record: Record) -> bool:

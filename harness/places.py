@@ -85,14 +85,24 @@ class PairItem(Spec):
     out: str
 
 
+class RoundingItem(Spec):
+    """How far rounding moves the first loss of the workload; ``base_sha256`` is that of its base. ``out``: the Rounding file to write."""
+
+    base_sha256: str
+    out: str
+
+
 class ScoreRequest(Spec):
-    """``python -m harness.score REQUEST.json``: held-out loss of each item on the same base and held-out rows, then each of ``pairs``."""
+    """``python -m harness.score REQUEST.json``: held-out loss of each item on the same base and held-out rows, each of ``pairs``, then
+    ``rounding``.
+    """
 
     workload: Workload
     prepared: Prepared
     items: tuple[ScoreItem, ...]
     device: str
     pairs: tuple[PairItem, ...] = ()
+    rounding: RoundingItem | None = None
 
 
 class Saving(Spec):

@@ -10,7 +10,7 @@ from pathlib import Path
 from harness.errors import HarnessError, StoreError
 from harness.exits import leave_with
 from harness.record import Record
-from harness.store import Results, Stored, load, pair_path, save_floor, save_pair, save_score, write_at_once
+from harness.store import Results, Stored, load, pair_path, rounding_path, save_floor, save_pair, save_rounding, save_score, write_at_once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def promote(runs: Path, to: Path) -> tuple[list[Path], list[str]]:
-    """Copy every record of ``runs`` that came from a committed tree, byte for byte, its scores and its floor.
+    """Copy every record of ``runs`` that came from a committed tree, byte for byte, its scores, its floor, and what its verdict needs.
 
     Returns what was copied and, for the others, why not. Raises StoreError when ``runs`` is no folder or holds unreadable files.
     """
@@ -48,6 +48,7 @@ def promote(runs: Path, to: Path) -> tuple[list[Path], list[str]]:
             continue
         promoted.append(_copy(runs, to, stored))
     _copy_pairs(results, to)
+    _copy_roundings(results, to)
     _copy_floors(results, to)
     return promoted, refused
 
@@ -77,6 +78,15 @@ def _copy_pairs(results: Results, to: Path) -> None:
         known = pair_path(to, pair.start_sha256, *pair.trained_sha256).exists()
         if promoted.issuperset(pair.trained_sha256) and not known:
             save_pair(pair, to)
+
+
+def _copy_roundings(results: Results, to: Path) -> None:
+    """How far rounding moves first losses of the promoted records; what is known already stays, as of pairs."""
+    clean = [stored.record.measurement for stored in results.stored if not _refusal(stored.record)]
+    promoted = {(one.artifacts.base_sha256, sha) for one in clean if one for sha in one.steps.stream_sha256[:1]}
+    for key in sorted(promoted & set(results.roundings)):
+        if not rounding_path(to, *key).exists():
+            save_rounding(results.roundings[key], to)
 
 
 def _copy_floors(results: Results, to: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from harness.data.tokens import IGNORE, Sample, Split, TokenFile, pad
+from harness.data.tokens import IGNORE, Sample, Split, StepTokens, TokenFile, pad
 from harness.errors import ConfigError, DataError, HarnessError, WeightsError
 from harness.places import PairItem, Prepared, ScoreItem, ScoreRequest
 from harness.record import Score, dumps
+from harness.rounding import Rounding
 from harness.spec import LoraFp8, parse
 from harness.updates import UpdatePair
 from harness.weights.sources import write_atomically
@@ -49,14 +50,16 @@ def read_request(path: Path) -> ScoreRequest:
 
 
 def score(request: ScoreRequest) -> None:
-    """Write a Score for every item, then an UpdatePair for every pair.
+    """Write a Score for every item, then an UpdatePair for every pair, then the Rounding, where one is asked for.
 
-    Raises DataError without held-out rows (pairs alone need none), WeightsError for weights that are not loadable or do not belong.
+    Raises DataError without held-out rows (only scores need them), WeightsError for weights that are not loadable or do not belong.
     """
-    if request.items or not request.pairs:
+    if request.items or not (request.pairs or request.rounding):
         _score_items(request)
     for pair in request.pairs:
         write_atomically(Path(pair.out), compare_updates(request.prepared, pair).model_dump_json())
+    if request.rounding:
+        write_atomically(Path(request.rounding.out), round_first_loss(request).model_dump_json())
 
 
 def _score_items(request: ScoreRequest) -> None:
@@ -137,6 +140,21 @@ def _updates(before: Mapping[str, Stored], *trained: Mapping[str, Stored]) -> It
         for start in range(0, math.prod(before[name].shape), CHUNK):
             initial = before[name].values(start, start + CHUNK).astype(np.float64)
             yield [after[name].values(start, start + CHUNK).astype(np.float64) - initial for after in trained]
+
+
+def round_first_loss(request: ScoreRequest) -> Rounding:
+    """The first loss of the workload in fp32, and in bf16 with its sums in several orders; its base must be what its method trains on."""
+    from harness.orders import first_losses
+
+    samples = TokenFile.open(Path(request.prepared.tokens)).step(request.workload.train, 0)
+    exact, rounded = first_losses(load_model(Path(request.prepared.base), request.device), samples)
+    return Rounding(
+        base_sha256=request.prepared.base_sha256,
+        stream_sha256=StepTokens.expected(samples).sha256,
+        exact=exact,
+        rounded=rounded,
+        evaluator=_evaluator(request.device),
+    )
 
 
 def batches(split: Split, vocab_size: int) -> Iterator[list[Sample]]:

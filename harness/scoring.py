@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.adapters import adapter_folder, drop_adapter, is_kept_for_good
-from harness.anchors import anchors, is_yardstick
-from harness.comparable import Run, by_workload, measured, runs
+from harness.anchors import anchors, in_fp32, is_yardstick
+from harness.comparable import Run, by_workload, measured, runs, unusable
 from harness.data.tokens import TokenFile
+from harness.deviations import loss_floor
 from harness.errors import HarnessError, StoreError
 from harness.launch import run_door
-from harness.places import PairItem, Prepared, ScoreItem, ScoreRequest
+from harness.places import PairItem, Prepared, RoundingItem, ScoreItem, ScoreRequest
 from harness.record import Record, loads_score
-from harness.spec import Workload
-from harness.store import Results, pair_path, read_pair, save_pair, save_score, score_path
+from harness.spec import LoraFp8, Workload
+from harness.store import Results, pair_path, read_pair, read_rounding, rounding_path, save_pair, save_rounding, save_score, score_path
 
-Item = ScoreItem | PairItem
+Item = ScoreItem | PairItem | RoundingItem
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,11 @@ def judge_weights(trained: Trained, held: int, say: Callable[[str], None]) -> se
     if not trained.kept or not trained.can_be_scored:
         return set()
     root, work = trained.root, trained.root / "work" / "score"
-    items: list[Item] = [*_scores_to_make(trained, work), *_pairs_to_make(trained, work)]
+    items: list[Item] = [*_scores_to_make(trained, work), *_pairs_to_make(trained, work), *rounding_to_make(trained, work)]
     failed: set[str | None] = set()
     if items:
-        num_pairs = sum(isinstance(item, PairItem) for item in items)
-        say(f"scoring {len(items) - num_pairs} set(s) of weights of {trained.workload.label}, comparing {num_pairs} pair(s) of updates")
+        num_scores, num_pairs = (sum(isinstance(item, kind) for item in items) for kind in (ScoreItem, PairItem))
+        say(f"scoring {num_scores} set(s) of weights of {trained.workload.label}, comparing {num_pairs} pair(s) of updates")
         shutil.rmtree(work, ignore_errors=True)
     while items:
         request = ScoreRequest(
@@ -81,6 +82,7 @@ def judge_weights(trained: Trained, held: int, say: Callable[[str], None]) -> se
             prepared=trained.prepared,
             items=tuple(item for item in items if isinstance(item, ScoreItem)),
             pairs=tuple(item for item in items if isinstance(item, PairItem)),
+            rounding=next((item for item in items if isinstance(item, RoundingItem)), None),
             device=trained.device,
         )
         reason = "nothing was written"
@@ -97,7 +99,7 @@ def judge_weights(trained: Trained, held: int, say: Callable[[str], None]) -> se
         if items:  # they are made in this order: the first one that is absent is the one that failed
             first = items.pop(0)
             say(f"  not scored   {_names(first)}: {reason}")
-            failed |= {first.adapter_sha256} if isinstance(first, ScoreItem) else set(first.trained_sha256)
+            failed |= _weights(first)
     return failed
 
 
@@ -141,10 +143,34 @@ def _pairs_to_make(trained: Trained, work: Path) -> Iterator[PairItem]:
             yield PairItem(trained=(str(adapter_folder(root, one)), str(adapter_folder(root, other))), trained_sha256=(one, other), out=out)
 
 
+def rounding_to_make(trained: Trained, work: Path) -> Iterator[RoundingItem]:
+    """Only where a first loss that rounds strays from the truth's by more than the floor: nothing else asks how far rounding moves it."""
+    workload, base = trained.workload, trained.prepared.base_sha256
+    if workload.is_first_step or isinstance(workload.method, LoraFp8):  # what 8 bits do to a loss is not rounding to bf16
+        return
+    able = [run for record in trained.records if not unusable(run := Run(record)) and measured(run).artifacts.base_sha256 == base]
+    truth = next((measured(run).steps for run in able if is_yardstick(run.record) and in_fp32(run)), None)
+    if truth is None:
+        return
+    off = (abs(measured(run).steps.losses[0] - truth.losses[0]) for run in able if not in_fp32(run))
+    strays = any(one > loss_floor(truth.tokens_loss[0]) for one in off)
+    if strays and not rounding_path(trained.root, base, truth.stream_sha256[0]).exists():
+        yield RoundingItem(base_sha256=base, out=str(work / "rounding.json"))
+
+
+def _weights(item: Item) -> set[str | None]:
+    """The hashes of the weights that ``item`` is about."""
+    if isinstance(item, RoundingItem):
+        return set()
+    return {item.adapter_sha256} if isinstance(item, ScoreItem) else set(item.trained_sha256)
+
+
 def _keep(item: Item, root: Path) -> None:
     out = Path(item.out)
     if isinstance(item, ScoreItem):
         save_score(loads_score(out.read_text(encoding="utf-8"), item.out), root)
+    elif isinstance(item, RoundingItem):
+        save_rounding(read_rounding(out, item.out), root)
     else:
         save_pair(read_pair(out, item.out), root)
     out.unlink()
@@ -153,4 +179,6 @@ def _keep(item: Item, root: Path) -> None:
 def _names(item: Item) -> str:
     if isinstance(item, ScoreItem):
         return (item.adapter_sha256 or "the base")[:16]
+    if isinstance(item, RoundingItem):
+        return f"how far rounding moves a first loss of the base {item.base_sha256[:16]}"
     return f"the updates of {' and '.join(sha[:16] for sha in item.trained_sha256)}"

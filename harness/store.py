@@ -6,26 +6,32 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 from harness.engine import Machine
 from harness.errors import ConfigError, RecordError, StoreError
-from harness.floor import Floor, FloorKey, Floors
+from harness.floor import Floor, Floors
 from harness.record import Record, Score, dumps, loads, loads_score
+from harness.rounding import Rounding, Roundings
 from harness.spec import Cell, parse
 from harness.tuned import FOLDER as TUNED
 from harness.tuned import Tuned
 from harness.tuned import read as read_tuned
-from harness.updates import PairKey, UpdatePair, Updates, pair_key
+from harness.updates import UpdatePair, Updates, pair_key
 
 SCORES = "scores"  # <root>/scores/<base>-<tokens>/<adapter or base>.json
 UPDATES = "updates"  # <root>/updates/<start>/<weights>-<weights>.json
+ROUNDINGS = "rounding"  # <root>/rounding/<base>-<tokens of the first step>.json
 FLOORS = "limits"  # <root>/limits/<machine>/<workload>.json
 # Folders of a root that hold no records of its own; ``checks`` holds those of checks, a root for each tree.
-INTERNAL = ("work", "adapters", "kept", "checks", SCORES, UPDATES, FLOORS, TUNED)
+INTERNAL = ("work", "adapters", "kept", "checks", SCORES, UPDATES, ROUNDINGS, FLOORS, TUNED)
+
+
+ScoreKey = tuple[str, str, str | None]  # base, tokens, weights (None: the base itself)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,7 @@ class Stored:
 @dataclass(frozen=True, slots=True)
 class Results:
     """All that could be read, oldest first, one message for every file that could not, the pairs of updates that were compared, the
-    floors that were measured, and what searches found.
+    floors that were measured, what searches found, and how far rounding moves first losses.
     """
 
     stored: tuple[Stored, ...]
@@ -49,6 +55,7 @@ class Results:
     updates: Updates = field(default_factory=dict)
     floors: Floors = field(default_factory=dict)
     tuned: tuple[Tuned, ...] = ()
+    roundings: Roundings = field(default_factory=dict)
 
 
 def save(record: Record, root: Path) -> Path:
@@ -75,6 +82,17 @@ def save_pair(pair: UpdatePair, root: Path) -> Path:
     return write_at_once(pair_path(root, pair.start_sha256, *pair.trained_sha256), (pair.model_dump_json(indent=1) + "\n").encode())
 
 
+def save_rounding(rounding: Rounding, root: Path) -> Path:
+    """Write ``rounding`` to its place under ``root``. Raises StoreError when that cannot be done."""
+    path = rounding_path(root, rounding.base_sha256, rounding.stream_sha256)
+    return write_at_once(path, (rounding.model_dump_json(indent=1) + "\n").encode())
+
+
+def rounding_path(root: Path, base_sha256: str, stream_sha256: str) -> Path:
+    """Where lies how far rounding moves the loss of this base over the tokens of this step."""
+    return root / ROUNDINGS / f"{base_sha256[:12]}-{stream_sha256[:12]}.json"
+
+
 def save_floor(floor: Floor, root: Path) -> Path:
     """Write ``floor`` to its place under ``root``; a later one replaces it. Raises StoreError when that cannot be done."""
     return write_at_once(root / FLOORS / floor.machine / f"{floor.workload}.json", (floor.model_dump_json(indent=1) + "\n").encode())
@@ -92,6 +110,14 @@ def read_pair(path: Path, source: str) -> UpdatePair:
         return parse(UpdatePair, json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError, ConfigError) as error:
         raise RecordError(f"{source}: not a valid pair of updates; delete it and run the sweep again: {error}") from error
+
+
+def read_rounding(path: Path, source: str) -> Rounding:
+    """The rounding in ``path``. Raises RecordError naming ``source``."""
+    try:
+        return parse(Rounding, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, ConfigError) as error:
+        raise RecordError(f"{source}: not a valid rounding of a first loss; delete it and run the sweep again: {error}") from error
 
 
 def recorded(root: Path, machine: Machine, cell: Cell) -> list[Record]:
@@ -140,7 +166,8 @@ def write_at_once(path: Path, content: bytes) -> Path:
 
 def load(*roots: Path) -> Results:
     """Read every record under ``roots``, each joined with its scores from any of them."""
-    scores, problems = _scores(roots)
+    read_scores, problems = _all(roots, SCORES, "*/*.json", _read_score)
+    scores = {(score.base_sha256, score.tokens_sha256, score.adapter_sha256): score for score in read_scores}
     stored = []
     for root in roots:
         for path in _record_files(root):
@@ -152,10 +179,18 @@ def load(*roots: Path) -> Results:
                 continue
             stored.append(_join(record, relative, scores))
     stored.sort(key=lambda entry: (entry.record.provenance.started_utc, entry.path))
-    updates, unread = _pairs(roots)
-    floors, unread_floors = _floors(roots)
-    tuned, unread_tuned = _tuned(roots)
-    return Results(tuple(stored), (*problems, *unread, *unread_floors, *unread_tuned), updates, floors, tuned)
+    pairs, unread_pairs = _all(roots, UPDATES, "*/*.json", read_pair)
+    floors, unread_floors = _all(roots, FLOORS, "*/*.json", _read_floor)
+    roundings, unread_roundings = _all(roots, ROUNDINGS, "*.json", read_rounding)
+    tuned, unread_tuned = _all(roots, TUNED, "*/*.yaml", _read_tuned)
+    return Results(
+        stored=tuple(stored),
+        problems=(*problems, *unread_pairs, *unread_floors, *unread_tuned, *unread_roundings),
+        updates={pair_key(pair.start_sha256, *pair.trained_sha256): pair for pair in pairs},
+        floors={(floor.machine, floor.workload): floor for floor in floors},
+        tuned=tuple(tuned),
+        roundings={(one.base_sha256, one.stream_sha256): one for one in roundings},
+    )
 
 
 def commit_of(tree: Path) -> tuple[str, bool]:
@@ -193,6 +228,13 @@ def _read_score(path: Path, source: str) -> Score:
         raise RecordError(f"{source}: cannot be read: {error}; delete it and run the sweep again") from error
 
 
+def _read_floor(path: Path, source: str) -> Floor:
+    try:
+        return parse(Floor, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, ConfigError) as error:
+        raise RecordError(f"{source}: not a valid floor; measure it again (harness.limit): {error}") from error
+
+
 def _json_files(folder: Path, pattern: str) -> list[Path]:
     """What is hidden is a file that somebody was writing."""
     return [path for path in sorted(folder.glob(pattern)) if not path.name.startswith(".")]
@@ -204,61 +246,29 @@ def _record_files(root: Path) -> Iterable[Path]:
             yield from _json_files(folder, "*/*/*.json")
 
 
-ScoreKey = tuple[str, str, str | None]
+T = TypeVar("T")
 
 
-def _scores(roots: Iterable[Path]) -> tuple[dict[ScoreKey, Score], list[str]]:
-    scores: dict[ScoreKey, Score] = {}
-    problems = []
-    for root in roots:
-        for path in _json_files(root / SCORES, "*/*.json"):
-            try:
-                score = _read_score(path, f"{root.name}/{path.relative_to(root).as_posix()}")
-            except RecordError as error:
-                problems.append(str(error))
-                continue
-            scores[score.base_sha256, score.tokens_sha256, score.adapter_sha256] = score
-    return scores, problems
-
-
-def _pairs(roots: Iterable[Path]) -> tuple[dict[PairKey, UpdatePair], list[str]]:
-    pairs: dict[PairKey, UpdatePair] = {}
-    problems = []
-    for root in roots:
-        for path in _json_files(root / UPDATES, "*/*.json"):
-            try:
-                pair = read_pair(path, f"{root.name}/{path.relative_to(root).as_posix()}")
-            except RecordError as error:
-                problems.append(str(error))
-                continue
-            pairs[pair_key(pair.start_sha256, *pair.trained_sha256)] = pair
-    return pairs, problems
-
-
-def _floors(roots: Iterable[Path]) -> tuple[dict[FloorKey, Floor], list[str]]:
-    floors: dict[FloorKey, Floor] = {}
-    problems = []
-    for path in (path for root in roots for path in _json_files(root / FLOORS, "*/*.json")):
-        try:
-            floor = parse(Floor, json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, RecursionError, ConfigError) as error:
-            problems.append(f"{FLOORS}/{path.parent.name}/{path.name}: not a valid floor; measure it again (harness.limit): {error}")
-            continue
-        floors[floor.machine, floor.workload] = floor
-    return floors, problems
-
-
-def _tuned(roots: Iterable[Path]) -> tuple[tuple[Tuned, ...], list[str]]:
+def _all(roots: Iterable[Path], folder: str, pattern: str, read: Callable[[Path, str], T]) -> tuple[list[T], list[str]]:
+    """What ``read``, which raises RecordError, makes of every such file, and a message for each that it cannot read."""
     found, problems = [], []
-    for path in (path for root in roots for path in _json_files(root / TUNED, "*/*.yaml")):
-        try:
-            found.append(read_tuned(path))
-        except ConfigError as error:
-            problems.append(f"{TUNED}/{path.parent.name}/{error}")
-    return tuple(found), problems
+    for root in roots:
+        for path in _json_files(root / folder, pattern):
+            try:
+                found.append(read(path, f"{root.name}/{path.relative_to(root).as_posix()}"))
+            except RecordError as error:
+                problems.append(str(error))
+    return found, problems
 
 
-def _join(record: Record, path: str, scores: dict[ScoreKey, Score]) -> Stored:
+def _read_tuned(path: Path, source: str) -> Tuned:
+    try:
+        return read_tuned(path)
+    except ConfigError as error:
+        raise RecordError(f"{Path(source).parent.as_posix()}/{error}") from error
+
+
+def _join(record: Record, path: str, scores: Mapping[ScoreKey, Score]) -> Stored:
     if record.measurement is None:
         return Stored(record, path, None, None)
     made = record.measurement.artifacts

@@ -256,7 +256,8 @@ class Runner:
 def _together(one: Results, other: Results) -> Results:
     """The records of both, oldest first, with what is known of them."""
     stored = sorted((*one.stored, *other.stored), key=lambda entry: (entry.record.provenance.started_utc, entry.path))
-    return Results(tuple(stored), (), {**one.updates, **other.updates}, {**one.floors, **other.floors})
+    roundings = {**one.roundings, **other.roundings}
+    return Results(tuple(stored), (), {**one.updates, **other.updates}, {**one.floors, **other.floors}, roundings=roundings)
 
 
 def _seconds(forecast: Forecast, ask: Ask) -> float:
