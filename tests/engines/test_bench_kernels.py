@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -241,3 +242,11 @@ def test_variants_are_listed_fastest_first_and_failures_last(tiny: Setting, monk
 
 def test_models_that_the_command_names_by_default_exist() -> None:
     assert [model_shape(name, None).num_heads for name in ("llama3_8b", "llama3_1b")] == [32, 32]
+
+
+def test_what_the_page_lacks_is_said() -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    shown = set(re.findall(r"^\| (\w+) \| \d", (docs / "kernels.md").read_text(encoding="utf-8"), re.MULTILINE))
+    missing = set(ROWS) - shown
+    said = f"lacks {len(missing)} of the {len(ROWS)} rows that its command has now"
+    assert (said in " ".join((docs / "engine.md").read_text(encoding="utf-8").split())) == bool(missing)
