@@ -182,6 +182,11 @@ class Group:
     variants: tuple[Variant, ...]
     outcome: Outcome
 
+    @property
+    def is_made_to_judge(self) -> bool:
+        """Whether first steps were run alone, too: that is done for verdicts, on work too short to time."""
+        return any(run.verdict.of_first_step for variant in self.variants for run in variant.runs)
+
 
 def rank(entries: Iterable[Entry]) -> tuple[Group, ...]:
     """Group ``entries`` by machine and workload and rank each group. Groups are sorted by machine, model, method and data."""

@@ -8,6 +8,7 @@ from itertools import groupby
 
 from harness.deviations import HELD_OUT_FLOOR
 from harness.rank import Group, Variant, compare_variants
+from harness.record import Memory
 from harness.report.columns import memory_bytes
 from harness.report.families import Distance, Family, Member, best_by_memory
 from harness.report.numbers import gib, number, percent, plain_rate, rate, times
@@ -17,7 +18,6 @@ from harness.stats import CONFIDENCE, SAME, Comparison
 
 SITTINGS = 0.03  # drift of conf/check.yaml: rates of two sittings that differ by less cannot be told apart
 LEAST_SEEDS = 3  # of harness.converge
-CONTEXT = "A card also holds the CUDA context, about half a GiB."
 _Held = tuple[Member, Variant, int]
 
 
@@ -194,10 +194,31 @@ def _leanest(family: Family) -> list[str]:
     """Whose least memory is only what its fastest needs, while others were also measured with less."""
     held = [(member, member.leanest is member.first) for member in family.members if member.leanest]
     alone = [member.name for member, is_first in held if is_first]
-    said = [CONTEXT] if held and family.reference.group.machine.device == "cuda" else []
+    said = [_card(family)] if held and family.reference.group.machine.device == "cuda" else []
     if alone and len(alone) < len(held):
         said.insert(0, f"Nothing leaner than the fastest was measured, so less memory may do: {', '.join(alone)}.")
     return said
+
+
+def _card(family: Family) -> str:
+    """How much more of a card than what is allocated the fastest of all methods took: what the allocator keeps, and the CUDA context."""
+    also = "A card also holds what the allocator keeps in reserve, and the CUDA context"
+    firsts = [member.first for member in family.members if member.first]
+    more = [_more_than_allocated(run.record.measurement.memory) for one in firsts for run in one.runs if run.record.measurement]
+    known = [size for size in more if size is not None]
+    if not known:
+        return f"{also}."
+    ends = dict.fromkeys((gib(min(known)), gib(max(known))))
+    return f"{also}: {' to '.join(ends)} GiB more in these runs."
+
+
+def _more_than_allocated(memory: Sequence[Memory]) -> int | None:
+    """Of the rank that took most of its card; null where that was not measured."""
+    taken = [(one.peak_device_bytes, one.rank) for one in memory if one.peak_device_bytes is not None]
+    if not taken:
+        return None
+    most, rank = max(taken)
+    return most - max(one.peak_allocated_bytes or 0 for one in memory if one.rank == rank)
 
 
 def _hosts(family: Family) -> str:

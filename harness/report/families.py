@@ -33,8 +33,9 @@ class Distance:
 class Member:
     """A method: the workload that is shown of it, and its variants that can win there, the fastest first.
 
-    ``differs``: fields of its training that are not the reference's, with both values. ``distance``: null where nothing was scored, or
-    where the training differs in more than its learning rate, which is a method's own.
+    ``others``: workloads that differ from it in nothing that changes memory or speed. ``differs``: fields of its training that are not the
+    reference's, with both values. ``distance``: null where nothing was scored, or where the training differs in more than its learning
+    rate, which is a method's own.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Member:
     able: tuple[Variant, ...]
     differs: tuple[tuple[str, str, str], ...] = ()
     distance: Distance | None = None
+    others: tuple[Group, ...] = ()
 
     @property
     def first(self) -> Variant | None:
@@ -51,8 +53,8 @@ class Member:
     @property
     def leanest(self) -> Variant | None:
         """What needs the least memory, the faster one of equals."""
-        held = front(self.group)
-        return held[0] if held else None
+        held = [(memory_bytes(one, group), -_rate(one), one) for group in (self.group, *self.others) for one in front(group)[:1]]
+        return min(held, key=lambda found: found[:2])[2] if held else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +67,14 @@ class Family:
 
 
 def families(groups: Sequence[Group]) -> tuple[Family, ...]:
-    """Those with an answer, a rate or that memory did not suffice, of two methods or more; in the order of ``groups``."""
+    """Those with an answer, a rate or that memory did not suffice, of two methods or more; in the order of ``groups``.
+
+    Work that was made to judge is left out: its rates say nothing.
+    """
     alike = defaultdict(list)
     for group in groups:
+        if group.is_made_to_judge:
+            continue
         same = group.workload.model_copy(update={"method": Full(name="full")})
         alike[group.machine.key, name_of(same)].append(group)
     return tuple(found for together in alike.values() if (found := _family(together)))
@@ -75,7 +82,13 @@ def families(groups: Sequence[Group]) -> tuple[Family, ...]:
 
 def best_by_memory(family: Family) -> tuple[tuple[Member, Variant, int], ...]:
     """What is faster than all that needs no more memory, whatever the method; the leanest first. Medians decide."""
-    held = [(size, member, one) for member in family.members for one in front(member.group) if (size := memory_bytes(one, member.group))]
+    held = [
+        (size, member, one)
+        for member in family.members
+        for group in (member.group, *member.others)
+        for one in front(group)
+        if (size := memory_bytes(one, group))
+    ]
     best: list[tuple[Member, Variant, int]] = []
     for size, member, one in sorted(held, key=lambda found: (found[0], -_rate(found[2]), found[1].name)):
         if not best or _rate(one) > _rate(best[-1][1]):
@@ -95,9 +108,9 @@ def _family(groups: Sequence[Group]) -> Family | None:
         by_method[content_key(group.workload.method)].append(group)
     if len({group.workload.method.name for group in groups if _has_answer(group)}) < 2:
         return None
-    setting = _setting(groups)
-    chosen = [min(mine, key=lambda group: _apart(group, setting)) for mine in by_method.values()]
-    members = [Member(name, group, _able(group)) for name, group in zip(_names(chosen), chosen, strict=True)]
+    chosen = [_shown(mine, groups) for mine in by_method.values()]
+    others = [tuple(one for one in mine if one is not shown) for mine, shown in zip(by_method.values(), chosen, strict=True)]
+    members = [Member(name, group, _able(group), others=more) for name, group, more in zip(_names(chosen), chosen, others, strict=True)]
     members.sort(key=lambda member: (not member.able, -_rate(member.first), member.name))
     if not members[0].able:
         return None
@@ -105,6 +118,21 @@ def _family(groups: Sequence[Group]) -> Family | None:
     losses = {seed: _loss(reference.first, group) for seed, group in sorted(_seeds(reference.group, groups).items())}
     seen = tuple(member if member is reference else _seen_from(reference, member, groups) for member in members)
     return Family(seen, reference, {seed: loss for seed, loss in losses.items() if loss is not None})
+
+
+def _shown(mine: Sequence[Group], groups: Sequence[Group]) -> Group:
+    """Of one method's workloads: where losses are compared, the nearest to what most methods share; else that with the fastest, as what
+    they differ in changes no speed.
+    """
+    setting = _setting(groups)
+    alike = [group for group in groups if group.workload.train == setting]
+    if len({group.workload.method.name for group in alike if _is_scored(group)}) > 1:
+        return min(mine, key=lambda group: _apart(group, setting))
+    return min(mine, key=lambda group: (not _able(group), -_rate(next(iter(_able(group)), None)), _apart(group, setting)))
+
+
+def _is_scored(group: Group) -> bool:
+    return any(one.held_out_loss is not None for one in _able(group))
 
 
 def _has_answer(group: Group) -> bool:
@@ -122,7 +150,7 @@ def _setting(groups: Sequence[Group]) -> Train:
         by_train[content_key(group.workload.train)].append(group)
 
     def order(alike: Sequence[Group]) -> tuple[int, int, str, int, str]:
-        scored = sum(any(one.held_out_loss is not None for one in _able(group)) for group in alike)
+        scored = sum(map(_is_scored, alike))
         newest = max(_newest(group) for group in alike)
         return sum(bool(_able(group)) for group in alike), scored, newest[:10], -alike[0].workload.train.seed, newest
 
@@ -165,7 +193,7 @@ def _seen_from(reference: Member, member: Member, groups: Sequence[Group]) -> Me
     differs = differing(member.group.workload.train, reference.group.workload.train)
     comparable = {name for name, _, _ in differs} <= {"learning_rate"}
     distance = _distance(reference, member, groups) if comparable else None
-    return Member(member.name, member.group, member.able, differs, distance)
+    return Member(member.name, member.group, member.able, differs, distance, member.others)
 
 
 def _distance(reference: Member, member: Member, groups: Sequence[Group]) -> Distance | None:

@@ -25,7 +25,7 @@ def told(group: Group) -> str | None:
     best = front(group)
     if len(best) < 2:
         return None
-    members = (f"{one.label} {rate(one.tokens_per_second)} in {(memory_bytes(one, group) or 0) / GIB:.1f} GiB" for one in best)
+    members = (f"{one.label} {rate(one.tokens_per_second)} in {(memory_bytes(one, group) or 0) / GIB:.2f} GiB" for one in best)
     return f"Where memory is short: {', '.join(members)}; every other variant is slower than one of these that needs no more."
 
 

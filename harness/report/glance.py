@@ -14,7 +14,7 @@ from harness.rank import Group, Variant, Verdict, compare_variants
 from harness.record import Provenance
 from harness.report.columns import memory_bytes
 from harness.report.numbers import gib, plain_rate, times
-from harness.report.sentence import went_on
+from harness.report.sentence import was_unsteady, went_on
 from harness.report.sure import ratio, reach, says_nothing
 from harness.report.titles import counted, data_name, facts, identifier, steps, title
 from harness.stats import Comparison
@@ -24,8 +24,8 @@ from harness.tuned import name_of
 @dataclass(frozen=True, slots=True)
 class Line:
     """A workload on a machine. ``first``: the fastest that can win; ``beside``: who shares its place; ``next``: the best of another engine;
-    ``beyond``: what else is known of its parity; ``outdated``: where its engines were measured on the same kind of work after they had
-    changed; ``again``: what tells it from other sweeps of that work; ``verdicts``: how many of each, where it was made to judge.
+    ``beyond``: what else is known of its parity; ``outdated``: where the fastest was measured on the same kind of work after its engine
+    had changed; ``again``: what tells it from other sweeps of that work; ``verdicts``: how many of each, where it was made to judge.
     """
 
     id: str
@@ -78,11 +78,11 @@ def _machine(name: str, groups: Sequence[Group]) -> Machine:
     kinds = defaultdict(list)
     for group in sorted(groups, key=_order):
         kinds[name_of(group.workload)].append(group)
-    timed = {kind: [group for group in alike if not _made_to_judge(group)] for kind, alike in kinds.items()}
+    timed = {kind: [group for group in alike if not group.is_made_to_judge] for kind, alike in kinds.items()}
     return Machine(
         name,
         works=tuple(_work(mine, kinds[kind]) for kind, mine in timed.items() if mine),
-        judging=tuple(_line(group, _outdated(group, alike)) for alike in kinds.values() for group in alike if _made_to_judge(group)),
+        judging=tuple(_line(group, _outdated(group, alike)) for alike in kinds.values() for group in alike if group.is_made_to_judge),
     )
 
 
@@ -91,28 +91,23 @@ def _order(group: Group) -> tuple[str, str, str, int, int, int]:
     return work.model.name, work.method.name, data_name(work.data), work.data.sequence_length, work.train.samples_per_step, work.train.seed
 
 
-def _made_to_judge(group: Group) -> bool:
-    """Whether first steps were run alone here: that is done for verdicts, on work too short to time."""
-    return any(run.verdict.of_first_step for variant in group.variants for run in variant.runs)
-
-
 def _work(timed: Sequence[Group], alike: Sequence[Group]) -> Work:
     """``alike``: all sweeps of this kind of work, of which ``timed`` are to be shown."""
+    since = {id(group): _outdated(group, alike) for group in timed}
 
-    def rate(group: Group) -> float:
-        """Of the fastest, if its engine still is what was measured; what failed is behind all, older failures last."""
+    def order(group: Group) -> tuple[bool, float]:
         first = _winner(group)
-        if first and not any(_has_changed({first.engine.title: _newest(group)[first.engine.title]}, _newest(other)) for other in alike):
-            return first.tokens_per_second or 0.0
-        return -1.0 if _outdated(group, alike) else 0.0
+        return bool(since[id(group)]), -(first.tokens_per_second or 0.0) if first else 0.0
 
-    fastest_first = sorted(timed, key=rate, reverse=True)
-    first, *also = (_line(group, _outdated(group, alike)) for group in fastest_first)
-    return Work(first, tuple(sorted(also, key=lambda line: bool(line.outdated))))
+    first, *also = (_line(group, since[id(group)]) for group in sorted(timed, key=order))
+    return Work(first, tuple(also))
 
 
 def _outdated(group: Group, alike: Sequence[Group]) -> str:
-    mine = _newest(group)
+    """Where the fastest was measured again with another source of its engine; where nothing can win, anything of it."""
+    mine, first = _newest(group), _winner(group)
+    if first:
+        mine = {first.engine.title: mine[first.engine.title]}
     later = [other for other in alike if any(one.runs for one in other.variants) and _has_changed(mine, _newest(other))]
     if not later:
         return ""
@@ -163,7 +158,7 @@ def _line(group: Group, outdated: str) -> Line:
         day=_day(group),
         outdated=outdated,
         again=f"{steps(group.workload.train)}, seed {group.workload.train.seed}",
-        verdicts=_verdicts(group) if _made_to_judge(group) else "",
+        verdicts=_verdicts(group) if group.is_made_to_judge else "",
     )
 
 
@@ -211,6 +206,8 @@ def _light(verdict: Verdict | None) -> str:
 def _nobody(group: Group) -> str:
     if went_on(group):
         return "no rate: went on from a checkpoint"
+    if was_unsteady(group):
+        return "no rate: not steady"
     return "nothing that can win" if any(variant.runs for variant in group.variants) else "nothing ran to the end"
 
 

@@ -23,7 +23,6 @@ class Row:
     name: str
     differs: str
     first: str
-    outdated: str
     rate: str
     ratio: str
     interval: str
@@ -50,8 +49,11 @@ class Table:
 
 
 def methods(groups: Sequence[Group], outdated: Mapping[str, str]) -> tuple[Table, ...]:
-    """One table for each set of workloads on one machine that differ in their method; ``outdated``: of ``glance``, by id of a group."""
-    return tuple(_table(family, outdated) for family in families(groups))
+    """One table for each set of workloads on one machine that differ in their method.
+
+    ``outdated``: of ``glance``, by id of a group; what was measured again since is left out.
+    """
+    return tuple(map(_table, families([group for group in groups if not outdated.get(identifier(group))])))
 
 
 def side_by_side(tables: Sequence[Table]) -> dict[str, Table]:
@@ -59,7 +61,7 @@ def side_by_side(tables: Sequence[Table]) -> dict[str, Table]:
     return {row.id: table for table in tables for row in table.rows}
 
 
-def _table(family: Family, outdated: Mapping[str, str]) -> Table:
+def _table(family: Family) -> Table:
     group = family.reference.group
     work = group.workload
     return Table(
@@ -70,11 +72,11 @@ def _table(family: Family, outdated: Mapping[str, str]) -> Table:
         sentences=advice(family),
         reference=family.reference.name,
         memory_name=memory_name(group),
-        rows=tuple(_row(member, family, outdated.get(identifier(member.group), "")) for member in family.members),
+        rows=tuple(_row(member, family) for member in family.members),
     )
 
 
-def _row(member: Member, family: Family, outdated: str) -> Row:
+def _row(member: Member, family: Family) -> Row:
     group, first, least = member.group, member.first, member.leanest
     ratio, interval = _against(member, family.reference)
     return Row(
@@ -82,7 +84,6 @@ def _row(member: Member, family: Family, outdated: str) -> Row:
         name=member.name,
         differs=", ".join(f"{words(name)} {mine}" for name, mine, _ in member.differs),
         first=first.label if first else nothing(group),
-        outdated=outdated,
         rate=plain_rate(first.tokens_per_second) if first else "",
         ratio=ratio,
         interval=interval,

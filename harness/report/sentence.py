@@ -28,6 +28,8 @@ class Sentences:
 def sentences(group: Group) -> Sentences:
     """What a person who reads one paragraph should know of ``group``."""
     outcome = group.outcome
+    if group.is_made_to_judge:
+        return _judging(group)
     if not outcome.first:
         return _no_winner(group)
     winner = outcome.first[0]
@@ -77,6 +79,12 @@ def went_on(group: Group) -> bool:
     return not any(variant.runs for variant in group.variants) and "ok" in failures
 
 
+def was_unsteady(group: Group) -> bool:
+    """Whether something ran to its end, none of it at a pace, and so nothing has a rate."""
+    failures = (entry.record.status for variant in group.variants for entry in variant.failures)
+    return not any(variant.runs for variant in group.variants) and "unsteady" in failures
+
+
 def sentence_since(outdated: str) -> str:
     """A sentence that says where the same was measured again (``glance.Line.outdated``); nothing where it was not."""
     return f"{outdated[0].upper()}{outdated[1:]}." if outdated else ""
@@ -86,12 +94,27 @@ def _no_winner(group: Group) -> Sentences:
     ran = [variant for variant in group.variants if variant.runs]
     if went_on(group):
         return Sentences("No rate was measured: what ran to its end had gone on from a checkpoint.", ())
+    if was_unsteady(group):
+        return Sentences("No rate was measured: what ran to its end never kept a pace; take more steps (train.steps).", ())
     if not ran:
         count = len(group.variants)
         tried = "the only variant did not run" if count == 1 else f"of {count} variants none ran"
         return Sentences(f"Nothing was measured: {tried} to the end.", ())
     details = tuple(f"{one.label} ({rate(one.tokens_per_second)}): {_verdict(one)}." for one in ran)
     return Sentences("No winner: no variant that ran trained the same as the reference.", details)
+
+
+def _judging(group: Group) -> Sentences:
+    """What was found of work that was made to judge: how many train the same, and what is known of the others."""
+    known = [(one, one.verdict) for one in group.variants if one.runs and one.verdict and one.verdict.kind != "reference"]
+    same = sum(verdict.kind == "same" for _, verdict in known)
+    headline = (
+        f"{same} of {len(known)} settings train the same as the reference."
+        if len(known) != 1
+        else f"{known[0][0].label}: {known[0][1].label}."
+    )
+    others = [f"{one.label}: {_verdict(one)}." for one, verdict in known if verdict.kind != "same"]
+    return Sentences(headline, (*others, "This work was made to judge what is trained: its rates are of few and short steps."))
 
 
 def _how_sure(outcome: Outcome) -> list[str]:

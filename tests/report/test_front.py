@@ -42,7 +42,7 @@ def test_who_cannot_win_is_not_on_it() -> None:
 
 
 def test_the_page_says_and_draws_it() -> None:
-    said = "Where memory is short: hf 100.0 tokens/s in 1.0 GiB, fused 200.0 tokens/s in 3.0 GiB; every other variant is slower"
+    said = "Where memory is short: hf 100.0 tokens/s in 1.00 GiB, fused 200.0 tokens/s in 3.00 GiB; every other variant is slower"
     assert said in html(three())
     assert "Where memory is short: hf" in markdown(three())
     assert "the line is the best speed of every budget" in html(three())

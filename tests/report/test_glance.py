@@ -83,6 +83,12 @@ def test_two_repeats_that_agree_are_believed() -> None:
     assert (one.lead, one.sure) == ("2.00 times", "2.000 to 2.000, 2 pairs")
 
 
+def test_what_never_kept_a_pace_ran_to_its_end() -> None:
+    found = results([stored(record(engine("hf"), status="unsteady", reason="steps become faster", ran=steps()))])
+    assert line(found).first == "no rate: not steady"
+    assert "No rate was measured: what ran to its end never kept a pace; take more steps (train.steps)." in table(found)
+
+
 def test_what_went_on_from_a_checkpoint_ran_to_its_end() -> None:
     whole = record(engine("hf"))
     assert whole.measurement is not None
@@ -152,6 +158,8 @@ def test_workloads_made_to_judge_are_no_races() -> None:
     assert one.verdicts == "2 settings: 1 same, 1 different; 1 reference: hf"
     for page in (html(found), markdown(found)):
         assert page.count("2 settings: 1 same, 1 different; 1 reference: hf") == 1
+        assert "1 of 2 settings train the same as the reference." in page
+        assert "times the rate" not in page, "of twenty short steps nobody is the fastest"
     assert not glance(judged(replace(found, updates={})))[0].judging, "a first step that was compared with nothing judges nothing"
 
 

@@ -196,6 +196,46 @@ def test_the_training_that_most_methods_share_is_shown() -> None:
     assert [(one.name, one.differs) for one in table.rows] == [("lora", ""), ("qlora", ""), ("full", "steps 40")]
 
 
+def test_what_was_tried_with_other_steps_counts_where_no_losses_are_compared() -> None:
+    """Their number changes no speed: else a method is said to be slower, or to need more memory, than the same page shows."""
+    short, lean = ran("qlora", 1000.0, 12.0), ran("qlora", 900.0, 5.0, train={"steps": 8})
+    table = only(ran("lora", 1500.0, 20.0), ran("lora", 2000.0, 10.0, train={"steps": 60}), short, lean)
+    assert (row(table, "lora").rate, row(table, "lora").memory) == ("2,000", "10.00")
+    assert (row(table, "qlora").rate, row(table, "qlora").least) == ("1000.0", "5.00")
+    assert "qlora from 5.00 GiB" in table.sentences.text
+    assert (
+        row(only(ran("lora", 1500.0, 20.0, TRAINED_LOSS), ran("lora", 2000.0, 10.0, TRAINED_LOSS, train={"steps": 60}), QLORA), "lora").rate
+        == "1,500"
+    )
+
+
+def test_what_was_measured_again_since_is_left_out() -> None:
+    old = ran("lora", 9000.0, 10.0, train={"steps": 60})
+    groups = judged(results([*old, *LORA, *QLORA]))
+    (outdated,) = (group for group in groups if group.workload.train.steps == 60)
+    (table,) = methods(groups, {identifier(outdated): "since then engines have changed"})
+    assert row(table, "lora").rate == "2,000"
+
+
+def test_how_much_more_of_a_card_was_taken_is_measured() -> None:
+    def on_a_card(found: list[Stored], more: int | None) -> list[Stored]:
+        made = []
+        for one in found:
+            assert one.record.measurement is not None
+            memory = tuple(
+                part.model_copy(update={"peak_device_bytes": None if more is None else (part.peak_allocated_bytes or 0) + more})
+                for part in one.record.measurement.memory
+            )
+            made.append(stored(one.record.model_copy(update={"measurement": one.record.measurement.model_copy(update={"memory": memory})})))
+        return made
+
+    lora, qlora = ran("lora", 2000.0, 10.0, machine=GPU), ran("qlora", 1660.0, 7.8, machine=GPU)
+    says = "A card also holds what the allocator keeps in reserve, and the CUDA context"
+    assert f"{says}." in only(on_a_card(lora, None), on_a_card(qlora, None)).sentences.text
+    assert f"{says}: 1.00 to 1.50 GiB more in these runs." in only(on_a_card(lora, 2**30), on_a_card(qlora, 3 * 2**29)).sentences.text
+    assert says not in only(LORA, QLORA).sentences.text, "on a CPU"
+
+
 def test_without_lora_the_fastest_is_compared_with_and_settings_tell_namesakes_apart() -> None:
     assert only(QLORA, ran("full", 300.0, 30.0)).reference == "qlora"
     wide = work("lora")
