@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import JsonValue
 
@@ -53,12 +53,24 @@ class Anchor:
         """From ``rounding``."""
         return calibrate(self.run, self.rounding, self.at_first, self._rounded)
 
+    def _without(self, knobs: str) -> Anchor:
+        """This anchor without variants of the choice ``knobs``; itself where there are none."""
+        if not any(_knobs(run) == knobs for run in (*self.variants, *self.rounding, *self.at_first)):
+            return self
+        variants, rounding, at_first = (
+            tuple(run for run in runs if _knobs(run) != knobs) for runs in (self.variants, self.rounding, self.at_first)
+        )
+        return replace(self, variants=variants, rounding=rounding, at_first=at_first)
+
     @property
     def _rounded(self) -> tuple[float, ...]:
         return self.run.rounding.rounded if self.run.rounding else ()
 
     def calibration(self, candidate: Run) -> Calibration:
-        """What ``candidate`` is allowed."""
+        """What ``candidate`` is allowed; one that is a variant itself says nothing about how far it may stray."""
+        others = self._without(_knobs(candidate))
+        if others is not self:
+            return others.calibration(candidate)
         return self.rounded if in_fp32(self.run) and not in_fp32(candidate) else self.plain
 
 
@@ -98,6 +110,7 @@ def anchor_at(run: Run, runs: Sequence[Run]) -> Anchor:
     """``run`` as the reference, with what is known among ``runs`` of its harmless variants: none, unless it is a yardstick."""
     name = next((name for name, dtype in ANCHORS if _computes_in(run.record, dtype)), "this reference")
     here = [one for one in runs if one.record.cell.workload == run.record.cell.workload and not unusable(one) and not not_finite(one)]
+    here.sort(key=lambda one: one.record.provenance.started_utc, reverse=True)  # of every choice the newest, as anchors() takes it
     return _anchor(name, run, here) if is_yardstick(run.record) else Anchor(name, run)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from harness.anchors import Anchor, anchors, is_yardstick
+from harness.anchors import Anchor, anchor_at, anchors, is_yardstick
 from harness.comparable import Run
 from harness.parity import judge, judge_against, verdict
 from tests import records
@@ -149,3 +149,30 @@ def bent(first: float, later: float, name: str = "hf", *, dtype: str = "bfloat16
         records.engine(name, compute_dtype=dtype, **knobs), losses=(LOSSES[0] + first, *(loss + later for loss in LOSSES[1:]))
     )
     return Run(record, records.score(record), records.score(record, base=True))
+
+
+def test_a_variant_says_nothing_about_how_far_it_may_stray_itself() -> None:
+    """Else it is allowed twice what it strays, however far that is."""
+    far = run(off=0.05, attention="eager", micro_batch=2)
+    others = [run(off=0.002, micro_batch=size) for size in (8, 16, 32)]
+    anchor = Anchor("bf16", run(), (far, *others))
+    assert judge_against(far, anchor).kind == "different"
+    assert judge_against(run("fused", off=0.05), anchor).kind == "same", "another engine may stray as far as any of them"
+    assert judge_against(far, Anchor("bf16", run(), (far, *others[:2]))).kind == "not comparable", "two others are too few"
+
+
+def test_the_variants_of_a_named_reference_are_the_newest_of_their_choice() -> None:
+    """``harness.compare`` and the report allow the same."""
+
+    def on(day: int, off: float, **knobs: Any) -> Run:
+        one = run(off=off, **knobs)
+        dated = one.record.provenance.model_copy(update={"started_utc": f"2026-11-{day}T10:00:00+00:00"})
+        return replace(one, record=one.record.model_copy(update={"provenance": dated}))
+
+    known = [on(20, 0.0), on(19, 0.0), on(18, 0.0)]  # what was repeated most is the reference
+    known += [on(21, 0.009, micro_batch=8), on(25, 0.002, micro_batch=8), on(22, 0.001, micro_batch=16), on(22, 0.001, micro_batch=32)]
+    (anchor,) = anchors(known, known[0].record.cell.workload.key, known[0].record.machine.key)
+    named = anchor_at(known[0], known)
+    assert anchor.run == named.run == known[0]
+    assert named.plain == anchor.plain
+    assert named.variants[0] is known[4]

@@ -271,8 +271,9 @@ def test_the_truth_is_hf_in_fp32_of_the_same_machine_then_scored_then_the_lowest
 
 
 def test_a_candidate_needs_one_anchor_for_all_tests() -> None:
-    others = tuple(hf("bfloat16", losses=noisy(tuple(x + 0.004 for x in LOSSES), 1e-4, seed)) for seed in range(3))
-    near = tuple(hf("float32", losses=noisy(LOSSES, 1e-5, seed)) for seed in range(3))
+    shifted = tuple(x + 0.004 for x in LOSSES)
+    others = tuple(hf("bfloat16", losses=noisy(shifted, 1e-4, seed), knobs={"micro_batch": 10 + seed}) for seed in range(3))
+    near = tuple(hf("float32", losses=noisy(LOSSES, 1e-5, seed), knobs={"micro_batch": 10 + seed}) for seed in range(3))
     truth = Anchor("fp32", hf("float32"), near, near)
     anchor = Anchor("bf16", hf("bfloat16", losses=tuple(x + 0.004 for x in LOSSES)), others)
     assert verdict(hf("bfloat16"), [truth, anchor]).label.startswith("same: fp32")
