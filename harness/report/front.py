@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from harness.rank import Group, Variant
+from harness.rank import Group, Variant, compare_variants
 from harness.report.columns import memory_bytes
-from harness.report.numbers import GIB, rate
+from harness.report.numbers import GIB, rate, times
+from harness.report.sure import ratio, reach
+
+MORE = 1.05  # so much more memory is as much
 
 
 def front(group: Group) -> tuple[Variant, ...]:
@@ -21,12 +24,31 @@ def front(group: Group) -> tuple[Variant, ...]:
 
 
 def told(group: Group) -> str | None:
-    """The front in a sentence; None where it has one member, which needs no choice."""
+    """The front in a sentence; None where it has one member, which needs no choice, and where nothing is to be chosen."""
     best = front(group)
-    if len(best) < 2:
+    if len(best) < 2 or group.is_made_to_judge:
         return None
-    members = (f"{one.label} {rate(one.tokens_per_second)} in {(memory_bytes(one, group) or 0) / GIB:.2f} GiB" for one in best)
-    return f"Where memory is short: {', '.join(members)}; every other variant is slower than one of these that needs no more."
+    members = (f"{one.label} {rate(one.tokens_per_second)} in {_gib(one, group)}" for one in best)
+    short = f"Where memory is short: {', '.join(members)}; every other variant is slower than one of these that needs no more."
+    against = [said for one in best[:-1] if (said := _against(one, group))]
+    return f"{short} In no more memory than another engine: {'; '.join(against)}." if against else short
+
+
+def _against(lean: Variant, group: Group) -> str | None:
+    """By how much it leads the fastest of another engine in as much memory or a little more; None where nobody is near."""
+    size = memory_bytes(lean, group) or 0
+    others = [one for one in group.variants if one.engine.name != lean.engine.name and one.runs and one.can_win]
+    slower = [one for one in others if (one.tokens_per_second or 0.0) < (lean.tokens_per_second or 0.0)]
+    near = [one for one in slower if size <= (memory_bytes(one, group) or 0) <= MORE * size]
+    if not near:
+        return None
+    rival = max(near, key=lambda one: one.tokens_per_second or 0.0)
+    compared = compare_variants(lean, rival)
+    return f"{lean.label} has {times(ratio(lean, rival, compared))} the rate of {rival.label} ({_gib(rival, group)}; {reach(compared)})"
+
+
+def _gib(variant: Variant, group: Group) -> str:
+    return f"{(memory_bytes(variant, group) or 0) / GIB:.2f} GiB"
 
 
 def stairs(group: Group) -> list[tuple[float, float]]:

@@ -41,6 +41,15 @@ def test_who_cannot_win_is_not_on_it() -> None:
     assert [one.label for one in front(group)] == ["hf", "fused"]
 
 
+def test_a_lean_variant_is_held_against_what_needs_as_much() -> None:
+    rival = repeats(engine("near"), [50.0, 50.5, 49.5], memory_gib=1.04)
+    far = repeats(engine("far"), [60.0, 61.0, 59.0], memory_gib=1.06)
+    said = told(of(results([*three().stored, *rival, *far])))
+    assert said
+    assert said.endswith(" In no more memory than another engine: hf has 2.00 times the rate of near (1.04 GiB; 2.000 to 2.000, 3 pairs).")
+    assert "In no more memory" not in (told(of(three())) or "")
+
+
 def test_the_page_says_and_draws_it() -> None:
     said = "Where memory is short: hf 100.0 tokens/s in 1.00 GiB, fused 200.0 tokens/s in 3.00 GiB; every other variant is slower"
     assert said in html(three())
