@@ -12,6 +12,9 @@ from harness.store import Results, Stored
 from harness.updates import Alike, Updates, alike
 
 
+UNSCORED = "its weights are not scored yet, or gone unscored: run the sweep again, or with rerun=all"
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """A record with the held-out score of the weights it made and of the base it started from, where there are any.
@@ -98,8 +101,11 @@ def blocked(candidate: Run, reference: Run) -> tuple[list[str], Light]:
 
 def missing(candidate: Run, reference: Run) -> list[str]:
     """What the tests need and do not have: what cannot be computed is not comparable, never assumed."""
+    data = candidate.record.data
+    if candidate.score is None and data is not None and data.samples_held_out == 0:
+        return ["there are no held-out rows to score it on"]
     scores = {
-        f"this run ({_why_unscored(candidate)})": candidate.score,
+        f"this run ({UNSCORED})": candidate.score,
         "the reference": reference.score,
         "the base weights": reference.base_score,
     }
@@ -114,13 +120,6 @@ def missing(candidate: Run, reference: Run) -> list[str]:
     }
     absent = [problem for problem, value in values.items() if value is None]
     return absent + (["scored by another evaluator"] if a.evaluator != b.evaluator else [])
-
-
-def _why_unscored(run: Run) -> str:
-    data = run.record.data
-    if data is not None and data.samples_held_out == 0:
-        return "its data has no held-out rows"
-    return "its weights are not scored yet, or gone unscored: run the sweep again, or with rerun=all"
 
 
 def not_finite(run: Run) -> list[str]:

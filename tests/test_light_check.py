@@ -8,6 +8,7 @@ import pytest
 
 from harness.anchors import Anchor, anchors
 from harness.comparable import Run, runs
+from harness.data.counts import DataCounts
 from harness.deviations import loss_floor
 from harness.parity import LIGHT_FLOORS, judge, verdict
 from harness.store import load
@@ -72,3 +73,10 @@ def test_bf16_hf_loses_of_what_a_young_adapter_adds_and_one_sum_does_not() -> No
 def losses(one: Run) -> tuple[float, ...]:
     assert one.record.measurement is not None
     return one.record.measurement.steps.losses
+
+
+def test_data_without_held_out_rows_is_the_reason_and_named_alone() -> None:
+    none = dict.fromkeys((name for name in DataCounts.model_fields if name != "files"), 0)
+    counts = DataCounts(**{**none, "samples_train": 64}, files=())
+    bare = Run(run("fused").record.model_copy(update={"data": counts}))
+    assert judge(bare, run("hf")).detail == "there are no held-out rows to score it on"
