@@ -11,7 +11,6 @@ from harness.rounding import Rounding, Roundings
 from harness.store import Results, Stored
 from harness.updates import Alike, Updates, alike
 
-
 UNSCORED = "its weights are not scored yet, or gone unscored: run the sweep again, or with rerun=all"
 
 

@@ -172,7 +172,7 @@ def _winner(group: Group) -> Variant | None:
 
 def _verdicts(group: Group) -> str:
     """``5 settings: 4 same, 1 different; references: hf``; what failed is in the section."""
-    known = [(variant.label, variant.verdict.kind) for variant in group.variants if variant.runs and variant.verdict]
+    known = [(one.label, "same" if one.verdict.look == "same" else one.verdict.kind) for one in group.variants if one.runs and one.verdict]
     kinds = Counter(kind for _, kind in known)
     told = [f"{kinds[kind]} {kind}" for kind in ("same", "different", "not comparable") if kinds[kind]]
     references = [label for label, kind in known if kind == "reference"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from harness.rank import Group, Outcome, Variant, compare_variants
 from harness.report.numbers import percent, rate, times
 from harness.report.sure import ratio, reach, says_nothing
+from harness.report.titles import counted
 from harness.stats import CONFIDENCE, SAME, Comparison
 
 MOST_NAMES = 3  # more than this in one sentence nobody reads; the table has them all
@@ -105,15 +107,13 @@ def _no_winner(group: Group) -> Sentences:
 
 
 def _judging(group: Group) -> Sentences:
-    """What was found of work that was made to judge: how many train the same, and what is known of the others."""
+    """What was found of work that was made to judge: how many train the same, and the first that is known of the others."""
     known = [(one, one.verdict) for one in group.variants if one.runs and one.verdict and one.verdict.kind != "reference"]
-    same = sum(verdict.kind == "same" for _, verdict in known)
-    headline = (
-        f"{same} of {len(known)} settings train the same as the reference."
-        if len(known) != 1
-        else f"{known[0][0].label}: {known[0][1].label}."
-    )
-    others = [f"{one.label}: {_verdict(one)}." for one, verdict in known if verdict.kind != "same"]
+    kinds = Counter("same" if verdict.look == "same" else verdict.kind for _, verdict in known)
+    told = {"same": "train the same as the reference", "different": "train something else", "not comparable": "are open"}
+    found = [f"{kinds[kind]} {words}" for kind, words in told.items() if kinds[kind]]
+    headline = f"Of {counted(len(known), 'setting')} {_listed(found) if len(found) > 1 else ''.join(found) or 'none is judged'}."
+    others = [f"{one.label}: {verdict.label}: {verdict.detail.split('; ')[0]}." for one, verdict in known if verdict.look != "same"]
     return Sentences(headline, (*others, "This work was made to judge what is trained: its rates are of few and short steps."))
 
 

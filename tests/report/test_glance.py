@@ -158,7 +158,7 @@ def test_workloads_made_to_judge_are_no_races() -> None:
     assert one.verdicts == "2 settings: 1 same, 1 different; 1 reference: hf"
     for page in (html(found), markdown(found)):
         assert page.count("2 settings: 1 same, 1 different; 1 reference: hf") == 1
-        assert "1 of 2 settings train the same as the reference." in page
+        assert "Of 2 settings 1 train the same as the reference and 1 train something else." in page
         assert "times the rate" not in page, "of twenty short steps nobody is the fastest"
     assert not glance(judged(replace(found, updates={})))[0].judging, "a first step that was compared with nothing judges nothing"
 
