@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness.compare", usage=USAGE_TEXT)
     parser.add_argument("reference", type=Path)
     parser.add_argument("candidate", type=Path)
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("overrides", nargs="*", default=[])
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
     parser.add_argument("--strict", action="store_true", help="exit code 4 when a test could not be made")
     parser.add_argument("--root", type=Path, action="append", default=[], help="a further folder of results with variants of the reference")
@@ -90,6 +90,9 @@ def _judge_records(reference: Path, candidate: Path, more: Sequence[Path]) -> Ve
     for file in files:
         if len(file.parents) < 4:
             raise StoreError(f"{file}: a record lies in ROOT/MACHINE/WORKLOAD/ENGINE-KEY/; keep it where the sweep wrote it")
+    for root in more:
+        if not any(root.glob("*/*/*/*.json")):
+            raise StoreError(f"--root {root}: no results in it; expected a folder of MACHINE/WORKLOAD/ENGINE-KEY/RECORD.json, as runs=… is")
     roots = list(dict.fromkeys([*(file.parents[3] for file in files), *(root.resolve() for root in more)]))
     results = load(*roots)
     known = runs(results)
@@ -148,7 +151,10 @@ def _text(found: Verdict) -> str:
         lines.append(f"  {name:<32} {test.excess * test.unit:>10.3g} {allowed * test.unit:>10.3g} {share:>8.2f}{seen}{mark}")
     lines += [f"  {name:<32} not tested: {why}" for name, why in (found.untested or {}).items()]
     lines += ["", *([f"worst: {found.worst}"] if found.tests else []), *(f"because: {reason}" for reason in found.reasons)]
-    return "\n".join([*lines, *([f"likely: {found.hint}"] if found.hint else [])]).strip()
+    lines += [f"likely: {found.hint}"] if found.hint else []
+    if found.kind == "not comparable" and found.light.text:
+        lines.append(f"the light check {found.light.text}: {found.light.detail}")
+    return "\n".join(lines).strip()
 
 
 def _plain(found: Verdict) -> dict[str, Any]:
@@ -159,6 +165,7 @@ def _plain(found: Verdict) -> dict[str, Any]:
         "worst": found.worst,
         "reasons": list(found.reasons),
         "hint": found.hint,
+        "light": {"passed": found.light.passed, "open": found.light.open, "detail": found.light.detail},
         "untested": dict(found.untested or {}),
         "tests": [
             {

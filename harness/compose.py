@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from harness.errors import ConfigError, nearest
+from harness.errors import ConfigError, closest, nearest
 from harness.machine import has_cuda
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -174,15 +174,17 @@ def _unknown(override: Override, config: DictConfig) -> str:
 
 
 def _nearest_key(key: str, config: DictConfig) -> str:
-    """The nearest key below the deepest part of ``key`` that exists, or all that stand there."""
+    """The nearest key below the deepest part of ``key`` that exists, or all that stand there. The part that is right makes nothing near."""
     above, node = "", config
-    for part in key.split(".")[:-1]:
+    *parts, last = key.split(".")
+    for part in parts:
         below = OmegaConf.select(node, part)
         if not isinstance(below, DictConfig):
             return f"{above}{part} has no keys here"
         above, node = f"{above}{part}.", below
-    names = {f"{above}{name!s}" for name in node} | (set(_groups()) if not above else set())
-    return nearest(key, names - {"hydra"})
+    names = ({str(name) for name in node} | (set(_groups()) if not above else set())) - {"hydra"}
+    near = closest(last, names)
+    return f"did you mean '{above}{near}'?" if near else nearest(last, names)
 
 
 def _options(group: str) -> list[str]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.comparable import Run, measured, not_finite, runs, unusable
 from harness.deviations import HELD_OUT_FLOOR
-from harness.errors import ConfigError, HarnessError, StoreError
+from harness.errors import ConfigError, HarnessError, StoreError, nearest
 from harness.exits import leave_with
 from harness.parity import POWER
 from harness.store import load
@@ -20,13 +21,15 @@ from harness.store import load
 SAME, USAGE, NOT_COMPARABLE, DIFFERENT = 0, 2, 4, 7
 LEAST_SEEDS = 3
 SHARE = 0.005  # of what the reference learnt: two layers that learnt 1.98 strayed by 0.0011 for rounding alone (docs/full-fine-tuning.md)
+SHOWN = 8  # names in a message
 LATE = 0.25  # of the steps, at the end, whose mean training loss is compared
 USAGE_TEXT = """python -m harness.converge ROOT REFERENCE CANDIDATE VARIANT … [--workload LABEL] [--json]
 
   python -m harness.converge runs hf,compute_dtype=float32 fused,optimizer_state=int8 fused,optimizer_state=fp32
 
-Each names runs below ROOT as ENGINE[,KNOB=VALUE…]. Runs are paired by train.seed, at least 3 of them. Two figures of each pair: the
-held-out loss of the weights, and the mean training loss of the last quarter of the steps. They may differ by 0.001, by 0.5 %% of what the
+Each names runs below ROOT as ENGINE[,KNOB=VALUE…]; ~KNOB names those of records that are older than this knob, A+B is a list. Runs are
+paired by train.seed, at least 3 of them. Two figures of each pair: the held-out loss of the weights, and the mean training loss of the
+last quarter of the steps. They may differ by 0.001, by 0.5 %% of what the
 reference learnt, or by twice what any VARIANT, a harmless change, differs from it; and it must have learnt ten times that.
 
 Exit code 0: same, 7: different, 4: not comparable, 2: the command is wrong."""
@@ -117,21 +120,49 @@ def _of_one_workload(known: Sequence[Run], label: str | None) -> list[Run]:
 
 
 def _is(run: Run, name: str) -> bool:
-    engine, *wanted = name.split(",")
+    engine, wanted = _asked(name)
     spec = run.record.cell.engine
-    if not all("=" in each for each in wanted):
-        raise ConfigError(f"'{name}': expected ENGINE[,KNOB=VALUE…], for example fused,optimizer_state=int8")
-    pairs = [each.split("=", 1) for each in wanted]
-    return spec.name == engine and all(str(spec.knobs.get(knob)) == value for knob, value in pairs)
+    return spec.name == engine and all(_value(run, knob) == value for knob, value in wanted.items())
+
+
+def _asked(name: str) -> tuple[str, dict[str, str | None]]:
+    """The engine and the knobs that ``name`` asks for, null for one that is not to be there. Raises ConfigError where it is no name."""
+    engine, *words = name.split(",")
+    if not all("=" in word or re.fullmatch(r"~\w+", word) for word in words):
+        raise ConfigError(
+            f"'{name}': expected ENGINE[,KNOB=VALUE…], for example fused,optimizer_state=int8; ~KNOB: a run without this knob"
+        )
+    given: dict[str, str | None] = dict.fromkeys(word[1:] for word in words if word.startswith("~"))
+    return engine, given | {knob: value for knob, _, value in (word.partition("=") for word in words if not word.startswith("~"))}
+
+
+def _value(run: Run, knob: str) -> str | None:
+    """As it is written in a name; None in a record that is older than the knob."""
+    knobs = run.record.cell.engine.knobs
+    if knob not in knobs:
+        return None
+    value = knobs[knob]
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)  # a comma ends the value in a name
 
 
 def _named(known: Sequence[Run], name: str) -> list[Run]:
-    """Those that ``name`` names; raises ConfigError where there is none."""
+    """Those that ``name`` names; raises ConfigError where there is none, with what is nearest to the first word that none has."""
     named = [run for run in known if _is(run, name)]
-    if not named:
-        there = _names(run for run in known if run.record.cell.engine.name == name.split(",")[0]) or _names(known)
-        raise ConfigError(f"'{name}': no run of it; there are runs of {there or 'nothing'}")
-    return named
+    if named:
+        return named
+    engine, wanted = _asked(name)
+    mine = [run for run in known if run.record.cell.engine.name == engine]
+    if not mine:
+        raise ConfigError(f"'{name}': no run of {engine}; {nearest(engine, {run.record.cell.engine.name for run in known})}")
+    for knob, value in wanted.items():
+        values = {_value(run, knob) for run in mine}
+        if values == {None}:
+            knobs = {known_knob for run in mine for known_knob in run.record.cell.engine.knobs}
+            raise ConfigError(f"'{name}': no run of {engine} has a knob {knob}; {nearest(knob, knobs)}")
+        if value not in values:
+            there = sorted(f"~{knob}" if one is None else f"{knob}={one}" for one in values)
+            raise ConfigError(f"'{name}': no run of {engine} has that {knob}; there are runs with {_few(there)}")
+    raise ConfigError(f"'{name}': no run of {engine} has all of this at once; there are runs of {_names(mine)}")
 
 
 def _chosen(known: Sequence[Run], name: str) -> list[Run]:
@@ -142,20 +173,25 @@ def _chosen(known: Sequence[Run], name: str) -> list[Run]:
     return chosen
 
 
-def _knobs(run: Run) -> tuple[str, str]:
-    spec = run.record.cell.engine
-    return spec.name, json.dumps(spec.knobs, sort_keys=True)
+def _knobs(run: Run) -> str:
+    return json.dumps(run.record.cell.engine.knobs, sort_keys=True)
 
 
-def _names(found: Iterable[Run]) -> str:
-    """The engines of ``found``, each with the knobs in which its runs differ."""
-    specs = {_knobs(run): run.record.cell.engine for run in found}
+def _names(found: Sequence[Run]) -> str:
+    """The sets of knobs of ``found``, runs of one engine: each by those in which they differ, as it can be asked for."""
+    knobs = sorted({knob for run in found for knob in run.record.cell.engine.knobs})
+    differ = [knob for knob in knobs if len({_value(run, knob) for run in found}) > 1]
     names = set()
-    for spec in specs.values():
-        others = [other.knobs for other in specs.values() if other.name == spec.name]
-        differ = [knob for knob in spec.knobs if len({str(knobs.get(knob)) for knobs in others}) > 1]
-        names.add(",".join([spec.name, *(f"{knob}={spec.knobs[knob]}" for knob in differ)]))
-    return "; ".join(sorted(names))
+    for run in found:
+        values = ((knob, _value(run, knob)) for knob in differ)
+        words = (f"~{knob}" if value is None else f"{knob}={value}" for knob, value in values)
+        names.add(",".join([run.record.cell.engine.name, *words]))
+    return _few(sorted(names))
+
+
+def _few(words: Sequence[str]) -> str:
+    more = f"; and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
+    return "; ".join(words[:SHOWN]) + more
 
 
 def _figures(known: Sequence[Run], name: str) -> Figures:
@@ -192,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("root", type=Path)
     parser.add_argument("reference")
     parser.add_argument("candidate")
-    parser.add_argument("variants", nargs="*", help="harmless changes of the reference, which widen what is allowed")
+    parser.add_argument("variants", nargs="*", default=[], help="harmless changes of the reference, which widen what is allowed")
     parser.add_argument("--workload", help="the label of one of its workloads, where ROOT holds several")
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
     return parser

@@ -46,7 +46,11 @@ class UnsupportedError(HarnessError):
 def nearest(key: str, known: Iterable[str]) -> str:
     """A hint for a misspelt ``key``: the nearest known key, or all of them when none is near."""
     names = sorted(known)
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean '{close[0]}'?"
+    if close := closest(key, names):
+        return f"did you mean '{close}'?"
     return f"known: {', '.join(names)}" if names else "nothing else exists there"
+
+
+def closest(key: str, known: Iterable[str]) -> str | None:
+    """Of ``known`` the one that a misspelt ``key`` is near to; None where none is."""
+    return next(iter(difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)), None)

@@ -58,7 +58,7 @@ def prepare(request: PrepareRequest) -> Prepared:
     adapter = prepare_adapter(workload, base, cache)
     base = prepare_nf4(base, workload.model.dtype, cache) if isinstance(workload.method, QLora) else base
     made = _prepared(workload, base, adapter, tokens)
-    print(made.notes[-1], flush=True)
+    print(*about_data(workload.data, made.data), sep="\n", flush=True)
     return made
 
 
@@ -92,7 +92,6 @@ def find(request: PrepareRequest) -> Prepared | None:
 def _prepared(workload: Workload, base: Base, adapter: Adapter | None, tokens: Path) -> Prepared:
     base = as_fp8(base) if isinstance(workload.method, LoraFp8) else base
     counts = _counts(tokens)
-    said = f"data ({_layouts(workload.data, counts)}): {counts.sentence()}"
     return Prepared(
         tokens=str(tokens),
         base=str(base.path),
@@ -100,8 +99,22 @@ def _prepared(workload: Workload, base: Base, adapter: Adapter | None, tokens: P
         base_sha256=base.sha256,
         adapter_init_sha256=adapter.sha256 if adapter else None,
         data=counts,
-        notes=(f"base weights: {base.description}", *_tokenizer_note(workload.model), said),
+        notes=(f"base weights: {base.description}", *_tokenizer_note(workload.model), *about_data(workload.data, counts)),
     )
+
+
+def about_data(data: Data, counts: DataCounts | None) -> tuple[str, ...]:
+    """What became of the rows, where that is known, and in a line of its own where fewer of them are held out than were asked for."""
+    if counts is None:
+        return ()
+    said = f"data ({_layouts(data, counts)}): {counts.sentence()}"
+    missed = data.held_out_samples - counts.samples_held_out
+    if not data.held_out_fraction or missed <= 0:
+        return (said,)
+    few = f"held out: {counts.samples_held_out:,} of the {data.held_out_samples:,} samples asked for (data.held_out_samples)"
+    least = "" if counts.samples_held_out else ", so that nothing that is trained on this data can be scored"
+    why = f"data.held_out_fraction={data.held_out_fraction:g} of {counts.rows:,} rows, those of one content all or none, is no more"
+    return said, f"{few}{least}: {why}; raise it to hold out more"
 
 
 def _counts(tokens: Path) -> DataCounts:

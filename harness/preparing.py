@@ -11,7 +11,7 @@ from harness.data.counts import DataCounts
 from harness.errors import HarnessError
 from harness.launch import run_door
 from harness.places import Prepared, PrepareRequest
-from harness.prepare import find, find_count
+from harness.prepare import about_data, find, find_count
 from harness.spec import content_key, parse
 from harness.turns import turn
 
@@ -27,7 +27,8 @@ def prepared(request: Request, cache: str, folder: Path, *, held: int | None, sa
     wanted = PrepareRequest(workload=request.cell.workload, sources=request.sources, cache=place, out=str(out))
     found = find(wanted)
     if found is not None:
-        say(found.notes[-1])
+        for line in about_data(request.cell.workload.data, found.data):
+            say(line)
         return found
     run_door("harness.prepare", wanted, job, held=held, network=True)
     return parse(Prepared, json.loads(out.read_text(encoding="utf-8")))

@@ -199,7 +199,8 @@ class Train(Spec):
     @model_validator(mode="after")
     def _warmup_and_run_end(self) -> Train:
         if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})")
+            fewer = f"set train.warmup_steps to at most {self.steps - 1}, or train for longer"
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps}); {fewer}")
         if self.num_steps > self.steps:
             raise ValueError(f"stop_after ({self.stop_after}) must be at most steps ({self.steps})")
         return self

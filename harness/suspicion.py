@@ -13,27 +13,60 @@ NEAR = 0.02  # |ln|: a ratio this near to that of a known mistake is taken for i
 
 
 def suspicion(candidate: Run, reference: Run, tests: Mapping[str, Deviation], failed: frozenset[str]) -> str:
-    """The likeliest mistake behind the tests called ``failed``, or an empty text."""
+    """The likeliest mistake behind the tests called ``failed``, or an empty text. What a number proves is said as it is; of the rest
+    rounding comes first where the two compute in different types.
+    """
     if not any(measured(candidate).steps.losses):
         return "every loss is 0.0: the loss is not what is reported"
     if tests[FINAL_NORM].ratio == 0:
         return "the weights have not moved: nothing was trained"
+    return _known(candidate, tests, failed) or _guess(candidate, reference, _unknown(candidate, reference, tests, failed))
+
+
+def _known(candidate: Run, tests: Mapping[str, Deviation], failed: frozenset[str]) -> str:
+    """A mistake of just this size."""
     if FIRST_LOSS in failed:
-        return _before_any_update(candidate, reference)
+        declared = candidate.record.loss_norm
+        if declared in (None, "token_global"):
+            return ""
+        return f"the engine says its loss is a mean of another kind (loss_norm: {declared}), the workload's is over all labels of the step"
     if GRAD_NORM in failed:
         return _gradient(candidate, tests[GRAD_NORM].ratio)
-    return _schedule(candidate.record.cell.workload.train, tests, failed)
+    return _schedule_skipped(candidate.record.cell.workload.train, tests, failed)
 
 
-def _before_any_update(candidate: Run, reference: Run) -> str:
-    mine, theirs = measured(candidate).steps.losses[0], measured(reference).steps.losses[0]
-    declared = candidate.record.loss_norm
-    if declared not in (None, "token_global"):
-        return f"the engine says its loss is a mean of another kind (loss_norm: {declared}), the workload's is over all labels of the step"
-    return (
-        f"the loss of step 1, before any update, is {mine:.4f} for {theirs:.4f}: another mean (of micro-batch means?), other labels, "
-        "attention across documents, or another model function"
-    )
+def _unknown(candidate: Run, reference: Run, tests: Mapping[str, Deviation], failed: frozenset[str]) -> str:
+    """What makes deviations of any size where the first of the failed tests is."""
+    if FIRST_LOSS in failed:
+        mine, theirs = measured(candidate).steps.losses[0], measured(reference).steps.losses[0]
+        return (
+            f"the loss of step 1, before any update, is {mine:.4f} for {theirs:.4f}: another mean (of micro-batch means?), other labels, "
+            "attention across documents, or another model function"
+        )
+    if GRAD_NORM in failed:
+        return f"the same loss, but a gradient {_times(tests[GRAD_NORM])} as long: a backward pass, or its scaling over micro-batches?"
+    if FIRST_NORM in failed:
+        return f"the first update is {_times(tests[FIRST_NORM])}: learning rate?"
+    if FINAL_NORM in failed:
+        return f"the final update is {_times(tests[FINAL_NORM])} as long: learning rate, schedule, weight decay or betas?"
+    return "the runs agree in norms, the saved weights do not: are they those that were trained?" if failed == {HELD_OUT} else ""
+
+
+def _guess(candidate: Run, reference: Run, mistake: str) -> str:
+    """``mistake``, or what is nothing but rounding: the type is a knob, and harmless."""
+    one, other = candidate.record.cell.engine, reference.record.cell.engine
+    mine, theirs = _dtype(candidate), _dtype(reference)
+    if mine == theirs:
+        return mistake
+    if one.name == other.name and {**one.knobs, "compute_dtype": theirs} == {**other.knobs, "compute_dtype": theirs}:
+        return f"rounding: the two differ in nothing but compute_dtype ({mine}, the reference {theirs})"
+    rounding = f"rounding: this run computes in {mine}, the reference in {theirs}; compare it with hf in {mine}"
+    return f"{rounding}, and where it strays from that too: {mistake}" if mistake else rounding
+
+
+def _dtype(run: Run) -> str:
+    """What the run computes in; an engine that does not say rounds, as ``anchors.dtype_of`` has it, which stands above this."""
+    return str(run.record.cell.engine.knobs.get("compute_dtype", "bfloat16"))
 
 
 def _gradient(candidate: Run, ratio: float | None) -> str:
@@ -42,20 +75,19 @@ def _gradient(candidate: Run, ratio: float | None) -> str:
         return "no gradient reached the trained weights"
     if isinstance(method, Lora) and any(_near(ratio, factor) for factor in (method.scale, 1 / method.scale)):
         return f"the gradient is {ratio:.4f} x, alpha / rank is {method.scale:g}: the LoRA scale forgotten, or applied twice?"
-    return f"the same loss, but a gradient {ratio:.4f} x as long: a backward pass, or its scaling over micro-batches?"
+    return ""
 
 
-def _schedule(train: Train, tests: Mapping[str, Deviation], failed: frozenset[str]) -> str:
-    first = tests[FIRST_NORM].ratio if FIRST_NORM in tests else None
-    final = tests[FINAL_NORM].ratio or math.inf
-    if first is not None and FIRST_NORM in failed:
-        peak = train.learning_rate / train.learning_rate_at(0)
-        if peak > 1 + NEAR and _near(first, peak):
-            return f"the first update is {first:.4f} x, the peak rate is {peak:g} x that of step 1: the schedule skipped (no warm-up)?"
-        return f"the first update is {first:.4f} x: learning rate?"
-    if FINAL_NORM in failed:
-        return f"the final update is {final:.4f} x as long: learning rate, schedule, weight decay or betas?"
-    return "the runs agree in norms, the saved weights do not: are they those that were trained?" if failed == {HELD_OUT} else ""
+def _schedule_skipped(train: Train, tests: Mapping[str, Deviation], failed: frozenset[str]) -> str:
+    first = tests[FIRST_NORM].ratio if FIRST_NORM in failed else None
+    peak = train.learning_rate / train.learning_rate_at(0)
+    if first is None or peak <= 1 + NEAR or not _near(first, peak):
+        return ""
+    return f"the first update is {first:.4f} x, the peak rate is {peak:g} x that of step 1: the schedule skipped (no warm-up)?"
+
+
+def _times(test: Deviation) -> str:
+    return f"{math.inf if test.ratio is None else test.ratio:.4f} x"
 
 
 def _near(ratio: float, factor: float) -> bool:

@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
 
@@ -18,18 +17,16 @@ from harness import nodes, preparing, report
 from harness.adapters import adapter_folder, keep_for_good
 from harness.config import Request, Settings
 from harness.errors import HarnessError, StoreError
+from harness.foreseen import show
 from harness.launch import recovered, run_cell, unsupported
 from harness.places import Prepared
-from harness.plan import Planned, least_memory_bytes, plan, weights_bytes
+from harness.plan import Planned, plan
 from harness.progress import SweepProgress, label, sweep_progress
 from harness.ranks import crowded
 from harness.record import Record
 from harness.scoring import Trained, drop, is_unjudged, judge_weights, kept, needed_later
 from harness.store import check_writable, load, recorded, save, writing
 from harness.turns import alone, gpu_of, turn
-
-_GIB = 2**30
-_IN_LABEL = ("engine=", "model=", "data=", "method=", "repeat=")  # what the label of a cell says of a sweep's values
 
 
 class Exit(IntEnum):
@@ -57,7 +54,7 @@ def run(settings: Settings, requests: Sequence[Request], console: Console) -> Ex
     earlier = [stored.record for stored in load(root).stored]
     planned = plan(requests, earlier, settings.rerun, _weights(root, settings))
     if settings.plan == "only":
-        _show(planned, console)
+        show(planned, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
         return Exit.OK
     check_writable(root)
     with _terminated_is_interrupted(console):
@@ -273,28 +270,3 @@ def _left(sweep: Sweep, records: Sequence[Record]) -> set[tuple[str, str]]:
         place = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         sweep.say(f"{what} of {record.cell.engine.title}, repeat {record.cell.repeat}, {steps:,} steps: {place}")
     return set(left)
-
-
-def _show(planned: Sequence[Planned], console: Console) -> None:
-    """``plan=only``: the cells, why some are impossible, and what the rest will take."""
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    for cell in planned:
-        own = [word for word in cell.request.overrides if not word.startswith(_IN_LABEL)]
-        reason = [f"({cell.reason})"] if cell.reason else []
-        say("  ".join([f"{cell.action:<12} {label(cell)}", *([" ".join(own)] if own else []), *reason]))
-    waiting = [cell for cell in planned if cell.action == "run"]
-    known = [cell.seconds for cell in waiting if cell.seconds is not None]
-    time = str(timedelta(seconds=round(sum(known)))) if known else "not known"
-    unknown = f", {len(waiting) - len(known)} without an earlier record to predict from" if len(known) < len(waiting) else ""
-    say(f"{len(waiting)} of {len(planned)} cells to run; time (predicted): {time}{unknown}")
-    models = {cell.request.cell.workload.model.name: cell.request for cell in waiting}
-    for name, request in models.items():
-        disk, memory = weights_bytes(request), least_memory_bytes(request)
-        say(f"{name}: weights on disk {_gib(disk)}, memory at least {_gib(memory)} (predicted)")
-
-
-def _gib(size: int | None) -> str:
-    return "not known before loading" if size is None else f"{size / _GIB:.2f} GiB"

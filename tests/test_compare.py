@@ -128,6 +128,31 @@ def test_runs_of_other_work_are_not_comparable(swept: Measured, capsys: pytest.C
     assert "because: another workload" in capsys.readouterr().out
 
 
+def test_what_the_light_check_saw_is_said_where_the_full_rule_has_no_answer(
+    swept: Measured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unscored = Measured(tmp_path / "runs", swept.cache)
+    shutil.copytree(swept.root, unscored.root, ignore=shutil.ignore_patterns("scores"))
+    arguments = [unscored.record("hf"), unscored.record("fused", micro_batch=4)]
+    assert compare(arguments) == 4
+    said = capsys.readouterr().out
+    assert "because: no held-out score of" in said
+    assert "the light check passed: same stream; loss of step " in said
+    assert compare([*arguments, "--json"]) == 4
+    light = json.loads(capsys.readouterr().out)["light"]
+    assert (light["passed"], light["open"], light["detail"][:12]) == (True, False, "same stream;")
+
+
+@pytest.mark.parametrize("given", [[], ["one"]])
+def test_what_may_be_left_out_is_not_asked_for(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        compare(given)
+    said = capsys.readouterr().err
+    assert "the following arguments are required: " in said
+    assert "candidate" in said
+    assert "overrides" not in said.splitlines()[-1]
+
+
 def test_mistakes_are_exit_code_2_and_said(swept: Measured, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, broken = swept.record("hf"), tmp_path / "a" / "b" / "c" / "d" / "broken.json"
     broken.parent.mkdir(parents=True)
@@ -138,6 +163,8 @@ def test_mistakes_are_exit_code_2_and_said(swept: Measured, tmp_path: Path, caps
         ([good, str(tmp_path)], "neither records nor a PEFT adapter here"),
         ([good, adapter], "a record and an adapter cannot be compared"),
         ([good, good, "model=tiny_llama"], "a record says so itself"),
+        ([good, good, "--root", str(tmp_path / "absent")], "absent: no results in it; expected a folder of MACHINE/WORKLOAD"),
+        ([good, good, "--root", str(Path(good).parent)], "no results in it"),
         ([good, str(broken)], "broken.json: not a record (truncated or edited)"),
         ([adapter, adapter, "model=tiny"], "there is no such option"),
     ):

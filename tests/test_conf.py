@@ -109,6 +109,7 @@ def test_own_options_from_a_folder(cache: Path) -> None:
         (["train.steps=0", "method.rank=no", "repeat=-1"], ["train.steps: got 0", 'method.rank: got "no"', "repeat: got -1"]),
         (["engine.knobs.micro_batch=0"], ["engine.knobs.micro_batch"]),
         (["+engine.knobs.micro_bach=2", "+train.sed=1"], ["micro_bach: unknown key; did you mean 'micro_batch'?", "train.sed"]),
+        (["engine=fused", "engine.knobs.layout=padded"], ["engine.knobs.layout: unknown key; known: base, compile_ahead, compute_dtype,"]),
         (["data=jsonl"], ["data.path: required, but not given; add data.path="]),
         (["data=jsonl", "data.path=absent.jsonl"], ["there is no file 'absent.jsonl'"]),
         (["repeat=1,2"], ["repeat=1,2: several values make a sweep; add -m"]),

@@ -126,7 +126,7 @@ def test_failures_are_messages_with_exit_code_2(tmp_path: Path, cache: Path, cap
     data = conf("data", "jsonl", path=str(bad))
     assert door.main([written(tmp_path, request(workload(data=data), cache, tmp_path / "out.json"))]) == 2
     captured = capsys.readouterr()
-    assert captured.err.strip() == "bad.jsonl:1: 'completion' is empty; expected text"
+    assert captured.err.startswith(f"{bad}:1: 'completion' is empty; expected text\nmend these rows, or set data.on_bad_row=skip")
     assert not (tmp_path / "out.json").exists()
     data = conf("data", "jsonl", path="/nowhere.jsonl")
     assert door.main([written(tmp_path, request(workload(data=data), cache, tmp_path / "out.json"))]) == 2
@@ -144,8 +144,37 @@ def test_what_is_skipped_is_said_and_counted(tmp_path: Path, cache: Path, capsys
     assert (made.data.rows, made.data.rows_bad, made.data.samples_train, made.data.layouts) == (4, 2, 2, "text")
     said = capsys.readouterr().out
     assert "mine.jsonl:2: 'text' is a number; expected text" in said
-    assert "mine.jsonl:3: no field 'text' (found txt)" in said
+    assert "mine.jsonl:3: no field 'text' (found txt; did you mean 'txt'?)" in said
     assert "data (text, found by itself): 4 rows, 2 rows bad, 2 samples train" in said
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "same", "begins"),
+    [
+        (120, False, "held out: 7 of the 500 samples asked for (data.held_out_samples): data.held_out_fraction=0.05 of 120 rows, "),
+        (
+            90,
+            True,
+            "held out: 0 of the 500 samples asked for (data.held_out_samples), so that nothing that is trained on this data can be ",
+        ),
+    ],
+)
+def test_fewer_held_out_than_asked_for_is_said_and_recorded(
+    num_rows: int, same: bool, begins: str, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps({"text": "one" if same else f"row {number}"}) + "\n" for number in range(num_rows)))
+
+    def prepared(**changes: Any) -> Prepared:
+        data = conf("data", "jsonl", path=str(mine), **changes)
+        made = door.prepare(request(workload(data=data), cache, tmp_path / "x"))
+        assert [note for note in made.notes if note.startswith(("data", "held out"))] == capsys.readouterr().out.splitlines()
+        return made
+
+    assert prepared(held_out_samples=500).notes[-1].startswith(begins)
+    for enough in ({"held_out_samples": 7}, {"held_out_fraction": 0.0}):
+        if not same or "held_out_fraction" in enough:
+            assert prepared(**enough).notes[-1].startswith("data (text, found by itself)")
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused_before_a_weight_is_drawn(

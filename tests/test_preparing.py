@@ -127,7 +127,13 @@ def test_only_what_must_be_made_starts_a_process(tmp_path: Path, monkeypatch: py
     assert once() == first
     assert (started, said) == (["harness.prepare"], [first.notes[-1]])
     assert said[0].startswith("data (dense): 3 rows")
+    few = workloads.request(workload(data={**DENSE, "held_out_fraction": 0.01, "held_out_samples": 2}))
+    asked = prepared(few, str(cache), folder, held=None, say=said.append)
+    del said[:]
+    assert prepared(few, str(cache), folder, held=None, say=said.append) == asked
+    assert said == list(asked.notes[-2:])
+    assert said[1].startswith("held out: 0 of the 2 samples asked for")
     broken = cell.model_copy(update={"sources": Sources(tokenizer="/nowhere")})
     with pytest.raises(HarnessError, match="/nowhere is gone since the run was planned"):
         prepared(broken, str(cache), folder, held=None, say=said.append)
-    assert len(started) == 1
+    assert len(started) == 2

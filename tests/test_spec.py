@@ -38,7 +38,7 @@ def test_all_mistakes_are_reported_at_once_with_their_keys_and_the_nearest_known
         ("model", {"config": None}, "weights=random needs model.config"),
         ("data", {"source": "jsonl"}, "needs data.path"),
         ("data", {"num_samples": None}, "needs data.num_samples"),
-        ("train", {"warmup_steps": 4}, "warmup_steps (4) must be less than steps (4)"),
+        ("train", {"warmup_steps": 4}, "must be less than steps (4); set train.warmup_steps to at most 3, or train for longer"),
         ("train", {"learning_rate": 0}, "greater than 0"),
         ("train", {"steps": True}, "valid integer"),
         ("method", {"name": "loar"}, "'lora', 'qlora', 'lora_fp8', 'full'"),

@@ -13,7 +13,7 @@ import numpy as np
 
 from harness.data.counts import DataCounts, FileCounts
 from harness.data.dense import dense_samples
-from harness.data.rows import MAX_PROBLEMS, BadRow, Row, RowFile, open_rows, short_names
+from harness.data.rows import MAX_PROBLEMS, BadRow, Row, RowFile, open_rows
 from harness.data.split import HeldOut, is_held_out, times
 from harness.data.tokenise import Tokenised, tokenise
 from harness.data.tokens import VERSION, Ints
@@ -21,6 +21,7 @@ from harness.data.write import TokenFileWriter, write_token_file
 from harness.errors import DataError
 from harness.spec import Data
 
+REMEDY = "mend these rows, or set data.on_bad_row=skip: it leaves bad rows out, and counts them"
 T = TypeVar("T")
 Watch = Callable[[Iterable[T], str, int | None], Iterable[T]]  # (items, what is done with them, their number) -> the same items
 
@@ -124,20 +125,18 @@ class _Problems:
             raise DataError("\n".join(self._nothing_in(number, num_rows[number]) for number in useless))
 
     def _nothing_in(self, number: int, num_rows: int) -> str:
-        if not num_rows:
-            return f"{self.names[number]}: the file is empty; expected one JSON object a line"
         return f"{self.names[number]}: none of its {num_rows:,} rows can be used; the first: {self._first_of_file[number]}"
 
     def _fail(self) -> NoReturn:
         more = [f"(the first {MAX_PROBLEMS} problems; there are more)"] if self.num_bad.total() > MAX_PROBLEMS else []
-        raise DataError("\n".join([*self.first, *more]))
+        raise DataError("\n".join([*self.first, *more, REMEDY]))
 
 
 def _open(data: Data, paths: Sequence[Path]) -> list[RowFile]:
     files, problems = [], []
-    for number, (path, name) in enumerate(zip(paths, short_names(paths), strict=True)):
+    for number, path in enumerate(paths):
         try:
-            files.append(open_rows(path, layout=data.layout, fields=data.fields, number=number, name=name))
+            files.append(open_rows(path, layout=data.layout, fields=data.fields, number=number))
         except DataError as error:
             problems.append(str(error))
     if problems:

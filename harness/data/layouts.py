@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.errors import closest
 from harness.spec import Fields, Layout
 
 ROLES = ("system", "user", "assistant")
@@ -58,7 +59,13 @@ def pair_reader(fields: Fields) -> Reader:
 
 def detect(row: Mapping[str, Any]) -> Layout | None:
     """The layout whose keys ``row`` has; None when it has those of none."""
-    return next((layout for layout, keys in _KEYS.items() if keys <= row.keys()), None)
+    return next((layout for layout, keys in KEYS.items() if keys <= row.keys()), None)
+
+
+def absent(field: str, row: Mapping[str, Any], where: str = "") -> str:
+    """That ``row`` has no ``field``, what it has, and which of these may be meant. ``where``: what the row is a part of."""
+    near = closest(field, (key for key in row if key.isprintable() and len(key) <= _WIDTH))
+    return f"no field '{where}{field}' (found {names(row)}{f'; did you mean {near!r}?' if near else ''})"
 
 
 def names(keys: Iterable[str]) -> str:
@@ -120,7 +127,7 @@ def _read_text(row: Mapping[str, Any], problems: list[str]) -> tuple[Message, ..
     return (Message(TEXT, _text(row, "text", problems)),)
 
 
-_KEYS: Mapping[Layout, frozenset[str]] = {
+KEYS: Mapping[Layout, frozenset[str]] = {
     "messages": frozenset({"messages"}),
     "sharegpt": frozenset({"conversations"}),
     "alpaca": frozenset({"instruction", "output"}),
@@ -134,7 +141,7 @@ _READERS: Mapping[Layout, _Read] = {
     "prompt_completion": _pair("prompt", "completion"),
     "text": _read_text,
 }
-EXPECTED = "; ".join(f"{layout}: {', '.join(sorted(keys))}" for layout, keys in _KEYS.items())
+EXPECTED = "; ".join(f"{layout}: {', '.join(sorted(keys))}" for layout, keys in KEYS.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +158,7 @@ def _turns(row: Mapping[str, Any], named: _Turns, problems: list[str]) -> tuple[
     key, objects = named.key, f"{{{named.who}, {named.what}}} objects"
     turns = row.get(key)
     if key not in row:
-        problems.append(f"no field '{key}' (found {names(row)}); expected the same fields in every row of a file")
+        problems.append(f"{absent(key, row)}; expected the same fields in every row of a file")
     elif not isinstance(turns, list) or not turns:
         problems.append(f"'{key}' is {kind(turns)}; expected a list of {objects}")
     else:
@@ -195,7 +202,7 @@ def _text(row: Mapping[str, Any], field: str, problems: list[str], where: str = 
     if isinstance(value, str) and value.strip() and not _is_torn(value):
         return value
     if field not in row:
-        problems.append(f"no field '{where}{field}' (found {names(row)}); expected one that holds text")
+        problems.append(f"{absent(field, row, where)}; expected one that holds text")
     elif not isinstance(value, str):
         problems.append(f"'{where}{field}' is {kind(value)}; expected text")
     elif not value.strip():

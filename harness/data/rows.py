@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
-import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
-from harness.data.layouts import EXAMPLE, EXPECTED, BadRowError, Message, Reader, detect, kind, names, pair_reader, reader
+from harness.data.layouts import EXAMPLE, EXPECTED, KEYS, BadRowError, Message, Reader, absent, detect, kind, names, pair_reader, reader
 from harness.errors import DataError
 from harness.spec import Fields, Layout
 
@@ -20,6 +20,9 @@ MAX_PROBLEMS = 20  # that are named at once
 MAX_LINE_BYTES = 2**26  # a longer line is no row of text but a file without line ends: it is never read whole
 _JQ_LIST = "jq -c '.[]' FILE > FILE.jsonl"
 _SHOWN = 20  # characters of a broken line in a message
+_WHITE = " \t\r\n"  # JSON's
+T = TypeVar("T")
+Look = Callable[[Mapping[str, Any]], tuple[T | None, str]]  # what it finds in a row, and in words what the row lacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,27 +69,57 @@ class RowFile:
                 yield BadRow(line, str(problem), self.number)
 
 
-def open_rows(path: Path, *, layout: Layout = "auto", fields: Fields | None = None, number: int = 0, name: str | None = None) -> RowFile:
+def open_rows(path: Path, *, layout: Layout = "auto", fields: Fields | None = None, number: int = 0) -> RowFile:
     """The rows of a JSONL file: by ``fields``, by ``layout``, or by that of the first row that has the keys of one.
 
-    Blank lines, a byte-order mark and CRLF line ends are accepted. Raises DataError when no row tells the layout.
+    Blank lines, a byte-order mark and CRLF line ends are accepted. Raises DataError when no row tells the layout or has its keys.
     """
-    name = name or path.name
+    name = shown(path)
+    if encoding := _foreign(path):
+        raise DataError(f"{name}: {encoding} text; expected UTF-8: iconv -f {encoding} -t UTF-8 FILE > FILE.utf8.jsonl")
     if fields is not None:
-        return RowFile(path, name, f"{fields.prompt}/{fields.completion}", pair_reader(fields), number)
-    found = layout if layout != "auto" else _detect(path, name)
-    return RowFile(path, name, found, reader(found), number)
+        found = f"{fields.prompt}/{fields.completion}"
+        _find(path, name, _having((fields.prompt, fields.completion), found, "check data.fields"))
+        return RowFile(path, name, found, pair_reader(fields), number)
+    look = _detected if layout == "auto" else _having(sorted(KEYS[layout]), layout, f"data.layout={layout} is not its own, auto finds it")
+    told: Layout = _find(path, name, look)
+    return RowFile(path, name, told, reader(told), number)
 
 
-def short_names(paths: Sequence[Path]) -> list[str]:
-    """The names of files, each with as many of its folders as it takes to tell it from the others."""
-    depths = range(1, 1 + max((len(path.parts) for path in paths), default=0))
-    tails = [["/".join(path.parts[-depth:]) for depth in depths] for path in paths]
-    seen = Counter(itertools.chain.from_iterable(set(tail) for tail in tails))
-    return [next((name for name in tail if seen[name] == 1), path.name) for tail, path in zip(tails, paths, strict=True)]
+def shown(path: Path) -> str:
+    """``path`` as it is named to people: from the folder they are in, where it lies below that."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def _detect(path: Path, name: str) -> Layout:
+def _foreign(path: Path) -> str | None:
+    """The encoding of a file that begins as UTF-16 or UTF-32 does, by its byte-order mark or by the zeros beside ASCII; None for others."""
+    with _opened(path) as file:
+        start = file.read(4)
+    marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+    zeros = {"x0x0": "UTF-16LE", "0x0x": "UTF-16BE", "x000": "UTF-32LE", "000x": "UTF-32BE"}
+    marked = next((encoding for mark, encoding in marks.items() if start.startswith(mark)), None)
+    return marked or zeros.get("".join("x" if byte else "0" for byte in start))
+
+
+def _detected(row: Mapping[str, Any]) -> tuple[Layout | None, str]:
+    return detect(row), f"found the keys {names(row)}; expected a layout's ({EXPECTED}), or set {EXAMPLE}"
+
+
+def _having(keys: Sequence[str], found: T, remedy: str) -> Look[T]:
+    """Finds ``found`` in a row with all of ``keys``: where none has, whoever named the keys is mistaken, and not the rows."""
+
+    def look(row: Mapping[str, Any]) -> tuple[T | None, str]:
+        lacks = "; ".join(absent(key, row) for key in keys if key not in row)
+        return None if lacks else found, f"{lacks}; expected in one row at least, and no row has all that it takes: {remedy}"
+
+    return look
+
+
+def _find(path: Path, name: str, look: Look[T]) -> T:
+    """What ``look`` finds in the first row where it finds anything; of the others the first is told, with what it lacks.
+
+    Raises DataError where no row has it, with what cannot be read beside it.
+    """
     problems: list[str] = []
     told = False
     for line, raw in _lines(path):
@@ -95,33 +128,39 @@ def _detect(path: Path, name: str) -> Layout:
         except BadRowError as problem:
             problems.append(f"{name}:{line}: {problem}")
         else:
-            layout = detect(row)
-            if layout is not None:
-                return layout
+            found, lacks = look(row)
+            if found is not None:
+                return found
             if not told:
-                problems.append(f"{name}:{line}: found the keys {names(row)}; expected a layout's ({EXPECTED}), or set {EXAMPLE}")
+                problems.append(f"{name}:{line}: {lacks}")
             told = True
         del problems[MAX_PROBLEMS:]
     raise DataError("\n".join(problems) or f"{name}: the file is empty; expected one JSON object a line")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """The lines that are not blank, numbered; None for one that is too long to be read."""
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with path.open("rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > MAX_LINE_BYTES:
-                    while line and not line.endswith(b"\n"):
-                        line = file.readline(2**20)
-                    yield number, None
-                    continue
-                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if not content.isspace() and content:
-                    yield number, content
+            yield file
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check data.path") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """The lines that are not blank, numbered; None for one that is too long to be read."""
+    with _opened(path) as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(2**20)
+                yield number, None
+                continue
+            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not content.isspace() and content:
+                yield number, content
 
 
 def _object(raw: bytes | None) -> Mapping[str, Any]:
@@ -129,7 +168,9 @@ def _object(raw: bytes | None) -> Mapping[str, Any]:
         raise BadRowError(f"longer than {MAX_LINE_BYTES // 2**20} MiB; expected one JSON object a line, each on a line of its own")
     try:
         text = raw.decode("utf-8").rstrip("\r\n")  # an end that is missing is then at the end of this line, not at the start of the next
-        value = json.loads(text)
+        value, end = _DECODER.raw_decode(text, len(text) - len(text.lstrip(_WHITE)))
+        if rest := text[end:].lstrip(_WHITE):
+            raise json.JSONDecodeError("Extra data", text, len(text) - len(rest))
     except UnicodeDecodeError as error:
         raise BadRowError(f"not UTF-8 (byte {raw[error.start]:#04x} at column {error.start + 1}); expected UTF-8 text") from error
     except json.JSONDecodeError as error:
@@ -144,6 +185,20 @@ def _object(raw: bytes | None) -> Mapping[str, Any]:
         more = f" a line: {_JQ_LIST}" if isinstance(value, list) else ""
         raise BadRowError(f"found {kind(value)}; expected a JSON object{more}")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys all differ: of a key that comes twice, readers of JSON take either value, or both."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = names(key for key, count in counts.items() if count > 1)
+        raise BadRowError(f"an object has several values of the key {twice}; expected each key once: delete all but one")
+    return found
+
+
+# Made once: json.loads makes one for every row that is to be read with a hook, which takes longer than reading it.
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def _refuse_a_document(text: str) -> None:

@@ -25,7 +25,7 @@ _FEW = 0.05  # of the modules that torch imports: ours may lie where nothing can
 OPTIONAL: Mapping[str, str] = {
     "liger-kernel": "engine.knobs.kernels=liger of hf",
     "flash-attn": "engine.knobs.attention=flash_attention_2 of hf",
-    "bitsandbytes": "4-bit bases in peers' engines",
+    "bitsandbytes": "method=qlora of hf in bfloat16, and its optimizer=adamw_8bit",
     "deepspeed": "sharded training over several GPUs",
 }
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel
 
 from harness.engine import Machine
-from harness.spec import Cell, EngineSpec
+from harness.spec import Cell, Data, EngineSpec
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = ("engine", "model", "method", "data", "train")
@@ -48,7 +48,8 @@ def command(cell: Cell, machine: Machine, repeats: Sequence[int], known: Options
 
     Of each group of ``known`` the option with the fewest differences is named, and every value that differs is overridden. An
     interpolated value counts as different: what it resolves to may change from machine to machine. Knobs that the engine has got since
-    stay as its own YAML has them, which leaves it as it was (``newer_knobs``).
+    stay as its own YAML has them, which leaves it as it was (``newer_knobs``). A file of rows that lay where the run was made is told
+    with its sha-256, by which it can be found, and without which the run would take any other of this name.
     """
     words: list[str] = []
     newer = newer_knobs(cell.engine, known)
@@ -66,7 +67,7 @@ def command(cell: Cell, machine: Machine, repeats: Sequence[int], known: Options
         lists = {name: _overrides(wanted, values, group, _model(cell, group)) for name, values in choices.items()}
         if lists:
             best = min(lists, key=lambda name: (len(lists[name]), name))
-            words += [f"{group}={best}", *lists[best]]
+            words += [f"{group}={best}", *(_of_content(word, cell.workload.data) for word in lists[best])]
         else:
             chosen = [f"{group}={wanted['name']}"] if "name" in wanted else []
             words += [*chosen, *_overrides(wanted, {}, group, _model(cell, group))]
@@ -88,6 +89,13 @@ def _without(values: Mapping[str, Any], knobs: Sequence[str]) -> Mapping[str, An
     return {**values, "knobs": {name: value for name, value in values.get("knobs", {}).items() if name not in knobs}}
 
 
+def _of_content(word: str, data: Data) -> str:
+    """``word``; where it names a single local file of rows, as an entry with its hash, which makes the same cell."""
+    if data.sha256 is None or not isinstance(data.path, str) or word != f"data.path={hydra_value(data.path)}":
+        return word
+    return f"data.path={hydra_value([{'path': data.path, 'sha256': data.sha256}])}"
+
+
 def _sets(values: Mapping[str, Any], knobs: Sequence[str], base: Mapping[str, Any]) -> bool:
     """Whether a variant gives one of ``knobs`` another value than its engine's own YAML (``base``)."""
     mine, plain = values.get("knobs", {}), base.get("knobs", {})
@@ -106,6 +114,8 @@ def hydra_value(value: Any) -> str:
 
 
 def _hydra_string(text: str) -> str:
+    if re.fullmatch(r"(?=.*[a-df])[0-9a-f]{64}", text):  # a hash, and no number, which would need an e alone among digits
+        return text
     if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", text) and text.lower() not in ("null", "true", "false", "nan", "inf"):
         return text
     # Backslashes need doubling only before a quote, and at the end, where a quote follows.

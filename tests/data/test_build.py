@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.data.build import Built, build_dense, build_jsonl, unwatched
+from harness.data.build import REMEDY, Built, build_dense, build_jsonl, unwatched
 from harness.data.counts import DataCounts
 from harness.data.dense import dense_samples
 from harness.data.split import HeldOut, is_held_out, times
@@ -163,7 +163,8 @@ def test_the_same_rows_make_the_same_file_wherever_they_lie(tmp_path: Path, toke
     assert build(tmp_path / "b", tokenizer, {copied: 1.0}, name="e").path.name == first.name
 
 
-def test_files_of_several_layouts_are_read_together(tmp_path: Path, tokenizer: Any) -> None:
+def test_files_of_several_layouts_are_read_together(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "chat").write_text('{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "x"}]}\n')
     (tmp_path / "talk").write_text('{"conversations": [{"from": "human", "value": "2"}, {"from": "gpt", "value": "x"}]}\n')
     paths = {tmp_path / "chat": 1.0, tmp_path / "talk": 2.0, write(tmp_path / "pair", "3"): 1.0}
@@ -177,15 +178,15 @@ def test_files_of_several_layouts_are_read_together(tmp_path: Path, tokenizer: A
 GOOD, BAD, UNMARKABLE = ({"prompt": a, "completion": b} for a, b in (("1", "b"), ("1", ""), ("ret", "urn")))
 
 
-def test_all_problems_of_all_files_come_at_once_up_to_twenty(tmp_path: Path, tokenizer: Any) -> None:
+def test_all_problems_of_all_files_come_at_once_up_to_twenty(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for name, rows in (("a", [GOOD, BAD]), ("b", [BAD, GOOD] * 30)):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError) as caught:
         build(tmp_path, tokenizer, {tmp_path / "a": 1.0, tmp_path / "b": 1.0})
     lines = str(caught.value).splitlines()
     assert [line.partition(": ")[0] for line in lines[:3]] == ["a:2", "b:1", "b:3"]
-    assert len(lines) == 21
-    assert lines[20] == "(the first 20 problems; there are more)"
+    assert lines[20:] == ["(the first 20 problems; there are more)", REMEDY]
 
 
 def test_files_of_one_name_are_told_apart(tmp_path: Path, tokenizer: Any) -> None:
@@ -195,10 +196,12 @@ def test_files_of_one_name_are_told_apart(tmp_path: Path, tokenizer: Any) -> Non
         path.write_text(json.dumps(BAD) + "\n")
     with pytest.raises(DataError) as caught:
         build(tmp_path, tokenizer, dict.fromkeys(paths, 1.0))
-    assert [line.partition(": ")[0] for line in str(caught.value).splitlines()] == ["a/train.jsonl:1", "b/train.jsonl:1"]
+    told = [line.partition(": ")[0] for line in str(caught.value).splitlines()[:2]]
+    assert told == [f"{tmp_path}/a/train.jsonl:1", f"{tmp_path}/b/train.jsonl:1"]
 
 
-def test_skipped_rows_are_counted_and_the_first_reasons_kept(tmp_path: Path, tokenizer: Any) -> None:
+def test_skipped_rows_are_counted_and_the_first_reasons_kept(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"  # 'return' is one token
     for name, rows in (("a", [GOOD, BAD, UNMARKABLE, GOOD]), ("b", [GOOD])):
@@ -209,7 +212,7 @@ def test_skipped_rows_are_counted_and_the_first_reasons_kept(tmp_path: Path, tok
     assert len(made.train) == 3
     assert [(file["rows"], file["rows_bad"]) for file in made.metadata["counts"]["files"]] == [(4, 2), (1, 0)]
     assert [problem[:20] for problem in built.problems] == ["a:2: 'completion' is", "a:3: the end of the "]
-    with pytest.raises(DataError, match=r"^a:2: 'completion' is empty; expected text$"):
+    with pytest.raises(DataError, match=r"^a:2: 'completion' is empty; expected text\nmend these rows, or set data.on_bad_row=skip"):
         build(tmp_path, bare, paths, on_bad_row="error")
     (tmp_path / "a").write_text(json.dumps(UNMARKABLE) + "\n")
     with pytest.raises(DataError, match=r"^a:1: the end of the prompt"):
@@ -219,7 +222,8 @@ def test_skipped_rows_are_counted_and_the_first_reasons_kept(tmp_path: Path, tok
 
 
 @pytest.mark.parametrize("layout", ["auto", "text"])
-def test_an_empty_file_among_others_is_named(tmp_path: Path, tokenizer: Any, layout: str) -> None:
+def test_an_empty_file_among_others_is_named(tmp_path: Path, tokenizer: Any, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "a").write_text('{"text": "a"}\n')
     with pytest.raises(DataError, match=r"^empty: the file is empty; expected one JSON object a line$"):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.data.build import build_jsonl, unwatched
+from harness.data.build import REMEDY, build_jsonl, unwatched
 from harness.data.rows import MAX_PROBLEMS, BadRow, Row, open_rows
 from harness.data.tokens import TokenFile
 from harness.errors import DataError
@@ -75,18 +75,19 @@ def test_rows_or_a_data_error_and_both_ways_agree(tokenizer: Any, file: tuple[bo
         strict, stopped = built(folder, path, tokenizer, layout=layout)
         lenient, skipped = built(folder, path, tokenizer, layout=layout, on_bad_row="skip")
         read, unknown = every_line(path, layout)
+        shown = f"{path}"
     if unknown is not None:
         assert (strict, lenient) == (None, None)
         assert stopped == skipped == unknown
         return
     good = [row for row in read if isinstance(row, Row)]
-    bad = [f"rows:{row.line}: {row.problem}" for row in read if isinstance(row, BadRow)]
+    bad = [f"{shown}:{row.line}: {row.problem}" for row in read if isinstance(row, BadRow)]
     assert all("expected" in problem and len(problem.splitlines()) == 1 for problem in bad)
     if bad:
         assert strict is None
-        assert stopped.splitlines()[:MAX_PROBLEMS] == bad
+        assert stopped.splitlines()[:MAX_PROBLEMS] == [*bad, REMEDY]
     if lenient is None:
-        assert not good or "\nrows:" not in skipped
+        assert not good or f"\n{shown}:" not in skipped
         return
     counts = lenient.metadata["counts"]
     assert counts["rows"] == len(read)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from harness.data import rows as reading
 from harness.data.layouts import Message
-from harness.data.rows import BadRow, Row, open_rows, short_names
+from harness.data.rows import BadRow, Row, open_rows, shown
 from harness.errors import DataError
+from harness.spec import Fields, Layout
 
 GOOD = {"prompt": "Why?", "completion": "Because."}
 CHAT = {
@@ -77,10 +79,78 @@ def test_a_bad_line_is_named(tmp_path: Path, line: object, said: str) -> None:
     assert len(problem.problem) < 300
 
 
-def test_short_names_hold_as_many_folders_as_tell_files_apart() -> None:
-    paths = [Path(name) for name in ("/a/x/train", "/a/y/train", "/b/x/train", "/a/x/test", "/test/train")]
-    assert short_names(paths) == ["a/x/train", "y/train", "b/x/train", "test", "test/train"]
-    assert short_names([]) == []
+def test_a_file_is_named_from_where_people_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert [shown(tmp_path / "a" / "b.jsonl"), shown(tmp_path.parent / "c.jsonl")] == ["a/b.jsonl", f"{tmp_path.parent}/c.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "x", "completion": "a", "completion": "b"}',
+        '{"prompt": "x", "completion": "a", "completion": "a"}',
+        '{"prompt": "x", "completion": "a", "note": [{"completion": 1, "completion" : 2}]}',
+        r'{"prompt": "x", "completion": "a", "compl\u0065tion": "b"}',
+    ],
+)
+def test_a_key_that_comes_twice_is_named_and_the_row_not_trained_on(tmp_path: Path, line: str) -> None:
+    (problem,) = bad(write(tmp_path, GOOD, line, GOOD))
+    assert problem == BadRow(2, "an object has several values of the key completion; expected each key once: delete all but one")
+
+
+def test_the_same_key_in_two_objects_of_a_row_is_no_mistake(tmp_path: Path) -> None:
+    assert bad(write(tmp_path, CHAT, CHAT)) == []
+
+
+@pytest.mark.parametrize(
+    ("encoding", "begins", "said"),
+    [
+        ("utf-16-le", "\ufeff", "UTF-16 text"), ("utf-16-be", "\ufeff", "UTF-16 text"), ("utf-32-le", "\ufeff", "UTF-32 text"),
+        ("utf-16-le", "", "UTF-16LE text"), ("utf-16-be", "", "UTF-16BE text"), ("utf-32-be", "", "UTF-32BE text"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("asked", [{}, {"layout": "prompt_completion"}, {"fields": Fields(prompt="prompt", completion="completion")}])
+def test_a_file_in_another_encoding_is_one_problem_with_its_remedy(
+    tmp_path: Path, encoding: str, begins: str, said: str, asked: dict[str, Any]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes((begins + (json.dumps(GOOD) + "\n") * 30).encode(encoding))
+    with pytest.raises(DataError) as caught:
+        open_rows(path, **asked)
+    name = said.split()[0]
+    assert str(caught.value) == f"{path}: {said}; expected UTF-8: iconv -f {name} -t UTF-8 FILE > FILE.utf8.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            {"fields": Fields(prompt="questoin", completion="answer")},
+            "no field 'questoin' (found answer, question; did you mean 'question'?); expected in one row at least, "
+            "and no row has all that it takes: check data.fields",
+        ),
+        (
+            {"layout": "alpaca"},
+            "no field 'instruction' (found answer, question); no field 'output' (found answer, question); expected in one row at least, "
+            "and no row has all that it takes: data.layout=alpaca is not its own, auto finds it",
+        ),
+    ],
+)
+def test_a_key_that_no_row_has_is_told_once_with_the_nearest(tmp_path: Path, asked: dict[str, Any], said: str) -> None:
+    path = write(tmp_path, "broken", *[{"question": "x", "answer": "y"}] * 30)
+    with pytest.raises(DataError) as caught:
+        open_rows(path, **asked)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"{path}:1: broken JSON")
+    assert second == f"{path}:2: {said}"
+
+
+def test_a_key_that_some_row_has_is_missed_in_the_others(tmp_path: Path) -> None:
+    layout: Layout = "prompt_completion"
+    rows = list(open_rows(write(tmp_path, {"promt": "x", "completion": "y"}, GOOD), layout=layout))
+    assert isinstance(rows[0], BadRow)
+    assert rows[0].problem == "no field 'prompt' (found completion, promt; did you mean 'promt'?); expected one that holds text"
+    assert isinstance(rows[1], Row)
 
 
 def test_a_line_that_is_too_long_is_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,8 +179,8 @@ def test_without_any_layout_the_keys_are_named_once_beside_what_cannot_be_read(t
     with pytest.raises(DataError) as caught:
         open_rows(write(tmp_path, "broken", *rows))
     first, second = str(caught.value).splitlines()
-    assert first.startswith("rows.jsonl:1: broken JSON")
-    assert second.startswith("rows.jsonl:2: found the keys answer, question; expected")
+    assert first.startswith(f"{tmp_path}/rows.jsonl:1: broken JSON")
+    assert second.startswith(f"{tmp_path}/rows.jsonl:2: found the keys answer, question; expected")
     assert "data.fields=" in second
 
 

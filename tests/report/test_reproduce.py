@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.compose import compose_all, plain
+from harness.config import requests
 from harness.engine import Machine, variant
 from harness.engine import load as load_engine
+from harness.errors import ConfigError
 from harness.report.reproduce import GROUPS, command, hydra_value, newer_knobs, options
 from harness.spec import Cell, Data, EngineSpec, Fields, parse
 from harness.store import load
@@ -156,14 +160,51 @@ def test_without_conf_every_value_is_said() -> None:
     assert not any(word.startswith("train=") for word in said)
 
 
-def test_content_hashes_are_not_overridden_and_a_local_file_keeps_the_options_folder() -> None:
+def test_hashes_of_what_conf_names_are_not_overridden_and_a_local_file_keeps_the_options_folder() -> None:
     cell = of_options(engine="hf", model="smollm2_135m", data="python_docs", method="lora", train="short")
     cell = changed(changed(cell, "data", sha256="0" * 64), "model", fingerprint="1" * 64)
     assert "sha256" not in command(cell, records.CPU, [0], KNOWN)
     assert "fingerprint" not in command(cell, records.CPU, [0], KNOWN)
     local = {**KNOWN, "data": {"python_docs": {**KNOWN["data"]["python_docs"], "path": "folder/docs.jsonl"}}}
     assert "data.path" not in command(changed(cell, "data", path="docs.jsonl"), records.CPU, [0], local)
-    assert "data.path=docs.jsonl" in words(command(changed(cell, "data", path="docs.jsonl"), records.CPU, [0], KNOWN))
+
+
+def test_a_file_that_lay_elsewhere_is_told_by_its_content_and_makes_the_same_cell(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"prompt": "a", "completion": "b"}\n')
+    asked = ["engine=hf", "model=tiny_llama", "data=jsonl", "data.path=mine.jsonl", "train=short", "machine=cpu", f"cache={cache}"]
+    _, (request,) = requests(asked, multirun=False)
+    sha = hashlib.sha256(mine.read_bytes()).hexdigest()
+    said = words(command(request.cell, records.CPU, [0], KNOWN))
+    assert f"data.path=[{{path:mine.jsonl,sha256:{sha}}}]" in said
+    _, (again,) = requests([*said, f"cache={cache}"], multirun=False)
+    assert again.cell == request.cell
+    mine.write_text('{"prompt": "a", "completion": "c"}\n')
+    with pytest.raises(ConfigError, match=f"'mine.jsonl' is not the file that was asked for: its sha-256 is .*, not {sha}"):
+        requests([*said, f"cache={cache}"], multirun=False)
+
+
+@given(st.text("0123456789abcdef", min_size=64, max_size=64))
+def test_a_hash_stays_a_text(sha: str) -> None:
+    read = OverridesParser.create().parse_override(f"a.b={hydra_value([{'sha256': sha}])}").value()
+    assert read == [{"sha256": sha}]
+
+
+@pytest.mark.parametrize("sha", ["0" * 64, "1" * 62 + "e5", "1e5" + "a" * 61])
+def test_a_hash_that_looks_like_a_number_stays_a_text(sha: str) -> None:
+    assert OverridesParser.create().parse_override(f"a={hydra_value(sha)}").value() == sha
+
+
+def test_the_row_of_a_committed_record_names_the_file_that_its_page_tells_how_to_get() -> None:
+    root = Path(__file__).resolve().parents[2]
+    stored = [json.loads(path.read_text()) for path in sorted((root / "results").glob("nvidia-*/*gsm8k*/*/*.json"))]
+    (file,) = {(raw["cell"]["workload"]["data"]["path"], raw["cell"]["workload"]["data"]["sha256"]) for raw in stored}
+    for page in ("docs/peers.md", "conf/sweep/peers_gsm8k.yaml"):
+        text = (root / page).read_text(encoding="utf-8")
+        assert all(word in text for word in (*file, "github.com/openai/grade-school-math")), page
 
 
 def test_your_own_file_is_named() -> None:
