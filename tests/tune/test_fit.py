@@ -110,10 +110,12 @@ def test_an_optimizer_whose_memory_nobody_knows_is_not_guessed(capsys: pytest.Ca
 def test_what_was_measured_under_a_cap_or_within_a_budget_counts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A cap is the allocator's: the card has 1 GiB more. Within another budget it calibrates, and is not called measured."""
     words = ["data=dense", "gpu=H200", "method=qlora", f"runs={tmp_path}"]
-    one = ["model=llama3_8b", "train.samples_per_step=1", "engines=fused", "gib=8,9,17"]
-    _, _, less, eight, sixteen = table(capsys, *words, *one)
+    one = ["model=llama3_8b", "train.samples_per_step=1", "engines=fused", "gib=8,9,12,17"]
+    _, _, less, eight, between, sixteen = table(capsys, *words, *one)
     assert less.split()[4] == "predicted"
     assert "±" in less
+    assert between.split()[4] == "predicted", "with more memory than that run had, less is made again"
+    assert 14179 < float(between.split()[3].replace(",", "")) <= 15752 * 1.02
     assert [" ".join(line.split()[3:6]) for line in (eight, sixteen)] == ["14,179 measured, once", "15,752 measured, once"]
     _, _, free, small = table(capsys, *words, "model=llama3_1b", "engines=fused,fused/within-2.31", "gib=5")
     assert "predicted ±" in free
