@@ -30,7 +30,8 @@ Folder = Annotated[str, Field(min_length=1)]  # an empty one would be where one 
 class EngineConfig(Spec):
     """``conf/engine/<name>.yaml``. ``python``: the interpreter of the engine's environment, null for ours; a relative path starts at
     this tree. ``packages`` are those whose versions matter to its figures: a record made with other versions is stale. ``search`` is
-    what tune may try of its knobs, and of ``processes``, see :class:`Searched`.
+    what tune may try of its knobs, and of ``processes``, see :class:`Searched`. ``forecast``: a module whose ``footprint`` tells what the
+    engine's own leaves open; ``planned_knobs``: not searched, and what they change is in the footprint.
     """
 
     name: Name
@@ -41,6 +42,8 @@ class EngineConfig(Spec):
     processes: Positive
     knobs: dict[str, JsonValue]
     search: dict[str, Searched]
+    forecast: str | None = None
+    planned_knobs: tuple[str, ...] = ()
 
     @property
     def searched_knobs(self) -> dict[str, Searched]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,15 +183,30 @@ def footprint(
     tokens: int,
     longest: int,
     processes: int = 1,
+    forecast: str | None = None,
 ) -> Footprint | None:
     """What ``engine`` expects of itself; None when it does not plan its memory, or cannot tell before it has loaded the model. ``knobs``
-    may be those of an old record: None too where the engine has others today.
+    may be those of an old record: None too where the engine has others today. ``forecast``: of the engine's YAML, asked where it is silent.
     """
-    tell, today = getattr(engine, "footprint", None), getattr(engine.Knobs, "model_fields", {})
-    if tell is None or set(knobs) != set(today):
+    if set(knobs) != set(getattr(engine.Knobs, "model_fields", {})):
         return None
     parsed = parse(engine.Knobs, knobs, at="engine.knobs")
-    return cast("Footprint | None", tell(workload, config, parsed, capacity_bytes, tokens, longest, processes))
+    for tell in tellers(engine, forecast):
+        if (told := tell(workload, config, parsed, capacity_bytes, tokens, longest, processes)) is not None:
+            return cast("Footprint", told)
+    return None
+
+
+def tellers(engine: object, forecast: str | None) -> list[Callable[..., Any]]:
+    """The functions ``footprint`` of an engine: its own, and that of its module ``forecast``. Raises ConfigError where that has none."""
+    own = getattr(engine, "footprint", None)
+    found = [] if own is None else [own]
+    if forecast is None:
+        return found
+    try:
+        return [*found, importlib.import_module(forecast).footprint]
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ConfigError(f"engine.forecast: expected a module with a function footprint, got '{forecast}' ({error})") from error
 
 
 def requires(engine: object) -> tuple[str, ...]:

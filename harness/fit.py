@@ -22,9 +22,11 @@ USAGE = """python -m harness.fit [gib=8,12,16,24,48,80] [engines=hf,fused] [gpu=
   python -m harness.fit engines=fused,fused/sharded engine.processes=8 model=llama3_8b train.samples_per_step=32
 
 For each size of card and each engine: the fastest setting that is predicted to fit, from models of memory and time that the records under
-results/ and runs=… calibrate. A line says whether its figures are measured, on the GPU named above the table, predicted, with how far the
-speed may be off, or "extrapolated": predicted far from every record of this engine (another method, a model of another size). Samples are
-taken to be as long as data.sequence_length allows. Trains nothing, needs no GPU."""
+results/ and runs=… calibrate. A line says whether its figures are measured, on the GPU named above the table (the median of so many runs,
+as in reports), predicted, with how far the speed was off in nine of ten foretold settings, or "extrapolated": predicted far from every
+record of this engine (another method, a model of another size). "reserved GiB" is the most that the allocator holds, which has to fit
+beside 1 GiB of context (so that what was measured under a cap of 8 GiB is what a card of 9 does); reports show what of it was allocated,
+which is less. Samples are taken to be as long as data.sequence_length allows. Trains nothing, needs no GPU."""
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 _ENGINES = ("fused", "hf", "unsloth", "axolotl")  # on one card
 _GIB = 2**30
@@ -64,8 +66,10 @@ def _answer(words: Sequence[str]) -> list[str]:
     records = [stored.record for stored in load(RESULTS, Path(first.runs).expanduser()).stored]
     known = usable(records, own["gpu"] or None)
     about = f"speed as on {known.gpu}" if known else f"{_no_record(records, own['gpu'])}: memory from shapes alone, speed not known"
-    found, absent = lines(configs, first.model.config, known, sizes)
-    return [*_head(first, about), *map(_text, found), *(f"not considered: {reason}" for reason in absent)]
+    found, notes = lines(configs, first.model.config, known, sizes)
+    width = max(map(len, configs))
+    told = [f"not considered: {reason}" for reason in notes.left_out] + [f"not installed here: {reason}" for reason in notes.absent]
+    return [*_head(first, about, width), *(_text(line, width) for line in found), *told]
 
 
 def _no_record(records: Sequence[Record], gpu: str) -> str:
@@ -82,28 +86,33 @@ def _exists(name: str) -> bool:
 
 def _sizes(text: str) -> list[int]:
     if not all(size.strip().isdecimal() and int(size) for size in text.split(",")):
-        raise ConfigError(f"gib={text}: expected sizes of cards in GiB, as gib=16,24")
+        raise ConfigError(f"gib={text}: expected sizes of cards in GiB, whole numbers, as gib=16,24")
     return [int(size) for size in text.split(",")]
 
 
-def _head(config: Config, about: str) -> list[str]:
+def _head(config: Config, about: str, width: int) -> list[str]:
     length, samples, processes = config.data.sequence_length, config.train.samples_per_step, config.engine.processes
-    on = f" of {processes} GPUs, peak and tokens/s of one of them" if processes > 1 else ""
+    on = f" of {processes} GPUs, memory and tokens/s of one of them" if processes > 1 else ""
     return [
         f"{config.model.name} {config.method.name}, samples of {length} tokens, {samples} a step{on}; {about}",
-        f"{'GiB':>4}  {'engine':<13} {'peak GiB':>9} {'tokens/s':>9}  {'':<36} setting",
+        f"{'GiB':>4}  {'engine':<{width}} {'reserved GiB':>12} {'tokens/s':>9}  {'':<36} setting",
     ]
 
 
-def _text(line: Line) -> str:
+def _text(line: Line, width: int) -> str:
+    place = f"{line.size_gib:>4}  {line.engine:<{width}}"
     if line.setting is None:
-        return f"{line.size_gib:>4}  {line.engine:<13} does not fit: needs at least {line.needs_bytes / _GIB:.1f} GiB (predicted)"
+        return f"{place} does not fit: needs at least {line.needs_bytes / _GIB:.1f} GiB (predicted)"
     peak = f"{line.peak_bytes / _GIB:.1f}" if line.peak_bytes else "?"
     rate = f"{line.tokens_per_second:,.0f}" if line.tokens_per_second else "?"
-    spread = f" ± {100 * line.deviation:.0f} %" if line.deviation is not None else ""
-    how = "measured" if line.measured else "predicted, extrapolated" if line.beyond else "predicted"
-    how += "" if line.sure or line.measured else ", may not fit"
-    return f"{line.size_gib:>4}  {line.engine:<13} {peak:>9} {rate:>9}  {how + spread:<36} {line.setting}"
+    return f"{place} {peak:>12} {rate:>9}  {_how(line):<36} {line.setting}"
+
+
+def _how(line: Line) -> str:
+    if line.num_runs:
+        return f"measured, {'once' if line.num_runs == 1 else f'median of {line.num_runs}'}"
+    spread = f" ± {100 * line.spread:.0f} %" if line.spread is not None else ""
+    return "predicted" + (", extrapolated" if line.beyond else "") + ("" if line.sure else ", may not fit") + spread
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.tune.gaussian import Floats, Function, Prediction, corrected, independent
-from harness.tune.space import MEASURED, Candidate, Space, design
+from harness.tune.space import Candidate, Space, design
 
 _MACHINE = (np.log(1e-5), 3.0)  # seconds a position, of a machine that nothing is known of
 _ENGINE_DEVIATION = 0.25
@@ -142,8 +142,7 @@ def _startup_work_names(space: Space, spread: Spread | None) -> dict[str, tuple[
 
 
 def _works(one: Candidate) -> tuple[str, str]:
-    work = one.work.removeprefix(MEASURED)
-    return f"work:{work}", f"{one.engine}:work:{work}"
+    return f"work:{one.work}", f"{one.engine}:work:{one.work}"
 
 
 def _flops(one: Candidate) -> float:

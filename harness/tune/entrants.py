@@ -103,7 +103,7 @@ def candidates(found: Entrants, layouts: Layouts, machine: Machine, model: Mappi
             return None  # the same as all samples of a process at once
         reason = engine.unsupported(workload, parse(engine.Knobs, knobs, at="engine.knobs"), machine)
         if reason is None:
-            return with_footprint(layouts.facts(knobs), engine, workload, model, knobs, capacity)
+            return with_footprint(layouts.facts(knobs), engine, workload, model, knobs, capacity, forecast=config.engine.forecast)
         why.setdefault(name, reason)
         return None
 

@@ -16,10 +16,10 @@ from harness.config import Config, single
 from harness.record import Record
 from harness.tune.asked import Result
 from harness.tune.experience import NOTHING, Experience
-from harness.tune.lessons import Searching, experience, learnt, sized, usable, work_of
-from harness.tune.observed import result_of
+from harness.tune.learnt import learnt, work_of
+from harness.tune.lessons import Searching, experience, usable
 from harness.tune.pack import records_of
-from harness.tune.scale import capacity_bytes
+from harness.tune.scale import capacity_bytes, sized
 from harness.tune.search import Rules, Search
 from harness.tune.space import Candidate, Space
 
@@ -94,7 +94,7 @@ def _work(record: Record) -> str:
 
 
 def _foretold(configs: Mapping[str, Config], group: Sequence[Record], others: Sequence[Record]) -> Foretold | None:
-    cells = {replace(one, work=""): result_of(record) for one, record in learnt(configs, usable(group))}
+    cells = {replace(one.candidate, work="", setting=""): one.result for one in learnt(configs, group)}
     if len(cells) < LEAST:
         return None
     workload, machine = group[-1].cell.workload, group[-1].machine

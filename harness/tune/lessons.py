@@ -8,21 +8,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.config import Config
-from harness.engine import Machine, load
+from harness.engine import Machine
 from harness.errors import ConfigError, UnsupportedError
 from harness.flops import linears
 from harness.record import Record
-from harness.searched import Searched
-from harness.spec import Lora, Workload
+from harness.spec import Workload
 from harness.store import Stored
 from harness.tune.asked import Result
 from harness.tune.experience import Experience, Lesson
+from harness.tune.learnt import differing, learnt, work_of
 from harness.tune.observed import result_of
-from harness.tune.scale import dense_facts, scale_of, with_footprint
-from harness.tune.space import MEASURED, Candidate, Scale, Space
+from harness.tune.scale import sized
+from harness.tune.space import Candidate, Scale, Space
 from harness.tuned import name_of
-
-CONTEXT_GIB = 1.0  # of a card: what is not the allocator's
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ def experience(
     if known is not None and (known.gpu == machine.name or not uneven) and _has_known_layers(model):
         compared = sized(model, workload)
         scale = replace(search.scale, flops=compared.flops, num_layers=compared.num_layers)
-        lessons += [_lesson(_placed(one, record, search), result_of(record)) for one, record in learnt(configs, known)]
+        lessons += [_lesson(_placed(one.candidate, one.record, search), one.result) for one in learnt(configs, known.records)]
     mine = tuple(one for one in lessons if one.candidate.engine in search.space.expected)
     return Experience(mine, machine.name if here else known.gpu if known else "", here, scale)
 
@@ -128,7 +126,7 @@ def _placed(one: Candidate, record: Record, search: Searching) -> Candidate:
     theirs, mine = record.cell.workload, search.workload
     alike = (theirs.data.source, theirs.model, theirs.method) == (mine.data.source, mine.model, mine.method)
     if alike and work_of(theirs) == work_of(mine) and record.machine.key == search.machine.key:
-        return replace(one, work="")
+        return replace(one, work="", setting="")
     return replace(one, work=f"{record.machine.name}: {work_of(theirs)}")
 
 
@@ -146,7 +144,7 @@ def _uneven(
         begins_alike = name_of(theirs) == name_of(planned) and theirs.train.seed == planned.train.seed
         if not begins_alike or record.status != "ok" or record.machine.key != search.machine.key:
             continue
-        if config is None or not _alike(config, engine.knobs):
+        if config is None or differing(config, engine.knobs):
             continue
         knobs = {**config.engine.knobs, **engine.knobs}
         one = by_choice.get((engine.name, tuple((knob, json.dumps(knobs[knob])) for knob in config.engine.searched_knobs)))
@@ -159,53 +157,3 @@ def _lesson(one: Candidate, result: Result) -> Lesson:
     assert result.step_seconds is not None
     assert result.startup_seconds is not None
     return Lesson(one, result.step_seconds, result.startup_seconds, result.peak_bytes)
-
-
-def learnt(configs: Mapping[str, Config], known: Known | None) -> list[tuple[Candidate, Record]]:
-    """Candidates of records whose searched knobs have values that the YAML lists; the newest of each."""
-    found: dict[Candidate, Record] = {}
-    for record in known.records if known else ():
-        name, workload = record.cell.engine.name, record.cell.workload
-        config = configs.get(name)
-        if config is None or workload.model.config is None:
-            continue
-        knobs = record.cell.engine.knobs
-        if not _listed(config.engine.searched_knobs, knobs) or not _alike(config, knobs):
-            continue
-        facts = replace(dense_facts(workload, int(str(knobs["micro_batch"]))), scale=sized(workload.model.config, workload))
-        capacity = ((record.machine.memory_cap_gib or record.machine.memory_gib) - CONTEXT_GIB) * 2**30
-        today = {**config.engine.knobs, **knobs}  # a knob that is younger than the record is as it is by default
-        facts = with_footprint(facts, load(record.cell.engine), workload, workload.model.config, today, capacity)
-        choices = tuple((knob, json.dumps(knobs[knob])) for knob in config.engine.searched_knobs)
-        found[Candidate(name, choices, facts, MEASURED + work_of(workload))] = record
-    return list(found.items())
-
-
-def _listed(search: Mapping[str, Searched], knobs: Mapping[str, Any]) -> bool:
-    return all(knob in knobs and knobs[knob] in searched.values for knob, searched in search.items())
-
-
-def _alike(config: Config, knobs: Mapping[str, Any]) -> bool:
-    """Whether what is not searched is as the YAML has it: a run in float32, or with a memory budget of its own, teaches nothing here."""
-    fixed = {knob: value for knob, value in config.engine.knobs.items() if knob not in config.engine.searched_knobs}
-    return all(knobs.get(knob, value) == value for knob, value in fixed.items())
-
-
-def work_of(workload: Workload) -> str:
-    """What tells the work of a step apart: model, method, length and number of samples."""
-    return f"{workload.model.name} {workload.method.name} {workload.data.sequence_length} x {workload.train.samples_per_step}"
-
-
-def sized(model: Mapping[str, Any], workload: Workload) -> Scale:
-    """The scale of a workload, with the operations of a position: what times of several workloads have in common."""
-    scale = scale_of(model, workload)
-    try:
-        layer = linears(model, workload.data.sequence_length)
-    except UnsupportedError as error:
-        raise ConfigError(f"model.config: {error}") from error
-    passes = 4 if isinstance(workload.method, Lora) else 6
-    weights = int(model["num_hidden_layers"]) * sum(out * width for out, width in layer.values())
-    heads = int(model["num_attention_heads"]) * int(model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"])
-    attention = 12 * int(model["num_hidden_layers"]) * heads * workload.data.sequence_length / 2
-    flops = passes * (weights + int(model["vocab_size"]) * int(model["hidden_size"])) + attention
-    return replace(scale, flops=flops, num_layers=int(model["num_hidden_layers"]))

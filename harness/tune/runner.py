@@ -127,7 +127,11 @@ class Runner:
                 return view, str(stopped)
             forecast = view.forecasts[ask.candidate]
             allowed = self._budget.allowed(_seconds(forecast, ask), spent, view.incumbent_seconds)
-            self.looked.append(Looked(ask, self._measure(ask, allowed), forecast))
+            record = self._measure(ask, allowed)
+            self.looked.append(Looked(ask, record, forecast))
+            if record.provenance.sweep != self._sitting:
+                said = f"  answered by the record of {record.provenance.started_utc[:16]}: {ask.candidate.title}, {ask.steps} steps"
+                self.console.print(said, markup=False, highlight=False, soft_wrap=True)
 
     def _too_late(self, ask: Ask, view: View, spent: float) -> str | None:
         """Why there is no time for ``ask``; None where there is."""

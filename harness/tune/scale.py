@@ -14,12 +14,12 @@ from harness.engine import Engine, Machine, footprint
 from harness.errors import ConfigError, UnsupportedError
 from harness.flops import linears
 from harness.plan import BYTES, NF4_BYTES, num_parameters
-from harness.spec import Full, QLora, Workload
+from harness.spec import Full, Lora, QLora, Workload
 from harness.tune.space import Facts, Scale
 
 _LOGIT_BYTES = 16.0  # of one logit in a loss that holds all: half precision, float32, its softmax and its gradient (H100, transformers)
 _GUESS = 34 * 2.0  # bytes of a position and a column of the hidden state (Korthikanti et al. 2022), where layers are of another kind
-_CONTEXT_GIB = 1.0  # of a GPU without a cap: what is not the allocator's
+CONTEXT_GIB = 1.0  # of a GPU without a cap: what is not the allocator's
 
 
 def scale_of(config: Mapping[str, Any], workload: Workload, stored_bytes: int | None = None) -> Scale:
@@ -33,6 +33,21 @@ def scale_of(config: Mapping[str, Any], workload: Workload, stored_bytes: int | 
     width = 2.0 * (10 * hidden + 4 * inner) if isinstance(inner, int) else _GUESS * hidden
     working = width + 2.0 * (inner if isinstance(inner, int) else 4 * hidden)  # the layer made again, and a gradient as wide as its MLP
     return Scale(_weights(config, workload, stored_bytes), layers * width, vocabulary * _LOGIT_BYTES, working, _trained(config, workload))
+
+
+def sized(model: Mapping[str, Any], workload: Workload) -> Scale:
+    """The scale of a workload, with the operations of a position: what times of several workloads have in common."""
+    scale = scale_of(model, workload)
+    try:
+        layer = linears(model, workload.data.sequence_length)
+    except UnsupportedError as error:
+        raise ConfigError(f"model.config: {error}") from error
+    passes = 4 if isinstance(workload.method, Lora) else 6
+    weights = int(model["num_hidden_layers"]) * sum(out * width for out, width in layer.values())
+    heads = int(model["num_attention_heads"]) * int(model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"])
+    attention = 12 * int(model["num_hidden_layers"]) * heads * workload.data.sequence_length / 2
+    flops = passes * (weights + int(model["vocab_size"]) * int(model["hidden_size"])) + attention
+    return replace(scale, flops=flops, num_layers=int(model["num_hidden_layers"]))
 
 
 def _trained(config: Mapping[str, Any], workload: Workload) -> float:
@@ -104,10 +119,13 @@ def with_footprint(
     knobs: Mapping[str, Any],
     capacity: float | None,
     processes: int = 1,
+    forecast: str | None = None,
 ) -> Facts:
-    """``facts`` with what an engine that plans its own memory expects of itself, in each of so many processes."""
+    """``facts`` with what an engine that plans its own memory expects of itself, in each of so many processes. ``forecast``: as its YAML
+    has it.
+    """
     longest = min(workload.data.sequence_length, int(facts.largest))
-    own = footprint(engine, workload, config, knobs, capacity, int(facts.largest), longest, processes)
+    own = footprint(engine, workload, config, knobs, capacity, int(facts.largest), longest, processes, forecast)
     return facts if own is None else replace(facts, own_bytes=float(own.peak_bytes), own_seconds=own.seconds / own.unhurried)
 
 
@@ -115,4 +133,4 @@ def capacity_bytes(machine: Machine) -> float | None:
     """What an allocator may hold on one accelerator; None on a CPU, whose memory is not ours alone."""
     if machine.device == "cpu":
         return None
-    return (machine.memory_cap_gib or machine.memory_gib - _CONTEXT_GIB) * 2**30
+    return (machine.memory_cap_gib or machine.memory_gib - CONTEXT_GIB) * 2**30

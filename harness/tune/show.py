@@ -14,6 +14,7 @@ from harness.tune.untried import kind_of
 from harness.tuned import Tuned
 
 _GIB = 2**30
+_NEXT_TO_NOTHING = 0.01  # seconds
 
 
 def state(
@@ -23,7 +24,7 @@ def state(
     of = f" of {budget / 60:g}" if budget is not None else ""
     lines = [f"[{len(looked)} runs, {spent / 60:.1f}{of} min]"]
     if view.incumbent is not None:
-        lines[0] += f" best: {view.incumbent.title}, {view.incumbent_seconds:,.0f} s for {planned_steps} steps"
+        lines[0] += f" best: {view.incumbent.title}, {plain_seconds(view.incumbent_seconds or 0.0)} for {planned_steps} steps"
     if view.contradicted:
         lines.append(f"  what it began with is contradicted here and left out: {', '.join(view.contradicted)}")
     if not looked:
@@ -32,18 +33,27 @@ def state(
         bound = "nothing is known of this machine yet"
     elif view.bound is None:
         bound = "nothing is left"
+    elif view.bound < _NEXT_TO_NOTHING:
+        bound = "nothing bounds yet how little some of what is left may take"
     else:
-        bound = f"nothing left can take less than {view.bound:,.0f} s, by its optimistic bound"
+        bound = f"nothing left can take less than {plain_seconds(view.bound)}, by its optimistic bound"
     kinds = Counter(map(kind_of, view.ruled_out.values()))
     ruled = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
     lines.append(f"  {bound}; ruled out of {len(view.forecasts)}: {ruled}")
     if view.next is not None:
         forecast = view.forecasts[view.next.candidate]
         lines.append(
-            f"  next: {view.next.candidate.title}, {view.next.steps} steps; predicted {forecast.total_seconds:,.0f} s, at best "
-            f"{forecast.bound_seconds:,.0f} s, {forecast.memory.middle / _GIB:.1f} GiB"
+            f"  next: {view.next.candidate.title}, {view.next.steps} steps; predicted {plain_seconds(forecast.total_seconds)}, at best "
+            f"{plain_seconds(forecast.bound_seconds)}, {forecast.memory.middle / _GIB:.1f} GiB"
         )
     return lines
+
+
+def plain_seconds(seconds: float) -> str:
+    """With digits enough to tell short runs apart: ``1,234 s``, ``2.05 s``, ``less than 0.01 s``."""
+    if seconds < _NEXT_TO_NOTHING:
+        return f"less than {_NEXT_TO_NOTHING:g} s"
+    return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
 
 
 def nothing(runner: Runner, capacity: float | None) -> list[str]:
@@ -70,17 +80,17 @@ def summary(tuned: Tuned) -> list[str]:
     lines = [
         "",
         f"best: engine={tuned.engine}{several} {knobs}",
-        f"  {tuned.total_seconds:,.0f} s for {tuned.planned_steps} steps: {tuned.startup_seconds:.1f} s of start-up, "
-        f"{tuned.step_seconds:.4g} s a step{peak}",
+        f"  {plain_seconds(tuned.total_seconds)} for {tuned.planned_steps} steps: {tuned.startup_seconds:.1f} s of start-up as all looks "
+        f"together have it, {tuned.step_seconds:.4g} s a step{peak}",
         f"  parity: {tuned.parity}",
         f"  began with {tuned.experience}",
         f"  stopped after {len(tuned.trials)} runs, {tuned.spent_seconds / 60:.1f} min: {tuned.stopped}",
     ]
     for trial in tuned.trials:
-        took = f"{trial.total_seconds:,.0f} s" if trial.total_seconds is not None else trial.status
-        lines.append(f"  {took:>12}  (predicted {trial.predicted_seconds:,.0f} s)  {trial.title}, {trial.steps} steps")
+        took = plain_seconds(trial.total_seconds) if trial.total_seconds is not None else trial.status
+        lines.append(f"  {took:>12}  (predicted {plain_seconds(trial.predicted_seconds)})  {trial.title}, {trial.steps} steps")
     measured = {trial.engine for trial in tuned.trials}
     best_of = {one.engine: one for one in reversed(tuned.predicted) if one.engine not in measured}
     for engine, one in sorted(best_of.items()):
-        lines.append(f"  {engine} was never measured; its best, {one.total_seconds:,.0f} s by prediction ({one.title}): {one.why}")
+        lines.append(f"  {engine} was never measured; its best, {plain_seconds(one.total_seconds)} by prediction ({one.title}): {one.why}")
     return [*lines, *(f"  left out: {reason}" for reason in tuned.left_out)]

@@ -16,7 +16,6 @@ from harness.searched import PROCESSES, Kind, Searched
 from harness.tune.gaussian import Floats
 
 Expected = Mapping[str, Searched]  # by knob
-MEASURED = "measured: "  # before a candidate's ``work``: the same setting on another card, which may make another plan there
 KINDS: tuple[Kind, ...] = ("layers", "working", "logits")  # of what a token takes
 
 
@@ -56,13 +55,15 @@ class Facts:
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One engine with one choice of its searched knobs. ``choices``: knob and value (as JSON), in the order of the engine's YAML.
-    ``work``: tells candidates of several workloads apart.
+    ``work``: tells candidates of several workloads apart; ``setting``: what else was given where one was measured (the card, knobs that
+    are not searched), by which an engine may plan otherwise. Empty of what is asked about.
     """
 
     engine: str
     choices: tuple[tuple[str, str], ...]
     facts: Facts = field(compare=False)
     work: str = ""
+    setting: str = ""
 
     @property
     def values(self) -> dict[str, Any]:

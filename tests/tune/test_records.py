@@ -10,9 +10,9 @@ import pytest
 from harness.config import single
 from harness.record import Record
 from harness.spec import Full
-from harness.tune.lessons import learnt, usable
+from harness.tune.learnt import learnt
+from harness.tune.lessons import usable
 from harness.tune.memory_model import MemoryModel, Peak
-from harness.tune.observed import result_of
 from harness.tune.pack import records_of
 from harness.tune.space import Scale, Space
 
@@ -35,7 +35,7 @@ def test_from_the_cells_of_one_workload_the_peaks_of_others_are_foretold(card: s
     known = usable([record for record in records if not isinstance(record.cell.workload.method, Full)], card)
     assert known is not None
     configs = {name: single([f"engine={name}", "machine=cuda"]) for name in ENGINES}
-    cells = [(one, record, peak) for one, record in learnt(configs, known) if (peak := result_of(record).peak_bytes)]
+    cells = [(one.candidate, one.record, peak) for one in learnt(configs, known.records) if (peak := one.peak_bytes)]
     space = Space(tuple(one for one, _, _ in cells), {name: config.engine.searched_knobs for name, config in configs.items()})
     predicted = MemoryModel(space, Scale(0.0, 1.0, 1.0)).predict([Peak(one, peak) for one, record, peak in cells if is_known(record)])
     off, beyond = [], []

@@ -13,6 +13,7 @@ from harness.config import requests
 from harness.machine import detect
 from harness.store import load
 from harness.tune import __main__ as tune
+from harness.tune.show import plain_seconds
 from harness.tune.untried import kind_of
 from harness.tuned import path_of, read, save
 from tests.report.test_tuning import found
@@ -64,6 +65,8 @@ def test_a_search_resumes_and_its_answer_is_trained_with(cache: Path, tmp_path: 
     assert found.total_seconds == min(trial.total_seconds for trial in found.trials if trial.total_seconds is not None)
     assert "best: engine=trivial engine.knobs.micro_batch=" in out
     assert "ruled out of" in out
+    assert out.count("answered by the record of ") == 1, "it says which looks were there before"
+    assert " 0 s" not in out, "runs of seconds have digits enough to tell them apart"
     assert not list((tmp_path / "adapters").glob("*")), "looks leave no weights"
 
     assert harness_main.main([*words, "engine=best", "train.seed=1"]) == 0  # another seed is the same kind of work
@@ -75,6 +78,12 @@ def test_a_search_resumes_and_its_answer_is_trained_with(cache: Path, tmp_path: 
     assert "engine=best brings its own engine and knobs" in capsys.readouterr().err
     assert harness_main.main([*words, "engine=best", "train.samples_per_step=2", "plan=only"]) == 2
     assert "nothing is tuned" in capsys.readouterr().err
+
+
+def test_seconds_have_digits_enough() -> None:
+    assert [plain_seconds(value) for value in (1234.4, 100, 2.0516, 2.064, 0.012, 1e-5)] == [
+        "1,234 s", "100 s", "2.05 s", "2.06 s", "0.012 s", "less than 0.01 s",
+    ]  # fmt: skip
 
 
 def test_somebody_trains_for_use(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
