@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from harness.data.build import Built  # imported where something is tokenised: a parent that only looks need not wait for it
 
 SHOWN = 3  # reasons of skipped rows
+FEW = 32  # held-out samples that are worth a line: of fewer the loss says little
 T = TypeVar("T")
 
 
@@ -104,14 +105,13 @@ def _prepared(workload: Workload, base: Base, adapter: Adapter | None, tokens: P
 
 
 def about_data(data: Data, counts: DataCounts | None) -> tuple[str, ...]:
-    """What became of the rows, where that is known, and in a line of its own where fewer of them are held out than were asked for."""
+    """What became of the rows, where that is known, and in a line of its own where so few are held out that their loss says little."""
     if counts is None:
         return ()
     said = f"data ({_layouts(data, counts)}): {counts.sentence()}"
-    missed = data.held_out_samples - counts.samples_held_out
-    if not data.held_out_fraction or missed <= 0:
+    if not data.held_out_fraction or counts.samples_held_out >= min(FEW, data.held_out_samples):
         return (said,)
-    few = f"held out: {counts.samples_held_out:,} of the {data.held_out_samples:,} samples asked for (data.held_out_samples)"
+    few = f"held out: {counts.samples_held_out:,}, where data.held_out_samples allows {data.held_out_samples:,}"
     least = "" if counts.samples_held_out else ", so that nothing that is trained on this data can be scored"
     why = f"data.held_out_fraction={data.held_out_fraction:g} of {counts.rows:,} rows, those of one content all or none, is no more"
     return said, f"{few}{least}: {why}; raise it to hold out more"

@@ -151,15 +151,15 @@ def test_what_is_skipped_is_said_and_counted(tmp_path: Path, cache: Path, capsys
 @pytest.mark.parametrize(
     ("num_rows", "same", "begins"),
     [
-        (120, False, "held out: 7 of the 500 samples asked for (data.held_out_samples): data.held_out_fraction=0.05 of 120 rows, "),
+        (120, False, "held out: 7, where data.held_out_samples allows 500: data.held_out_fraction=0.05 of 120 rows, "),
         (
             90,
             True,
-            "held out: 0 of the 500 samples asked for (data.held_out_samples), so that nothing that is trained on this data can be ",
+            "held out: 0, where data.held_out_samples allows 500, so that nothing that is trained on this data can be ",
         ),
     ],
 )
-def test_fewer_held_out_than_asked_for_is_said_and_recorded(
+def test_few_held_out_are_said_and_recorded(
     num_rows: int, same: bool, begins: str, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine = tmp_path / "mine.jsonl"

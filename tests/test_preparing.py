@@ -132,7 +132,7 @@ def test_only_what_must_be_made_starts_a_process(tmp_path: Path, monkeypatch: py
     del said[:]
     assert prepared(few, str(cache), folder, held=None, say=said.append) == asked
     assert said == list(asked.notes[-2:])
-    assert said[1].startswith("held out: 0 of the 2 samples asked for")
+    assert said[1].startswith("held out: 0, where data.held_out_samples allows 2")
     broken = cell.model_copy(update={"sources": Sources(tokenizer="/nowhere")})
     with pytest.raises(HarnessError, match="/nowhere is gone since the run was planned"):
         prepared(broken, str(cache), folder, held=None, say=said.append)
