@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pydantic import JsonValue
 
 from harness.calibration import Calibration, calibrate
-from harness.comparable import Run, blocked, measured, missing, not_finite, unusable
+from harness.comparable import Run, blocked, dtype_of, in_fp32, measured, missing, not_finite, unusable
 from harness.record import Record
 
 ANCHORS = (("fp32", "float32"), ("bf16", "bfloat16"))  # the truth first; each a compute_dtype of the reference engine
@@ -147,16 +147,6 @@ def _one_of_each(runs: Iterable[Run]) -> tuple[Run, ...]:
 
 def _knobs(run: Run) -> str:
     return run.record.cell.engine.model_dump_json()
-
-
-def in_fp32(run: Run) -> bool:
-    """Whether rounding is no excuse: in fp32 the floors are wide enough for any harmless variant."""
-    return dtype_of(run) == "float32"
-
-
-def dtype_of(run: Run) -> str:
-    """What the run computes in; an engine that does not say is taken to round."""
-    return str(run.record.cell.engine.knobs.get("compute_dtype", "bfloat16"))
 
 
 def _computes_in(record: Record, dtype: str) -> bool:

@@ -140,6 +140,16 @@ def unusable(run: Run) -> str | None:
     return None if run.record.measurement and run.record.measurement.steps.losses else "no step was measured"
 
 
+def in_fp32(run: Run) -> bool:
+    """Whether rounding is no excuse: in fp32 the floors are wide enough for any harmless variant."""
+    return dtype_of(run) == "float32"
+
+
+def dtype_of(run: Run) -> str:
+    """What the run computes in; an engine that does not say is taken to round."""
+    return str(run.record.cell.engine.knobs.get("compute_dtype", "bfloat16"))
+
+
 def measured(run: Run) -> Measurement:
     """The measurement of a run that is usable."""
     if run.record.measurement is None:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from harness.anchors import Anchor, dtype_of, in_fp32
+from harness.anchors import Anchor
 from harness.calibration import NUM_VARIANTS
-from harness.comparable import Light, Run, blocked, measured, missing, not_finite, scored, unusable
+from harness.comparable import Light, Run, blocked, dtype_of, in_fp32, measured, missing, not_finite, scored, unusable
 from harness.deviations import FIRST_LOSS, HELD_OUT, HELD_OUT_FLOOR, TESTS, deviations, loss_floor, weights_deviations
 from harness.record import Score
 from harness.suspicion import suspicion

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.adapters import adapter_folder, drop_adapter, is_kept_for_good
-from harness.anchors import anchors, in_fp32, is_yardstick
-from harness.comparable import Run, by_workload, measured, runs, unusable
+from harness.anchors import anchors, is_yardstick
+from harness.comparable import Run, by_workload, in_fp32, measured, runs, unusable
 from harness.data.tokens import TokenFile
 from harness.deviations import loss_floor
 from harness.errors import HarnessError, StoreError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from harness.comparable import Run, measured
+from harness.comparable import Run, dtype_of, measured
 from harness.deviations import FINAL_NORM, FIRST_LOSS, FIRST_NORM, GRAD_NORM, HELD_OUT, Deviation
 from harness.spec import Lora, Train
 
@@ -55,18 +55,13 @@ def _unknown(candidate: Run, reference: Run, tests: Mapping[str, Deviation], fai
 def _guess(candidate: Run, reference: Run, mistake: str) -> str:
     """``mistake``, or what is nothing but rounding: the type is a knob, and harmless."""
     one, other = candidate.record.cell.engine, reference.record.cell.engine
-    mine, theirs = _dtype(candidate), _dtype(reference)
+    mine, theirs = dtype_of(candidate), dtype_of(reference)
     if mine == theirs:
         return mistake
     if one.name == other.name and {**one.knobs, "compute_dtype": theirs} == {**other.knobs, "compute_dtype": theirs}:
         return f"rounding: the two differ in nothing but compute_dtype ({mine}, the reference {theirs})"
     rounding = f"rounding: this run computes in {mine}, the reference in {theirs}; compare it with hf in {mine}"
     return f"{rounding}, and where it strays from that too: {mistake}" if mistake else rounding
-
-
-def _dtype(run: Run) -> str:
-    """What the run computes in; an engine that does not say rounds, as ``anchors.dtype_of`` has it, which stands above this."""
-    return str(run.record.cell.engine.knobs.get("compute_dtype", "bfloat16"))
 
 
 def _gradient(candidate: Run, ratio: float | None) -> str:
