@@ -6,7 +6,6 @@ import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from harness.current import latest, outgrown
 from harness.engine import Machine
@@ -14,60 +13,9 @@ from harness.labels import labels
 from harness.record import Record, Score, cause, dumps
 from harness.spec import EngineSpec, Workload
 from harness.stats import Comparison, compare, median, tokens_per_second
+from harness.verdict import Verdict
 
 _Block = tuple[int, str]  # a repeat, and the host that it ran on
-
-
-class Light(Protocol):
-    """The light check: whether it passed (null: could not be done, or is open), and what was seen."""
-
-    @property
-    def passed(self) -> bool | None:
-        """Null where there was nothing to check against, or where that leaves it open."""
-
-    @property
-    def detail(self) -> str:
-        """What was seen."""
-
-    @property
-    def text(self) -> str:
-        """How it ended, as a phrase; empty where it could not be done."""
-
-
-class Verdict(Protocol):
-    """What ranking needs to know of a parity verdict."""
-
-    @property
-    def light(self) -> Light:
-        """What could be checked where the full rule could not be applied."""
-
-    @property
-    def kind(self) -> str:
-        """``reference``, ``same``, ``different`` or ``not comparable``."""
-
-    @property
-    def label(self) -> str:
-        """The verdict in a few words."""
-
-    @property
-    def look(self) -> str:
-        """What it is shown as."""
-
-    @property
-    def same_on(self) -> str:
-        """Where else it was found the same; empty where not, or judged here."""
-
-    @property
-    def detail(self) -> str:
-        """Why, in a sentence."""
-
-    @property
-    def of_first_step(self) -> bool:
-        """Whether a run of the first step alone was judged with it."""
-
-    @property
-    def can_win(self) -> bool:
-        """Whether a run with this verdict may win a ranking."""
 
 
 @dataclass(frozen=True)

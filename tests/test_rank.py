@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from harness.comparable import Light
 from harness.current import current, latest
 from harness.engine import Machine
 from harness.rank import Entry, Group, Variant, compare_variants, rank
 from harness.record import Record
 from harness.spec import EngineSpec
+from harness.verdict import Kind, Verdict
 from tests import records
 from tests.records import engine
 
 
-@dataclass(frozen=True)
-class Light:
-    passed: bool | None = None
-    detail: str = ""
-    text: str = ""
+def judged(kind: Kind, anchor: str | None = None, *, can_win: bool = True) -> Verdict:
+    return Verdict(kind, anchor, "why", (), Light(None, "not checked"), can_win)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    kind: str
-    label: str
-    can_win: bool
-    detail: str = "why"
-    light: Light = Light()
-    look: str = "same"
-    same_on: str = ""
-    of_first_step: bool = False
-
-
-SAME = Verdict("same", "same: fp32", True)
-REFERENCE = Verdict("reference", "reference: fp32", True)
-DIFFERENT = Verdict("different", "different", False)
-UNKNOWN = Verdict("not comparable", "not comparable", True)
-CHANGED = Verdict("not comparable", "not comparable", False)
+SAME, REFERENCE = judged("same", "fp32"), judged("reference", "fp32")
+DIFFERENT = judged("different", can_win=False)
+UNKNOWN, CHANGED = judged("not comparable"), judged("not comparable", can_win=False)
 
 
 def entry(of: Record, verdict: Verdict = SAME, **score: Any) -> Entry:

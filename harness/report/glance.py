@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from harness.rank import Group, Variant, Verdict, compare_variants
+from harness.rank import Group, Variant, compare_variants
 from harness.record import Provenance
 from harness.report.columns import memory_bytes
 from harness.report.numbers import gib, plain_rate, times
@@ -19,6 +19,7 @@ from harness.report.sure import ratio, reach, says_nothing
 from harness.report.titles import counted, data_name, facts, identifier, steps, title
 from harness.stats import Comparison
 from harness.tuned import name_of
+from harness.verdict import Verdict
 
 
 @dataclass(frozen=True, slots=True)

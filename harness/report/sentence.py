@@ -109,7 +109,7 @@ def _no_winner(group: Group) -> Sentences:
 def _judging(group: Group) -> Sentences:
     """What was found of work that was made to judge: how many train the same, and the first that is known of the others."""
     known = [(one, one.verdict) for one in group.variants if one.runs and one.verdict and one.verdict.kind != "reference"]
-    kinds = Counter("same" if verdict.look == "same" else verdict.kind for _, verdict in known)
+    kinds: Counter[str] = Counter("same" if verdict.look == "same" else verdict.kind for _, verdict in known)
     told = {"same": "train the same as the reference", "different": "train something else", "not comparable": "are open"}
     found = [f"{kinds[kind]} {words}" for kind, words in told.items() if kinds[kind]]
     headline = f"Of {counted(len(known), 'setting')} {_listed(found) if len(found) > 1 else ''.join(found) or 'none is judged'}."
