@@ -51,22 +51,31 @@ def mean_loss(model: Any, samples: Sequence[Sample]) -> float:
 
 
 def reorder(model: Any, generator: torch.Generator) -> None:
-    """Permute the hidden dimensions of ``model`` and the inner ones of each of its layers, in place."""
-    config = model.config
-    hidden = torch.randperm(config.hidden_size, generator=generator)
-    inner = [torch.randperm(config.intermediate_size, generator=generator) for _ in range(config.num_hidden_layers)]
+    """Permute the hidden dimensions of ``model`` and the inner ones of each of its layers, in place. What is named or sized otherwise than
+    a Llama's stays as it is, which changes the function.
+    """
+    hidden_size, inner_size = (int(getattr(model.config, name, 0) or 0) for name in ("hidden_size", "intermediate_size"))
+    hidden, inner = torch.randperm(hidden_size, generator=generator), dict[str, Tensor]()
     for name, weight in model.named_parameters():  # a tied head is its embedding, and named once
         layer = name.partition(".layers.")[2].partition(".")[0]
-        weight.data = _permuted(name, weight.data, hidden.to(weight.device), inner[int(layer)].to(weight.device) if layer else None)
+        if layer and layer not in inner:
+            inner[layer] = torch.randperm(inner_size, generator=generator)
+        weight.data = _permuted(name, weight.data, hidden, inner.get(layer))
 
 
 def _permuted(name: str, weight: Tensor, hidden: Tensor, inner: Tensor | None) -> Tensor:
     module = name.split(".")[-2]
     if module in ("gate_proj", "up_proj") and inner is not None:
-        weight = weight[inner]
-    if module == "down_proj" and inner is not None and weight.dim() == 2:
-        weight = weight[:, inner]
-    if module in _READ and weight.dim() == 2:
-        return weight[:, hidden]
+        weight = _along(weight, 0, inner)
+    if module == "down_proj" and inner is not None:
+        weight = _along(weight, 1, inner)
+    if module in _READ:
+        return _along(weight, 1, hidden)
     is_norm = "norm" in module and module not in _OF_A_HEAD
-    return weight[hidden] if is_norm or module in _WRITTEN else weight
+    return _along(weight, 0, hidden) if is_norm or module in _WRITTEN else weight
+
+
+def _along(weight: Tensor, dim: int, order: Tensor) -> Tensor:
+    """``weight`` with that dimension in another order; as it is where it has none of this size (a bias of what is permuted otherwise)."""
+    fits = dim < weight.dim() and weight.shape[dim] == len(order)
+    return weight.index_select(dim, order.to(weight.device)) if fits else weight

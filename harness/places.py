@@ -86,9 +86,8 @@ class PairItem(Spec):
 
 
 class RoundingItem(Spec):
-    """How far rounding moves the first loss of the workload; ``base_sha256`` is that of its base. ``out``: the Rounding file to write."""
+    """How far rounding moves the first loss of the workload. ``out``: the Rounding file to write."""
 
-    base_sha256: str
     out: str
 
 

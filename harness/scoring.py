@@ -74,7 +74,8 @@ def judge_weights(trained: Trained, held: int, say: Callable[[str], None]) -> se
     failed: set[str | None] = set()
     if items:
         num_scores, num_pairs = (sum(isinstance(item, kind) for item in items) for kind in (ScoreItem, PairItem))
-        say(f"scoring {num_scores} set(s) of weights of {trained.workload.label}, comparing {num_pairs} pair(s) of updates")
+        rounding = ", measuring how far rounding moves the first loss" if len(items) > num_scores + num_pairs else ""
+        say(f"scoring {num_scores} set(s) of weights of {trained.workload.label}, comparing {num_pairs} pair(s) of updates{rounding}")
         shutil.rmtree(work, ignore_errors=True)
     while items:
         request = ScoreRequest(
@@ -155,7 +156,7 @@ def rounding_to_make(trained: Trained, work: Path) -> Iterator[RoundingItem]:
     off = (abs(measured(run).steps.losses[0] - truth.losses[0]) for run in able if not in_fp32(run))
     strays = any(one > loss_floor(truth.tokens_loss[0]) for one in off)
     if strays and not rounding_path(trained.root, base, truth.stream_sha256[0]).exists():
-        yield RoundingItem(base_sha256=base, out=str(work / "rounding.json"))
+        yield RoundingItem(out=str(work / "rounding.json"))
 
 
 def _weights(item: Item) -> set[str | None]:
@@ -180,5 +181,5 @@ def _names(item: Item) -> str:
     if isinstance(item, ScoreItem):
         return (item.adapter_sha256 or "the base")[:16]
     if isinstance(item, RoundingItem):
-        return f"how far rounding moves a first loss of the base {item.base_sha256[:16]}"
+        return "how far rounding moves the first loss"
     return f"the updates of {' and '.join(sha[:16] for sha in item.trained_sha256)}"

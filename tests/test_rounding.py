@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, MambaConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from harness import prepare
 from harness import score as door
@@ -82,16 +82,23 @@ def test_in_bf16_orders_round_otherwise() -> None:
     assert of.model.rotary_emb.inv_freq.dtype == torch.float32, "positions are not rounded"
 
 
-def test_nothing_is_said_of_layers_that_are_not_known() -> None:
-    of = model(Phi3Config(**SHAPE))  # q, k and v in one product
-    assert first_losses(of, samples())[1] == ()
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(Phi3Config(**SHAPE), id="q, k and v in one product"),
+        pytest.param(FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), id="other names"),
+        pytest.param(MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4), id="no attention"),
+    ],
+)
+def test_nothing_is_said_of_layers_that_are_not_known(config: Any) -> None:
+    assert first_losses(model(config), samples())[1] == ()
 
 
 def test_the_judge_measures_it(cache: Path, tmp_path: Path) -> None:
     work = workload(data=conf("data", "python_docs"))
     prepared = prepare.prepare(request(work, cache, cache / "unused"))
     out = tmp_path / "rounding.json"
-    item = RoundingItem(base_sha256=prepared.base_sha256, out=str(out))
+    item = RoundingItem(out=str(out))
     asked = ScoreRequest(workload=work, prepared=prepared, items=(), device="cpu", rounding=item)
     (tmp_path / "request.json").write_text(asked.model_dump_json())
     assert door.main([str(tmp_path / "request.json")]) == 0

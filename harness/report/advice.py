@@ -12,7 +12,7 @@ from harness.record import Memory
 from harness.report.columns import memory_bytes
 from harness.report.families import Distance, Family, Member, best_by_memory
 from harness.report.numbers import gib, number, percent, plain_rate, rate, times
-from harness.report.sentence import Sentences, went_on
+from harness.report.sentence import Sentences, was_unsteady, went_on
 from harness.report.sure import ratio, reach, says_nothing
 from harness.stats import CONFIDENCE, SAME, Comparison
 
@@ -44,6 +44,8 @@ def nothing(group: Group) -> str:
         return "nothing that can win"
     if went_on(group):
         return "no rate: what ran to its end had gone on from a checkpoint"
+    if was_unsteady(group):
+        return "no rate: what ran to its end never kept a pace"
     kinds = dict.fromkeys(entry.record.status for one in group.variants for entry in one.failures)
     return f"nothing ran to the end ({', '.join(kinds)})"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from harness.rank import Group, Variant
 from harness.report.columns import memory_bytes
@@ -108,7 +109,8 @@ def _family(groups: Sequence[Group]) -> Family | None:
         by_method[content_key(group.workload.method)].append(group)
     if len({group.workload.method.name for group in groups if _has_answer(group)}) < 2:
         return None
-    chosen = [_shown(mine, groups) for mine in by_method.values()]
+    shown_by = _choice(groups)
+    chosen = [min(mine, key=shown_by) for mine in by_method.values()]
     others = [tuple(one for one in mine if one is not shown) for mine, shown in zip(by_method.values(), chosen, strict=True)]
     members = [Member(name, group, _able(group), others=more) for name, group, more in zip(_names(chosen), chosen, others, strict=True)]
     members.sort(key=lambda member: (not member.able, -_rate(member.first), member.name))
@@ -120,15 +122,15 @@ def _family(groups: Sequence[Group]) -> Family | None:
     return Family(seen, reference, {seed: loss for seed, loss in losses.items() if loss is not None})
 
 
-def _shown(mine: Sequence[Group], groups: Sequence[Group]) -> Group:
-    """Of one method's workloads: where losses are compared, the nearest to what most methods share; else that with the fastest, as what
-    they differ in changes no speed.
+def _choice(groups: Sequence[Group]) -> Callable[[Group], Any]:
+    """By what one of a method's workloads is chosen, the least first: where losses are compared, how far it is from what most methods
+    share; else the rate of its fastest, as what they differ in changes no speed.
     """
     setting = _setting(groups)
-    alike = [group for group in groups if group.workload.train == setting]
-    if len({group.workload.method.name for group in alike if _is_scored(group)}) > 1:
-        return min(mine, key=lambda group: _apart(group, setting))
-    return min(mine, key=lambda group: (not _able(group), -_rate(next(iter(_able(group)), None)), _apart(group, setting)))
+    scored = {group.workload.method.name for group in groups if group.workload.train == setting and _is_scored(group)}
+    if len(scored) > 1:
+        return lambda group: _apart(group, setting)
+    return lambda group: (not _able(group), -_rate(next(iter(_able(group)), None)), _apart(group, setting))
 
 
 def _is_scored(group: Group) -> bool:

@@ -5,7 +5,7 @@ sees. Other sweeps of the same work stand below it, workloads that were made to 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,7 +14,7 @@ from harness.rank import Group, Variant, compare_variants
 from harness.record import Provenance
 from harness.report.columns import memory_bytes
 from harness.report.numbers import gib, plain_rate, times
-from harness.report.sentence import was_unsteady, went_on
+from harness.report.sentence import verdicts_of, was_unsteady, went_on
 from harness.report.sure import ratio, reach, says_nothing
 from harness.report.titles import counted, data_name, facts, identifier, steps, title
 from harness.stats import Comparison
@@ -172,13 +172,12 @@ def _winner(group: Group) -> Variant | None:
 
 
 def _verdicts(group: Group) -> str:
-    """``5 settings: 4 same, 1 different; references: hf``; what failed is in the section."""
-    known = [(one.label, "same" if one.verdict.look == "same" else one.verdict.kind) for one in group.variants if one.runs and one.verdict]
-    kinds = Counter(kind for _, kind in known)
+    """``5 settings: 4 same, 1 different; 1 reference: hf``; what failed is in the section."""
+    known, kinds = verdicts_of(group)
     told = [f"{kinds[kind]} {kind}" for kind in ("same", "different", "not comparable") if kinds[kind]]
-    references = [label for label, kind in known if kind == "reference"]
+    references = [one.label for one in group.variants if one.runs and one.verdict and one.verdict.kind == "reference"]
     beside = f"; {counted(len(references), 'reference')}: {', '.join(references)}" if references else ""
-    return f"{counted(len(known) - len(references), 'setting')}: {', '.join(told) or 'none judged'}{beside}"
+    return f"{counted(len(known), 'setting')}: {', '.join(told) or 'none judged'}{beside}"
 
 
 def _parted(label: str) -> tuple[str, str]:

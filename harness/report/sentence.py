@@ -6,10 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 from harness.rank import Group, Outcome, Variant, compare_variants
+from harness.record import Status
 from harness.report.numbers import percent, rate, times
 from harness.report.sure import ratio, reach, says_nothing
 from harness.report.titles import counted
 from harness.stats import CONFIDENCE, SAME, Comparison
+from harness.verdict import Verdict
 
 MOST_NAMES = 3  # more than this in one sentence nobody reads; the table has them all
 
@@ -77,14 +79,17 @@ def _shared(outcome: Outcome) -> str:
 
 def went_on(group: Group) -> bool:
     """Whether something ran to its end and nothing has a rate: what goes on from a checkpoint is not timed."""
-    failures = (entry.record.status for variant in group.variants for entry in variant.failures)
-    return not any(variant.runs for variant in group.variants) and "ok" in failures
+    return _without_a_rate(group, "ok")
 
 
 def was_unsteady(group: Group) -> bool:
     """Whether something ran to its end, none of it at a pace, and so nothing has a rate."""
+    return _without_a_rate(group, "unsteady")
+
+
+def _without_a_rate(group: Group, status: Status) -> bool:
     failures = (entry.record.status for variant in group.variants for entry in variant.failures)
-    return not any(variant.runs for variant in group.variants) and "unsteady" in failures
+    return not any(variant.runs for variant in group.variants) and status in failures
 
 
 def sentence_since(outdated: str) -> str:
@@ -106,10 +111,15 @@ def _no_winner(group: Group) -> Sentences:
     return Sentences("No winner: no variant that ran trained the same as the reference.", details)
 
 
+def verdicts_of(group: Group) -> tuple[list[tuple[Variant, Verdict]], Counter[str]]:
+    """Each variant that was judged, without references, and how many are ``same`` (or so elsewhere), ``different``, ``not comparable``."""
+    known = [(one, one.verdict) for one in group.variants if one.runs and one.verdict and one.verdict.kind != "reference"]
+    return known, Counter("same" if verdict.look == "same" else verdict.kind for _, verdict in known)
+
+
 def _judging(group: Group) -> Sentences:
     """What was found of work that was made to judge: how many train the same, and the first that is known of the others."""
-    known = [(one, one.verdict) for one in group.variants if one.runs and one.verdict and one.verdict.kind != "reference"]
-    kinds: Counter[str] = Counter("same" if verdict.look == "same" else verdict.kind for _, verdict in known)
+    known, kinds = verdicts_of(group)
     told = {"same": "train the same as the reference", "different": "train something else", "not comparable": "are open"}
     found = [f"{kinds[kind]} {words}" for kind, words in told.items() if kinds[kind]]
     headline = f"Of {counted(len(known), 'setting')} {_listed(found) if len(found) > 1 else ''.join(found) or 'none is judged'}."

@@ -86,6 +86,7 @@ def test_two_repeats_that_agree_are_believed() -> None:
 def test_what_never_kept_a_pace_ran_to_its_end() -> None:
     found = results([stored(record(engine("hf"), status="unsteady", reason="steps become faster", ran=steps()))])
     assert line(found).first == "no rate: not steady"
+    assert nothing(judged(found)[0]) == "no rate: what ran to its end never kept a pace"
     assert "No rate was measured: what ran to its end never kept a pace; take more steps (train.steps)." in table(found)
 
 
